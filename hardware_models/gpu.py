@@ -1,0 +1,219 @@
+"""The GPU compute model: kernel times from a data sheet, with constants shared by all devices of the vendor.
+
+Matrix products: tiles of a library kernel fill the multiprocessors in waves; a wave runs at the sustained rate (peak, best share, power
+cap) and moves operands that the wave does not find in L2. Everything else is traffic over the bandwidth that its memory technology
+sustains, plus cache and instruction-rate terms where rows are read twice. Fused attention follows FlashAttention-2's measured rates.
+Times are device times; what the host spends on launching is the runtime's. `gpu_constants` holds the numbers and their sources.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hardware_models.gpu_constants import GpuConstants, constants_of
+from simtrain.core.hardware import Device
+from simtrain.core.kernels import KernelBatch
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.precision import DType
+from simtrain.core.workload import OperatorKind
+from simtrain.cost.roofline import ceil_div, join, saturation, soft_minimum, triangle_share
+
+TENSOR_PATHS = (DType.TF32, DType.BF16, DType.FP16, DType.FP8)
+"""Arithmetic that runs on tensor cores."""
+
+LINEAR_TILES = ((128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64), (32, 32))
+BATCHED_TILES = ((128, 128), (128, 64), (64, 128), (64, 64))
+TENSOR_LINEAR_TILES = ((256, 128), (128, 256), *LINEAR_TILES)
+LINEAR_SPLITS = (1, 4)
+BATCHED_SPLITS = (1,)
+"""Result tiles and splits of the contraction that the library picks from.
+
+For batched calls it keeps to large tiles; the tensor-core kernels of NVIDIA's Matrix Multiplication Background guide add 256 x 128.
+"""
+
+ATTENTION_BLOCK = 128
+"""Queries (keys, in the backward pass) that one thread block of fused attention works on."""
+
+FLASH_SINCE_YEAR = 2020
+FLASH_LARGEST_HEAD = 256
+"""FlashAttention-2 needs an Ampere or later device, 16-bit storage, and heads of at most this size."""
+
+_GEMM = (OperatorKind.GEMM, OperatorKind.BATCHED_GEMM)
+_ATTENTION = (OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD)
+_ROWS = (OperatorKind.NORM, OperatorKind.NORM_BACKWARD, OperatorKind.SOFTMAX, OperatorKind.SOFTMAX_BACKWARD)
+_GATHER = (OperatorKind.EMBEDDING, OperatorKind.EMBEDDING_BACKWARD)
+
+
+class GpuModel:
+    """Prices kernels on GPUs; see the module's description.
+
+    Attributes:
+        name: As devices name it in `compute_model`.
+    """
+
+    name = "gpu"
+
+    def kernel_times_s(self, device: Device, kernels: KernelBatch) -> FloatArray:
+        """Returns the device time of each kernel.
+
+        Raises:
+            UnsupportedError: The device lacks the arithmetic path, or no constants hold for its vendor.
+        """
+        constants = constants_of(device)
+        device.peak(kernels.arithmetic)
+        times = kernels.bytes_moved / bandwidth_bytes_per_s(device, constants) + constants.launch_s * kernels.launches
+        for kind in dict.fromkeys(kernels.kinds):
+            chosen = kernels.mask(kind)
+            if kind in _GATHER:
+                times[chosen] += kernels.bytes_moved[chosen] / bandwidth_bytes_per_s(device, constants) * (1.0 / constants.gather - 1.0)
+            elif kind in _GEMM:
+                times[chosen] = gemm_times_s(device, kernels, chosen, constants, batched=kind is OperatorKind.BATCHED_GEMM)
+            elif kind in _ATTENTION:
+                times[chosen] = attention_times_s(device, kernels, chosen, constants, backward=kind is OperatorKind.ATTENTION_BACKWARD)
+            elif kind in _ROWS:
+                times[chosen] = row_times_s(device, kernels, chosen, constants, kind)
+        return times
+
+    def sources(self, device: Device) -> tuple[str, ...]:
+        """Returns what the constants rest on, and which of them the device's profile replaces."""
+        used = dict.fromkeys(f"{f.metadata['source']} [{f.metadata['kind']}]" for f in fields(GpuConstants))
+        own = (f"{device.name}: measured {', '.join(sorted(device.profile))}",) if device.profile else ()
+        return own + tuple(used)
+
+
+def power_cap_flops(device: Device, arithmetic: DType, constants: GpuConstants) -> float:
+    """Rate of arithmetic that the board power sustains.
+
+    fp32 without tensor cores is measured; tensor cores get a fixed multiple, scaled by operand width (energy follows the width).
+    """
+    per_w: float = constants.cap_tflops_per_w * 1e12 * 2.0 ** ((device.year - 2018) / constants.cap_doubling_years)
+    ratio = constants.cap_tensor_ratio
+    path = {DType.FP64: 0.5, DType.TF32: ratio / 2, DType.BF16: ratio, DType.FP16: ratio, DType.FP8: ratio * 2}.get(arithmetic, 1.0)
+    # Boards under the offset do not exist; the floor keeps a typing error in a file from giving a negative rate.
+    return per_w * path * max(device.power_w - constants.cap_offset_w, 0.1 * device.power_w)
+
+
+def sustained_flops(device: Device, arithmetic: DType, constants: GpuConstants) -> float:
+    """Rate of large matrix products without tile losses: peak times best share, under the power cap.
+
+    Raises:
+        UnsupportedError: The device lacks the arithmetic path.
+    """
+    peak = device.peak(arithmetic)
+    capped = float(soft_minimum(peak, power_cap_flops(device, arithmetic, constants), constants.cap_exponent))
+    if arithmetic in TENSOR_PATHS:
+        share = {DType.TF32: constants.gemm_efficiency_tf32, DType.FP8: constants.gemm_efficiency_fp8}
+        return capped * share.get(arithmetic, constants.gemm_efficiency_16bit)
+    wide = device.lanes_per_multiprocessor >= 128 and device.year >= 2020
+    return capped * constants.gemm_efficiency_simt * (constants.gemm_efficiency_wide if wide else 1.0)
+
+
+def bandwidth_bytes_per_s(device: Device, constants: GpuConstants) -> float:
+    """Memory bandwidth that large elementwise kernels sustain."""
+    share = constants.bandwidth_hbm if device.memory.is_hbm else constants.bandwidth_gddr
+    return device.memory.bandwidth_bytes_per_s * share
+
+
+def tensor_intensity(device: Device, arithmetic: DType, constants: GpuConstants) -> float:
+    """Tensor operations per clock and multiprocessor, over those of an A100: how hard feeding them is (at most 1)."""
+    per_clock = device.peak(arithmetic) / (device.multiprocessors * device.clock_hz)
+    return min(1.0, per_clock / constants.warp_tensor_ops)
+
+
+def gemm_times_s(device: Device, kernels: KernelBatch, chosen: NDArray[np.bool_], constants: GpuConstants, *, batched: bool) -> FloatArray:
+    """Times of matrix products: the best tile of those the library has, each in whole waves over the multiprocessors."""
+    b, m, n, k = kernels.batch[chosen], kernels.m[chosen], kernels.n[chosen], kernels.k[chosen]
+    width = kernels.element_bytes[chosen]
+    rate = sustained_flops(device, kernels.arithmetic, constants) / _misalignment(device, kernels.arithmetic, (m, n, k), width, constants)
+    bandwidth = device.memory.bandwidth_bytes_per_s * constants.gemm_bandwidth
+    processors = device.multiprocessors
+    best: FloatArray = np.full(m.shape, np.inf)
+    linear = TENSOR_LINEAR_TILES if kernels.arithmetic in TENSOR_PATHS else LINEAR_TILES
+    for rows, columns in BATCHED_TILES if batched else linear:
+        intensity = 1.0 / (1.0 + constants.tile_loss * (1.0 / rows + 1.0 / columns))
+        edge = constants.l2_reuse * np.sqrt(processors * rows * columns)
+        # Operands are read once per square of tiles that runs at the same time.
+        operands = m * k * np.maximum(1.0, n / edge) + k * n * np.maximum(1.0, m / edge)
+        blocks = b * ceil_div(m, rows) * ceil_div(n, columns)
+        for split in BATCHED_SPLITS if batched else LINEAR_SPLITS:
+            waves = ceil_div(blocks * split, processors)
+            compute_s = waves * 2.0 * rows * columns * (k / split + constants.prologue_steps) * processors / (rate * intensity)
+            traffic = width * b * (operands + (2 * split - 1) * m * n)
+            # Tensors the operator touches besides its operands (a bias, an fp32 result) count too.
+            memory_s = np.maximum(traffic, kernels.bytes_moved[chosen]) / bandwidth
+            np.minimum(best, join(compute_s, memory_s, 2.0), out=best)
+    floor_s = np.asarray(constants.launch_s * kernels.launches[chosen], dtype=np.float64)
+    return join(best, floor_s, constants.gemm_floor_exponent)
+
+
+def _misalignment(
+    device: Device, arithmetic: DType, extents: tuple[FloatArray, FloatArray, FloatArray], width: FloatArray, constants: GpuConstants
+) -> FloatArray:
+    """Slowdown of operands whose rows are no multiple of 16 bytes."""
+    m, n, _ = extents
+    odd_m, odd_n, odd_k = (np.mod(extent, 16.0 / width) != 0 for extent in extents)
+    if arithmetic not in TENSOR_PATHS:
+        return np.asarray(1.0 + constants.misaligned_simt * (odd_n.astype(float) + odd_k))
+    # Which of the three lies along memory depends on the transposition, so any counts. A single row or column is no matrix product.
+    odd = (odd_m & (m > 1)) | (odd_n & (n > 1)) | odd_k
+    return np.where(odd, 1.0 + constants.misaligned_tensor * tensor_intensity(device, arithmetic, constants), 1.0)
+
+
+def attention_times_s(
+    device: Device, kernels: KernelBatch, chosen: NDArray[np.bool_], constants: GpuConstants, *, backward: bool
+) -> FloatArray:
+    """Times of fused attention: FlashAttention-2 where it runs, PyTorch's memory-efficient kernel elsewhere.
+
+    The share of the peak grows with the head size, because the work of the softmax does not; the slower a device's tensor cores are
+    against its other units, the less the softmax weighs. Causal kernels skip blocks above the diagonal.
+    """
+    queries, keys, head = kernels.m[chosen], kernels.n[chosen], kernels.k[chosen]
+    causal = kernels.causal[chosen]
+    sixteen_bit = kernels.arithmetic in (DType.BF16, DType.FP16)
+    flash = (head <= FLASH_LARGEST_HEAD) & sixteen_bit & (device.year >= FLASH_SINCE_YEAR)
+    # FlashAttention-2 issues warp-level instructions only, so newer tensor cores run at the rate of an A100's.
+    warp_peak = constants.warp_tensor_ops * device.multiprocessors * device.clock_hz
+    peak = min(device.peak(kernels.arithmetic), warp_peak) if sixteen_bit else device.peak(kernels.arithmetic)
+    base = constants.attention_backward_base if backward else constants.attention_base
+    softmax = constants.attention_backward_softmax if backward else constants.attention_softmax
+    share = 1.0 / (base + softmax * tensor_intensity(device, kernels.arithmetic, constants) / head)
+    share = share * np.where(flash, 1.0, constants.attention_unflashed) * np.where(causal, constants.attention_causal, 1.0)
+    # Blocks are padded to full size and run in whole waves.
+    padded_queries, padded_keys = (ceil_div(length, ATTENTION_BLOCK) * ATTENTION_BLOCK for length in (queries, keys))
+    half = np.where(causal, constants.attention_half_length_causal, constants.attention_half_length)
+    share = share * saturation(padded_keys, half)
+    blocks = kernels.batch[chosen] * (padded_keys if backward else padded_queries) / ATTENTION_BLOCK
+    fill = ceil_div(blocks, device.multiprocessors) * device.multiprocessors / blocks
+    padding = padded_queries * padded_keys / (queries * keys)
+    flops = kernels.flops[chosen] * padding * np.where(causal, triangle_share(padded_keys), 1.0)
+    compute_s = flops * fill / (peak * share)
+    memory_s = kernels.bytes_moved[chosen] / bandwidth_bytes_per_s(device, constants)
+    return join(compute_s, memory_s, 2.0) + constants.launch_s * kernels.launches[chosen]
+
+
+def row_times_s(device: Device, kernels: KernelBatch, chosen: NDArray[np.bool_], constants: GpuConstants, kind: OperatorKind) -> FloatArray:
+    """Times of norms and softmaxes, which read each row twice: the second read is free while the rows in flight fit in L2.
+
+    A backward kernel takes its measured multiple of the forward kernel on as many elements, and never less than its own traffic.
+    """
+    softmax = kind in (OperatorKind.SOFTMAX, OperatorKind.SOFTMAX_BACKWARD)
+    backward = kind in (OperatorKind.SOFTMAX_BACKWARD, OperatorKind.NORM_BACKWARD)
+    rows = constants.softmax_rows if softmax else constants.norm_rows
+    per_clock = constants.softmax_per_clock if softmax else constants.norm_per_clock
+    moved, width, length = kernels.bytes_moved[chosen], kernels.element_bytes[chosen], kernels.k[chosen]
+    # Forward reads one tensor and writes one; backward reads two (output or input, and its gradient) and writes one.
+    elements = moved / (width * (3.0 if backward else 2.0))
+    bandwidth = bandwidth_bytes_per_s(device, constants)
+    in_flight = device.multiprocessors * rows * length * width / device.cache_bytes
+    missed = in_flight**2 / (1.0 + in_flight**2)
+    traffic_s = 2.0 * elements * width / bandwidth
+    times = traffic_s * (1.0 + 0.5 * missed) + elements / (device.multiprocessors * device.clock_hz * per_clock)
+    if softmax:
+        times = np.where(length <= constants.softmax_one_pass, traffic_s, times)
+    if backward:
+        multiple = constants.softmax_backward if softmax else constants.norm_backward
+        times = np.maximum(times * multiple, moved / bandwidth)
+    return np.asarray(times + constants.launch_s * kernels.launches[chosen])

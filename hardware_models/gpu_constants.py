@@ -1,0 +1,134 @@
+"""Constants of the GPU compute model: value, meaning, unit, source and kind of each, in one place.
+
+They are shared by all NVIDIA devices; what tells devices apart are the numbers on their data sheets. The `[profile]` table of a device
+file may replace any of them by name with what was measured on that machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from typing import Any
+
+from simtrain.core.errors import CatalogError, UnsupportedError, nearest
+from simtrain.core.hardware import Device, ValueKind
+
+NEUSIGHT = "NeuSight artefact (ASPLOS 2025) per-kernel measurements, fitted over 8 NVIDIA GPUs (fp32 without tensor cores)"
+NEUSIGHT_BACKWARD = "NeuSight artefact (ASPLOS 2025) per-operator traces of training: median ratio of backward to forward, NVIDIA"
+GEMM_SWEEP = (
+    "stas00/ml-engineering, compute/accelerator/README.md: best matrix-product shape of A100 (0.87 SXM, 0.81 PCIe) and GH200 (0.84)"
+)
+FLASH_2 = "fitted to Dao 2023, FlashAttention-2 (arXiv:2307.08691), A100, head sizes 64 and 128 (figures recalled, not looked up)"
+PADDED_VOCABULARY = (
+    "NVIDIA, Matrix Multiplication Background User's Guide (rows should be multiples of 16 bytes); size set so that padding GPT-2's "
+    "vocabulary from 50257 to 50304 speeds an A100 up by a quarter, as nanoGPT's author reported (recalled)"
+)
+_FIT, _ASSUMED = ValueKind.MEASUREMENT, ValueKind.ASSUMPTION
+
+
+def _constant(value: float, meaning: str, source: str, kind: ValueKind = _FIT) -> Any:
+    return field(default=value, metadata={"meaning": meaning, "source": source, "kind": kind})
+
+
+@dataclass(frozen=True, slots=True)
+class GpuConstants:
+    """All constants of `hardware_models.gpu`; `fields(GpuConstants)` carries meaning, source and kind of each as metadata."""
+
+    # Matrix products.
+    gemm_efficiency_simt: float = _constant(0.942, "share of the fp32 vector peak before tile losses", NEUSIGHT)
+    gemm_efficiency_wide: float = _constant(
+        0.86, "further share on devices of 2020 and later with 128 fp32 lanes per multiprocessor", "NeuSight artefact, H100 rows only"
+    )
+    gemm_efficiency_16bit: float = _constant(
+        0.92, "share of the dense 16-bit tensor-core peak before tile losses; the best shapes then reach about 0.85", GEMM_SWEEP
+    )
+    gemm_efficiency_tf32: float = _constant(
+        0.92, "share of the dense TF32 peak before tile losses", "taken equal to the 16-bit share", _ASSUMED
+    )
+    gemm_efficiency_fp8: float = _constant(
+        0.82, "share of the dense fp8 peak before tile losses", "stas00/ml-engineering: 0.73 on H200, 0.78 on GH200"
+    )
+    tile_loss: float = _constant(5.4, "elements a of a tile edge t at which efficiency is 1 / (1 + a (1/tm + 1/tn))", NEUSIGHT)
+    prologue_steps: float = _constant(5.8, "steps of the contraction that filling the pipeline costs", NEUSIGHT)
+    gemm_bandwidth: float = _constant(0.835, "share of the memory bandwidth inside matrix products", NEUSIGHT)
+    l2_reuse: float = _constant(1.0, "edge of the square of results that one wave shares in L2, over that of the wave's tiles", NEUSIGHT)
+    misaligned_simt: float = _constant(0.05, "slowdown for each of k and n that is no multiple of 16 bytes, SIMT", NEUSIGHT)
+    misaligned_tensor: float = _constant(
+        1.0,
+        "slowdown if m, n or k is no multiple of 16 bytes, on tensor cores that do 2048 operations per clock",
+        PADDED_VOCABULARY,
+        _ASSUMED,
+    )
+    gemm_floor_exponent: float = _constant(1.17, "exponent of the power mean of kernel time and launch floor", NEUSIGHT)
+
+    # Sustained power.
+    cap_tflops_per_w: float = _constant(0.0971, "fp32 SIMT TFLOP/s per usable watt of a device of 2018", NEUSIGHT)
+    cap_doubling_years: float = _constant(4.65, "years in which that doubles", NEUSIGHT)
+    cap_offset_w: float = _constant(20.0, "watts that do no arithmetic", NEUSIGHT)
+    cap_exponent: float = _constant(8.0, "sharpness of the join of peak and power cap", NEUSIGHT)
+    cap_tensor_ratio: float = _constant(
+        10.0, "cap of 16-bit tensor cores over that of fp32 SIMT", "A100 PCIe against SXM, one pair of devices: weak evidence", _ASSUMED
+    )
+
+    # Kernels bound by memory.
+    bandwidth_hbm: float = _constant(0.856, "share of the bandwidth that large elementwise kernels reach on HBM", NEUSIGHT)
+    bandwidth_gddr: float = _constant(0.736, "share of the bandwidth that large elementwise kernels reach on GDDR", NEUSIGHT)
+    launch_s: float = _constant(4e-6, "device time of an empty kernel inside a model", "NeuSight artefact, sums over models", _ASSUMED)
+    softmax_rows: float = _constant(5.4, "rows of a softmax in flight per multiprocessor", NEUSIGHT)
+    softmax_per_clock: float = _constant(3.2, "elements of a softmax per clock and multiprocessor", NEUSIGHT)
+    softmax_one_pass: float = _constant(1024.0, "longest row of a softmax that stays in registers", NEUSIGHT)
+    norm_rows: float = _constant(12.0, "rows of a layer norm in flight per multiprocessor", NEUSIGHT)
+    norm_per_clock: float = _constant(6.5, "elements of a layer norm per clock and multiprocessor", NEUSIGHT)
+    softmax_backward: float = _constant(2.7, "backward time over forward time of a softmax", NEUSIGHT_BACKWARD)
+    norm_backward: float = _constant(1.95, "backward time over forward time of a layer norm", NEUSIGHT_BACKWARD)
+    gather: float = _constant(
+        0.6,
+        "bandwidth of gathers and scatters of embedding rows over that of elementwise kernels",
+        "NeuSight artefact: 1.3 to 3x slower",
+        _ASSUMED,
+    )
+
+    # Fused attention: 1 / share = base + softmax / head size, shares of what warp-level tensor instructions reach.
+    attention_base: float = _constant(1.165, "forward: time over peak with endless head size", FLASH_2, _ASSUMED)
+    attention_softmax: float = _constant(
+        28.7, "forward: extra time of the softmax, in head sizes, at 2048 operations per clock", FLASH_2, _ASSUMED
+    )
+    attention_backward_base: float = _constant(1.339, "backward: time over peak with endless head size", FLASH_2, _ASSUMED)
+    attention_backward_softmax: float = _constant(31.7, "backward: extra time of the softmax, in head sizes", FLASH_2, _ASSUMED)
+    attention_half_length: float = _constant(165.0, "sequence length at which full attention is at half speed", FLASH_2, _ASSUMED)
+    attention_half_length_causal: float = _constant(480.0, "sequence length at which causal attention is at half speed", FLASH_2, _ASSUMED)
+    attention_causal: float = _constant(0.96, "speed of long causal attention over full attention, per operation done", FLASH_2, _ASSUMED)
+    attention_unflashed: float = _constant(
+        0.5,
+        "speed of PyTorch's memory-efficient kernel over that of FlashAttention-2",
+        "about what FlashAttention-2's figures show",
+        _ASSUMED,
+    )
+    warp_tensor_ops: float = _constant(
+        2048.0,
+        "16-bit operations per clock and multiprocessor that warp-level tensor instructions reach (FlashAttention-2 uses no others)",
+        "A100's rate; explains the 335 TFLOP/s that FlashAttention-2 states for H100",
+        _ASSUMED,
+    )
+
+
+@cache
+def _known() -> tuple[str, ...]:
+    return tuple(f.name for f in fields(GpuConstants))
+
+
+def constants_of(device: Device) -> GpuConstants:
+    """Returns the constants for a device, its profile applied.
+
+    Raises:
+        UnsupportedError: The device is not from NVIDIA and brings no constants of its own.
+        CatalogError: The profile names a constant that does not exist.
+    """
+    if device.vendor.lower() != "nvidia" and not device.profile:
+        raise UnsupportedError(f"{device.name}: the GPU constants hold for NVIDIA devices; give those of {device.vendor} in [profile]")
+    for name in device.profile:
+        if name not in _known():
+            near = nearest(name, _known())
+            hint = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(_known())}"
+            raise CatalogError(f"{device.name}: [profile] has no constant {name!r}: {hint}")
+    return replace(GpuConstants(), **device.profile)

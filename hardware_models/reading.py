@@ -1,0 +1,279 @@
+"""Reads device, link and cluster files, and says file, line, field and fix where one breaks the schema."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from hardware_models.schema import (
+    CLUSTER_NUMBERS,
+    DEVICE_NUMBERS,
+    LINK_NUMBERS,
+    ClusterFile,
+    DeviceFile,
+    LinkFile,
+    NodeTable,
+    Number,
+    NumberField,
+    parse_number,
+    profile_field,
+)
+from simtrain.core.errors import CatalogError, UnknownNameError, nearest
+from simtrain.core.hardware import Cluster, Device, Link, MemoryTier, Node, Provenance, ValueKind
+from simtrain.core.precision import DType
+from simtrain.core.units import DIMENSIONS
+
+F = TypeVar("F", DeviceFile, LinkFile, ClusterFile)
+Found = TypeVar("Found", Device, Link)
+
+_DEVICES = re.compile(r"^\s*(?:(\d+)\s*[x×*]\s*)?(\S.*?)\s*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a file: the path of keys to it, and what to do about it."""
+
+    path: tuple[str | int, ...]
+    text: str
+
+
+def read_device(path: Path | Traversable) -> Device:
+    """Reads a device file.
+
+    Raises:
+        CatalogError: With file, line, field and fix of each problem.
+    """
+    text = _read(path)
+    file = _validate(path, text, DeviceFile)
+    numbers = _numbers(file.numbers, DEVICE_NUMBERS)
+    profile, problems = _profile(file.profile)
+    numbers_and_profile = {**numbers, **{f"profile.{key}": number for key, number in profile.items()}}
+    provenance = _provenance(path, text, file.sources, numbers_and_profile, problems)
+    value = {key: number.value for key, number in numbers.items()}
+    return Device(
+        name=file.name,
+        device_class=file.device_class,
+        vendor=file.vendor,
+        year=int(value["year"]),
+        peak_flops={path: value[f"peak_flops.{path}"] for path in DType if f"peak_flops.{path}" in value},
+        memory=MemoryTier(file.memory_technology, value["memory.capacity_bytes"], value["memory.bandwidth_bytes_per_s"]),
+        multiprocessors=int(value["multiprocessors"]),
+        lanes_per_multiprocessor=int(value["lanes_per_multiprocessor"]),
+        clock_hz=value["clock_hz"],
+        cache_bytes=value["cache_bytes"],
+        power_w=value["power_w"],
+        idle_power_w=value["idle_power_w"],
+        price_usd_per_hour=value["price_usd_per_hour"],
+        host_link=file.host_link,
+        peer_link=file.peer_link,
+        compute_model=file.compute_model,
+        profile={key: number.value for key, number in profile.items()},
+        provenance=provenance,
+        aliases=tuple(file.aliases),
+    )
+
+
+def read_link(path: Path | Traversable) -> Link:
+    """Reads a link file.
+
+    Raises:
+        CatalogError: With file, line, field and fix of each problem.
+    """
+    text = _read(path)
+    file = _validate(path, text, LinkFile)
+    numbers = _numbers(file.numbers, LINK_NUMBERS)
+    provenance = _provenance(path, text, file.sources, numbers, [])
+    value = {key: number.value for key, number in numbers.items()}
+    return Link(
+        name=file.name,
+        bandwidth_bytes_per_s=value["bandwidth_bytes_per_s"],
+        efficiency=value["efficiency"],
+        latency_s=value["latency_s"],
+        provenance=provenance,
+        aliases=tuple(file.aliases),
+    )
+
+
+def read_cluster(path: Path | Traversable, device: Callable[[str], Device], link: Callable[[str], Link]) -> Cluster:
+    """Reads a cluster file.
+
+    Args:
+        path: The file.
+        device: Looks a device up by name; raises `UnknownNameError`.
+        link: Looks a link up by name; raises `UnknownNameError`.
+
+    Raises:
+        CatalogError: With file, line, field and fix of each problem.
+    """
+    text = _read(path)
+    file = _validate(path, text, ClusterFile)
+    numbers = _numbers(file.numbers, CLUSTER_NUMBERS)
+    problems: list[Problem] = []
+    if file.structure not in file.sources:
+        problems.append(Problem(("structure",), _no_source(file.structure, file.sources)))
+    nodes: list[Node] = []
+    memory = numbers.get("host.memory.capacity_bytes")
+    for index, table in enumerate(file.nodes):
+        nodes += _nodes(table, index, memory, problems, device=device, link=link)
+    provenance = _provenance(path, text, file.sources, numbers, problems)
+    # Counts in [[nodes]] share one source: they describe one machine, not separate facts.
+    provenance["structure"] = Provenance(ValueKind.SPECIFICATION, file.sources[file.structure])
+    return Cluster(
+        name=file.name,
+        nodes=tuple(nodes),
+        assumptions=tuple(file.assumptions),
+        aliases=tuple(file.aliases),
+        host_power_w=numbers["host_power_w"].value,
+        provenance=provenance,
+    )
+
+
+def _nodes(
+    table: NodeTable,
+    index: int,
+    memory: Number | None,
+    problems: list[Problem],
+    *,
+    device: Callable[[str], Device],
+    link: Callable[[str], Link],
+) -> list[Node]:
+    def find(lookup: Callable[[str], Found], name: str, key: str) -> Found | None:
+        try:
+            return lookup(name)
+        except UnknownNameError as error:
+            problems.append(Problem(("nodes", index, key), str(error)))
+            return None
+
+    devices: list[Device] = []
+    for entry in table.devices:
+        match = _DEVICES.match(entry)
+        if match is None or match.group(1) == "0":
+            problems.append(Problem(("nodes", index, "devices"), f'{entry!r} must name at least one device, such as "4x RTX3090-24GB"'))
+            continue
+        found = find(device, match.group(2), "devices")
+        devices += [found] * int(match.group(1) or 1) if found else []
+    host = find(device, table.host, "host") if table.host else None
+    if host and memory:
+        host = replace(host, memory=replace(host.memory, capacity_bytes=memory.value))
+    host_link = find(link, table.host_link, "host_link")
+    peer_link = find(link, table.peer_link, "peer_link") if table.peer_link else None
+    nic = find(link, table.nic, "nic") if table.nic else None
+    if host_link is None or not devices:
+        return []
+    return [Node(tuple(devices), host, host_link, peer_link, table.peer_group, nic, table.nics)] * table.count
+
+
+def _read(path: Path | Traversable) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CatalogError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CatalogError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+
+
+def _validate(path: Path | Traversable, text: str, schema: type[F]) -> F:
+    try:
+        return schema.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise CatalogError(f"{path}: not valid TOML: {error}") from None
+    except ValidationError as error:
+        problems = [Problem(tuple(e["loc"]), _explain(e, schema)) for e in error.errors(include_url=False)]
+    raise _error(path, text, problems)
+
+
+def _numbers(table: BaseModel, fields: Mapping[str, NumberField]) -> dict[str, Number]:
+    found = {spec.target: getattr(table, key) for key, spec in fields.items()}
+    return {target: number for target, number in found.items() if number is not None}
+
+
+def _profile(raw: Mapping[str, Any]) -> tuple[dict[str, Number], list[Problem]]:
+    values: dict[str, Number] = {}
+    problems: list[Problem] = []
+    for name, entry in raw.items():
+        try:
+            values[name] = parse_number(entry, profile_field(name))
+        except PydanticCustomError as error:
+            problems.append(Problem(("profile", name), error.message()))
+    return values, problems
+
+
+def _provenance(
+    path: Path | Traversable, text: str, sources: Mapping[str, str], numbers: Mapping[str, Number], problems: list[Problem]
+) -> dict[str, Provenance]:
+    """Resolves source keys; raises all problems found so far at once."""
+    keys = {spec.target: key for fields in (DEVICE_NUMBERS, LINK_NUMBERS, CLUSTER_NUMBERS) for key, spec in fields.items()}
+    problems = list(problems)
+    for target, number in numbers.items():
+        if number.source not in sources:
+            where = ("numbers", keys[target]) if target in keys else ("profile", target.removeprefix("profile."))
+            problems.append(Problem(where, _no_source(number.source, sources)))
+    if problems:
+        raise _error(path, text, problems)
+    return {target: Provenance(number.kind, sources[number.source]) for target, number in numbers.items()}
+
+
+def _no_source(key: str, sources: Mapping[str, str]) -> str:
+    near = nearest(key, sources, count=1)
+    return f"source {key!r} is not in [sources]: " + (f"did you mean {near[0]!r}?" if near else f'add {key} = "..." there')
+
+
+def _explain(error: ErrorDetails, schema: type[BaseModel]) -> str:
+    """Says in our own words what pydantic found."""
+    kind, path, context = error["type"], error["loc"], error.get("ctx", {})
+    if kind == "simtrain":
+        return str(error["msg"])
+    if kind == "missing":
+        spec = _known(path, schema).get(str(path[-1]))
+        how = f'add {path[-1]} = ["...", "specification", "source key"] with {DIMENSIONS[spec.dimension]}' if spec else f"add {path[-1]}"
+        return f"missing: {how}"
+    if kind == "extra_forbidden":
+        known = _known(path, schema)
+        near = nearest(str(path[-1]), known, count=1)
+        return "unknown field: " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
+    if kind == "literal_error":
+        return f"{error['input']!r} is not one of {context.get('expected', '')}"
+    if kind in ("greater_than_equal", "too_short", "string_too_short"):
+        return f"{error['input']!r} is too small: at least {context.get('ge', context.get('min_length', 1))}"
+    wanted = {"string_type": "text in quotes", "int_type": "a whole number", "list_type": "a list [...]", "dict_type": "a table"}
+    return f"{error['input']!r} does not fit: expected {wanted.get(kind, 'a table')}"
+
+
+def _known(path: tuple[str | int, ...], schema: type[BaseModel]) -> Mapping[str, NumberField | None]:
+    """Returns the fields allowed beside the one at `path`."""
+    if path[0] == "numbers" and len(path) > 1:
+        return {DeviceFile: DEVICE_NUMBERS, LinkFile: LINK_NUMBERS, ClusterFile: CLUSTER_NUMBERS}[schema]
+    return dict.fromkeys((NodeTable if path[0] == "nodes" and len(path) > 1 else schema).model_fields)
+
+
+def _error(path: Path | Traversable, text: str, problems: Iterable[Problem]) -> CatalogError:
+    lines = text.splitlines()
+    return CatalogError("\n".join(f"{path}, line {_line(lines, p.path)}, {_dotted(p.path)}: {p.text}" for p in problems))
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    return "field " + ".".join(str(part) for part in path)
+
+
+def _line(lines: list[str], path: tuple[str | int, ...]) -> int:
+    """Finds the line of a field: the key itself, else the table it belongs to, else the first line."""
+    start = 0
+    if path and path[0] in ("numbers", "profile", "sources", "nodes"):
+        headers = [i for i, line in enumerate(lines) if re.match(rf"\s*\[+\s*{path[0]}\s*\]+", line)]
+        occurrence = path[1] if len(path) > 1 and isinstance(path[1], int) else 0
+        start = headers[occurrence] if occurrence < len(headers) else 0
+    for key in reversed([part for part in path if isinstance(part, str)]):
+        for i in range(start, len(lines)):
+            if i > start and re.match(r"\s*\[[\[\w]", lines[i]) and start:
+                break
+            if re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", lines[i]):
+                return i + 1
+    return start + 1

@@ -1,0 +1,85 @@
+"""Arguments that several commands share, and how their text is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simtrain.core.errors import InputError
+from simtrain.core.strategy import Strategy
+
+
+class Reader(StrEnum):
+    """Who reads the program of the step, from fast to full."""
+
+    ESTIMATE = "estimate"
+    SCHEDULE = "schedule"
+    SIMULATE = "simulate"
+
+
+class Objective(StrEnum):
+    """What a plan ranks by."""
+
+    THROUGHPUT = "throughput"
+    STEP_TIME = "step_time"
+    MEMORY = "memory"
+    ENERGY = "energy"
+    COST = "cost"
+
+
+WorkloadArgument = Annotated[str, typer.Argument(help="What is trained; 'simtrain workloads' lists them.")]
+ClusterOption = Annotated[
+    str, typer.Option("--cluster", help="What it runs on: a preset, a .toml file, or devices such as '8x a100-sxm-80g + 4x v100-sxm-32g'.")
+]
+RuntimeOption = Annotated[str | None, typer.Option("--runtime", help="The framework's behaviour, such as torch-eager.")]
+SeqLenOption = Annotated[int | None, typer.Option("--seq-len", min=1, help="Sequence length; the workload's own by default.")]
+TimelineOption = Annotated[Path | None, typer.Option("--timeline", help="Write what runs when as a picture (.png, .svg, .pdf).")]
+TraceOption = Annotated[Path | None, typer.Option("--trace", help="Write a trace for Perfetto or chrome://tracing (.json).")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object: the result's own field names, SI units.")]
+
+
+def read_strategy(text: str) -> Strategy:
+    """Reads a strategy from `field=value` pairs or from a `.toml` file.
+
+    Raises:
+        StrategyError: The text cannot be read as a strategy.
+        InputError: The file cannot be read.
+    """
+    if not text.endswith(".toml"):
+        return Strategy.parse(text)
+    try:
+        return Strategy.from_toml(Path(text).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the strategy file {text}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_stragglers(pairs: Sequence[str], ranks: int) -> dict[int, float]:
+    """Reads `["3=1.5"]` as rank 3 taking 1.5 times as long.
+
+    Args:
+        pairs: As typed.
+        ranks: Ranks there are.
+
+    Raises:
+        InputError: Not of that form, a rank that does not exist or is given twice, or a factor that is not above zero.
+    """
+    stragglers: dict[int, float] = {}
+    for pair in pairs:
+        left, _, right = pair.partition("=")
+        try:
+            rank, factor = int(left), float(right)
+        except ValueError:
+            raise InputError(f"--straggler {pair!r}: expected RANK=FACTOR, such as 3=1.5 (rank 3 takes 1.5 times as long)") from None
+        if not 0 <= rank < ranks:
+            raise InputError(f"--straggler {pair!r}: there is no rank {rank}; the strategy uses ranks 0 to {ranks - 1}")
+        if not (math.isfinite(factor) and factor > 0):
+            raise InputError(f"--straggler {pair!r}: the factor must be a number above zero")
+        if rank in stragglers:
+            raise InputError(f"--straggler: rank {rank} is given twice")
+        stragglers[rank] = factor
+    return stragglers

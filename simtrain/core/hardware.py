@@ -1,0 +1,207 @@
+"""What training runs on: devices, links and clusters, every number with its origin.
+
+Rates are SI (bytes/s, FLOP/s, s, W); a link's bandwidth is per direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+from simtrain.core.errors import UnsupportedError
+from simtrain.core.precision import DType
+
+if TYPE_CHECKING:
+    from simtrain.core.kernels import KernelBatch
+    from simtrain.core.polynomial import FloatArray
+
+
+class ValueKind(StrEnum):
+    """How a number came about."""
+
+    SPECIFICATION = "specification"
+    MEASUREMENT = "measurement"
+    ASSUMPTION = "assumption"
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where one number comes from."""
+
+    kind: ValueKind
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTier:
+    """One level of a device's memory.
+
+    Attributes:
+        technology: "HBM2e", "GDDR6X", "DDR4", ...
+        capacity_bytes: Usable size.
+        bandwidth_bytes_per_s: Peak of reads and writes together.
+    """
+
+    technology: str
+    capacity_bytes: float
+    bandwidth_bytes_per_s: float
+
+    @property
+    def is_hbm(self) -> bool:
+        """Whether it is stacked memory (its sustained share of the peak is higher than GDDR's)."""
+        return self.technology.upper().startswith("HBM")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Device:
+    """A processor that holds one rank, or a host.
+
+    Attributes:
+        name: As in the catalog.
+        device_class: "gpu", "cpu", "systolic" or "spatial".
+        vendor: Maker.
+        year: Of introduction (drives the sustained-power term).
+        peak_flops: Dense peak by arithmetic path.
+        memory: Main memory.
+        multiprocessors: Streaming multiprocessors, compute units or cores.
+        lanes_per_multiprocessor: fp32 lanes of each.
+        clock_hz: Boost clock.
+        cache_bytes: Last-level cache.
+        power_w: Board power limit (TDP).
+        idle_power_w: Drawn when doing nothing.
+        price_usd_per_hour: On demand.
+        host_link: Name of the link to its host.
+        peer_link: Name of the link to its peers ("" if traffic goes through the host).
+        compute_model: Name of the compute model that prices its kernels.
+        profile: Constants measured on the machine itself (a calibration), by name; empty for data-sheet devices.
+        provenance: Origin of each number, by field name.
+        aliases: Other names.
+    """
+
+    name: str
+    device_class: str
+    vendor: str
+    year: int
+    peak_flops: Mapping[DType, float]
+    memory: MemoryTier
+    multiprocessors: int
+    lanes_per_multiprocessor: int
+    clock_hz: float
+    cache_bytes: float
+    power_w: float
+    idle_power_w: float
+    price_usd_per_hour: float
+    host_link: str
+    peer_link: str
+    compute_model: str
+    profile: Mapping[str, float] = field(default_factory=dict)
+    provenance: Mapping[str, Provenance] = field(default_factory=dict, repr=False)
+    aliases: tuple[str, ...] = ()
+
+    def peak(self, dtype: DType) -> float:
+        """Dense peak FLOP/s of an arithmetic path.
+
+        Raises:
+            UnsupportedError: The device has no such path; the message lists those it has.
+        """
+        try:
+            return self.peak_flops[dtype]
+        except KeyError:
+            has = ", ".join(self.peak_flops)
+            raise UnsupportedError(f"{self.name} has no {dtype} arithmetic; it has {has}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A kind of connection.
+
+    Attributes:
+        name: As in the catalog.
+        bandwidth_bytes_per_s: Raw rate of one direction.
+        efficiency: Share of the raw rate that large transfers reach.
+        latency_s: Of one message.
+        provenance: Origin of each number.
+        aliases: Other names.
+    """
+
+    name: str
+    bandwidth_bytes_per_s: float
+    efficiency: float
+    latency_s: float
+    provenance: Mapping[str, Provenance] = field(default_factory=dict, repr=False)
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def sustained_bytes_per_s(self) -> float:
+        """What large transfers reach in one direction."""
+        return self.bandwidth_bytes_per_s * self.efficiency
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One machine: devices behind one host.
+
+    Attributes:
+        devices: Devices, one per rank, in rank order; their types may differ.
+        host: The host processor, `None` if unknown (then host work is priced by the runtime's own constants).
+        host_link: Link of each device to the host.
+        peer_link: Switch or mesh link of each device to the others; `None` if traffic goes through host memory.
+        peer_group: How many neighbouring devices share a peer link (2 for bridges; 0 means all of the node).
+        nic: Link of the node to the network, `None` for a lone node.
+        nics: How many of them.
+    """
+
+    devices: tuple[Device, ...]
+    host: Device | None
+    host_link: Link
+    peer_link: Link | None = None
+    peer_group: int = 0
+    nic: Link | None = None
+    nics: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What it runs on: ranks on devices on the fabric. Mixed devices are the ordinary case.
+
+    Attributes:
+        name: As in the catalog, or as typed.
+        nodes: Machines in rank order.
+        assumptions: What had to be assumed, in words a reader sees.
+        aliases: Other names.
+        host_power_w: Power of host, fans and supplies per node.
+        provenance: Origin of the cluster's own numbers.
+    """
+
+    name: str
+    nodes: tuple[Node, ...]
+    assumptions: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    host_power_w: float = 0.0
+    provenance: Mapping[str, Provenance] = field(default_factory=dict, repr=False)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The device of each rank."""
+        return tuple(d for node in self.nodes for d in node.devices)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks the cluster can hold."""
+        return sum(len(node.devices) for node in self.nodes)
+
+
+class ComputeModel(Protocol):
+    """Prices kernels on a device: the protocol behind `Device.compute_model`."""
+
+    name: str
+
+    def kernel_times_s(self, device: Device, kernels: KernelBatch) -> FloatArray:
+        """Returns the device time of each kernel, launch cost on the host not included."""
+        ...
+
+    def sources(self, device: Device) -> tuple[str, ...]:
+        """Returns what the formulas and constants rest on."""
+        ...

@@ -1,0 +1,250 @@
+"""What is trained: operators with exact shapes, grouped into layers, grouped into a workload.
+
+A layer states its forward and its backward pass as ordered lists of operators that read and write named tensors. Everything else
+(FLOPs, bytes moved, what stays saved between the passes, when memory is released) follows from these lists, in one place, for
+closed forms and for captured models alike. Counts are polynomials in batch and sequence length; time never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from simtrain.core.polynomial import ONE, ZERO, Polynomial
+from simtrain.core.precision import DTypeRole
+
+
+class OperatorKind(StrEnum):
+    """The kinds that have a cost formula of their own."""
+
+    GEMM = "gemm"
+    BATCHED_GEMM = "batched_gemm"
+    ATTENTION = "attention"
+    ATTENTION_BACKWARD = "attention_backward"
+    ELEMENTWISE = "elementwise"
+    CAST = "cast"
+    COPY = "copy"
+    NORM = "norm"
+    NORM_BACKWARD = "norm_backward"
+    SOFTMAX = "softmax"
+    SOFTMAX_BACKWARD = "softmax_backward"
+    REDUCTION = "reduction"
+    EMBEDDING = "embedding"
+    EMBEDDING_BACKWARD = "embedding_backward"
+    OPTIMIZER = "optimizer"
+
+
+class Role(StrEnum):
+    """What a dimension stands for; sharding divides dimensions by role."""
+
+    TOKENS = "tokens"
+    BATCH = "batch"
+    SEQUENCE = "sequence"
+    HIDDEN = "hidden"
+    HEADS = "heads"
+    HEAD_DIM = "head_dim"
+    FFN = "ffn"
+    VOCABULARY = "vocabulary"
+    EXPERTS = "experts"
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """One dimension of an operator: its role and its size."""
+
+    role: Role
+    size: Polynomial
+
+
+class TensorKind(StrEnum):
+    """What a tensor is counted as in the memory ledger."""
+
+    ACTIVATION = "activation"
+    LOGITS = "logits"
+    GRADIENT = "gradient"
+    CAST = "cast"
+    INPUT = "input"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor that an operator allocates. Views are not tensors: they go by the name of what they look at.
+
+    Attributes:
+        name: Unique in its layer. `grad:W` is the gradient of parameter W. `y` is the layer's output, `dx` the gradient it hands down.
+        elements: Element count.
+        role: Decides the number format.
+        kind: What the ledger counts it as.
+    """
+
+    name: str
+    elements: Polynomial
+    role: DTypeRole = DTypeRole.LOW
+    kind: TensorKind = TensorKind.ACTIVATION
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One device operation.
+
+    Attributes:
+        name: Unique in its pass.
+        kind: Selects the cost formula.
+        reads: Names of the tensors read; the last reader of a tensor releases it.
+        writes: Tensors allocated and written.
+        updates: Names of tensors overwritten in place.
+        dims: `(batch, m, n, k)` of a matrix product that writes m x n and contracts over k; for attention
+            `(batch*heads, queries, keys, head_dim)`.
+        flops: Floating-point operations of matrix products as conventionally counted (attention in full, causal or not).
+        launches: Kernels launched.
+        causal: Attention that needs only the lower triangle.
+        workspace: Elements (fp32) needed only while the operator runs.
+        touched: Elements read or written beyond whole tensors (such as gathered rows); replaces the size of `partial` reads.
+        partial: Reads that touch only `touched` elements rather than the whole tensor (the table of an embedding).
+        unfused: What replaces this operator when the runtime has no fused kernel for it.
+    """
+
+    name: str
+    kind: OperatorKind
+    reads: tuple[str, ...] = ()
+    writes: tuple[Tensor, ...] = ()
+    updates: tuple[str, ...] = ()
+    dims: tuple[Dim, ...] = ()
+    flops: Polynomial = ZERO
+    launches: int = 1
+    causal: bool = False
+    workspace: Polynomial = ZERO
+    touched: Polynomial = ZERO
+    partial: tuple[str, ...] = ()
+    unfused: tuple[Operator, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A trainable tensor.
+
+    Attributes:
+        name: Unique in its layer.
+        shape: As stored by the real module.
+        tied_to: `layer.parameter` of the parameter whose storage this one shares (it adds no memory, and its gradient adds up there).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    tied_to: str | None = None
+
+    @property
+    def elements(self) -> int:
+        """Element count."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The unit of checkpointing, sharding and pipeline cuts.
+
+    Attributes:
+        name: Unique in the workload.
+        forward: Operators in program order; reads `x`, writes `y`.
+        backward: Operators in program order; reads `dy`, writes `dx` and `grad:<parameter>`.
+        parameters: In registration order (gradient buckets follow it in reverse).
+        cut: Elements that cross to the next layer.
+        cut_role: Number format of the crossing tensor.
+        repeats: How many such layers follow each other.
+        safe_to_recompute: Whether the forward pass may run twice (no batch statistics, replayable randomness).
+    """
+
+    name: str
+    forward: tuple[Operator, ...]
+    backward: tuple[Operator, ...]
+    parameters: tuple[Parameter, ...]
+    cut: Polynomial = ZERO
+    cut_role: DTypeRole = DTypeRole.HIGH
+    repeats: int = 1
+    safe_to_recompute: bool = True
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of one such layer, tied ones not counted."""
+        return sum(p.elements for p in self.parameters if p.tied_to is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is trained.
+
+    Attributes:
+        name: As in the catalog.
+        layers: In forward order; a `Layer` with repeats stands for equal layers in a row.
+        sequence: Sequence length (tokens per sample; 1 for models without one).
+        sample_unit: What one sample is called ("sequence", "image").
+        input_bytes: Bytes of one batch of inputs and targets.
+        description: One line.
+        source: Where the architecture's numbers come from.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    sequence: int
+    sample_unit: str = "sequence"
+    input_bytes: Polynomial = ZERO
+    description: str = ""
+    source: str = ""
+
+    def __iter__(self) -> Iterator[Layer]:
+        """Iterates over the layers, each repeat on its own."""
+        for layer in self.layers:
+            for _ in range(layer.repeats):
+                yield layer
+
+    @property
+    def depth(self) -> int:
+        """Number of layers, repeats counted."""
+        return sum(layer.repeats for layer in self.layers)
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters, tied ones counted once."""
+        return sum(layer.parameter_count * layer.repeats for layer in self.layers)
+
+    def model_flops(self, batch: int, *, causal_as_done: bool = False) -> float:
+        """FLOPs of forward and backward of one micro-batch, recomputation not counted.
+
+        Args:
+            batch: Samples.
+            causal_as_done: Count causal attention as the lower triangle that fused kernels compute. The default counts the full
+                square, which is the convention of most published MFU figures (Chowdhery et al. 2022, PaLM, appendix B).
+        """
+        total = 0.0
+        for layer in self.layers:
+            for op in layer.forward + layer.backward:
+                flops = op.flops(batch, self.sequence)
+                if op.kind is OperatorKind.ATTENTION_BACKWARD:
+                    flops *= 4 / 5  # the fused kernel computes the scores anew: five products, of which one is recomputation
+                halved = causal_as_done and op.causal
+                total += layer.repeats * (flops * (self.sequence + 1) / (2 * self.sequence) if halved else flops)
+        return total
+
+
+def gemm_flops(batch: Polynomial, m: Polynomial, n: Polynomial, k: Polynomial) -> Polynomial:
+    """FLOPs of a (batched) matrix product: `2 * batch * m * n * k`."""
+    return 2 * (batch * m * n * k)
+
+
+__all__ = [
+    "ONE",
+    "Dim",
+    "Layer",
+    "Operator",
+    "OperatorKind",
+    "Parameter",
+    "Role",
+    "Tensor",
+    "TensorKind",
+    "Workload",
+    "gemm_flops",
+]

@@ -1,0 +1,66 @@
+"""The fabric as shared resources: which directed links a message between two ranks loads.
+
+A resource is one direction of one device's link, a node's network ports, or a node's host memory. Traffic between devices without a
+peer link is staged in host memory: it is written there and read again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+
+from simtrain.core.errors import InputError
+from simtrain.core.hardware import Cluster, Node
+from simtrain.core.program import Resource
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """Routes between the ranks of a cluster.
+
+    Attributes:
+        cluster: Whose ranks.
+    """
+
+    cluster: Cluster
+
+    @cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Node and position in the node of each rank."""
+        return tuple((n, i) for n, node in enumerate(self.cluster.nodes) for i in range(len(node.devices)))
+
+    def hop(self, source: int, target: int) -> tuple[dict[Resource, float], float]:
+        """Returns the resources that one byte from a rank to another loads (bytes each), and the latency of a message.
+
+        Raises:
+            InputError: The ranks' nodes are not connected.
+        """
+        (a, i), (b, j) = self.places[source], self.places[target]
+        node, other = self.cluster.nodes[a], self.cluster.nodes[b]
+        if a == b and _are_peers(node, i, j):
+            peer = node.peer_link
+            if peer is None:
+                raise InputError(f"node {a} has no peer link")
+            return {
+                Resource(f"rank {source} peer out", peer.sustained_bytes_per_s): 1.0,
+                Resource(f"rank {target} peer in", peer.sustained_bytes_per_s): 1.0,
+            }, peer.latency_s
+        loads: dict[Resource, float] = defaultdict(float)
+        loads[Resource(f"rank {source} host link out", node.host_link.sustained_bytes_per_s)] += 1.0
+        loads[Resource(f"rank {target} host link in", other.host_link.sustained_bytes_per_s)] += 1.0
+        if a == b:
+            if node.host is not None:
+                loads[Resource(f"node {a} host memory", node.host.memory.bandwidth_bytes_per_s)] += 2.0
+            return dict(loads), node.host_link.latency_s
+        if node.nic is None or other.nic is None:
+            raise InputError(f"nodes {a} and {b} of cluster {self.cluster.name!r} have no network link: give the nodes a `nic`")
+        loads[Resource(f"node {a} network out", node.nic.sustained_bytes_per_s * node.nics)] += 1.0
+        loads[Resource(f"node {b} network in", other.nic.sustained_bytes_per_s * other.nics)] += 1.0
+        return dict(loads), max(node.nic.latency_s, other.nic.latency_s)
+
+
+def _are_peers(node: Node, i: int, j: int) -> bool:
+    if node.peer_link is None:
+        return False
+    return node.peer_group == 0 or i // node.peer_group == j // node.peer_group

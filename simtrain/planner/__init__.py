@@ -1,0 +1,1 @@
+"""Search over strategies, and the reasons behind the winner."""

@@ -1,0 +1,69 @@
+"""Reports: tables, data frames, plots that return Axes, and traces. Each is imported on first use; matplotlib only by plots."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simtrain.report.catalog_tables import (
+        cluster_details,
+        clusters_table,
+        device_details,
+        devices_table,
+        workload_details,
+        workloads_table,
+    )
+    from simtrain.report.frame import to_frame, to_rows
+    from simtrain.report.plots import plot_breakdown, plot_memory
+    from simtrain.report.tables import plan_table, result_table
+    from simtrain.report.text import render
+    from simtrain.report.timeline import plot_timeline
+    from simtrain.report.trace import save_trace, trace_events
+
+_HOME = {
+    "cluster_details": "catalog_tables",
+    "clusters_table": "catalog_tables",
+    "device_details": "catalog_tables",
+    "devices_table": "catalog_tables",
+    "plan_table": "tables",
+    "plot_breakdown": "plots",
+    "plot_memory": "plots",
+    "plot_timeline": "timeline",
+    "render": "text",
+    "result_table": "tables",
+    "save_trace": "trace",
+    "to_frame": "frame",
+    "to_rows": "frame",
+    "trace_events": "trace",
+    "workload_details": "catalog_tables",
+    "workloads_table": "catalog_tables",
+}
+__all__ = [
+    "cluster_details",
+    "clusters_table",
+    "device_details",
+    "devices_table",
+    "plan_table",
+    "plot_breakdown",
+    "plot_memory",
+    "plot_timeline",
+    "render",
+    "result_table",
+    "save_trace",
+    "to_frame",
+    "to_rows",
+    "trace_events",
+    "workload_details",
+    "workloads_table",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'simtrain.report' has no attribute {name!r}")
+    return getattr(import_module(f"simtrain.report.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

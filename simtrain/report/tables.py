@@ -1,0 +1,160 @@
+"""Tables of one prediction and of a plan, as rich renderables (they print themselves in terminals and notebooks)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from simtrain.core.errors import StrategyError
+from simtrain.core.result import MemoryKind, Result
+from simtrain.core.strategy import Strategy
+from simtrain.core.units import format_bytes, format_flops, format_time
+from simtrain.report.text import bullets, facts, memory_verdict, plain_table, share
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from simtrain.planner.search import Failure, Plan
+
+_ROUND_OFF = 1e-9  # of the step: what is smaller comes from adding and subtracting times
+
+
+def result_table(result: Result) -> RenderableType:
+    """Returns a prediction in full: speed, what the step spends its time on, memory by kind, energy, cost, assumptions and sources."""
+    from rich.columns import Columns
+    from rich.console import Group
+
+    memory = _memory_table(result)
+    side_by_side = Columns([Group(_breakdown_table(result), _busy_table(result)), memory], padding=(0, 6))
+    notes = [bullets("Assumed or left out", result.assumptions), bullets("Rests on", result.sources)]
+    return Group(_headline(result), "", side_by_side, *[n for n in notes if n])
+
+
+def _headline(result: Result) -> Table:
+    achieved = result.model_flops / result.step_time_s / result.devices if result.step_time_s and result.devices else 0.0
+    return facts(
+        [
+            ("workload", result.workload),
+            ("cluster", f"{result.cluster} ({result.devices} devices used)"),
+            ("strategy", f"{result.strategy} (global batch {result.global_batch})"),
+            ("runtime", f"{result.runtime}, read by {result.reader}"),
+            ("step time", f"{format_time(result.step_time_s)}, bound by {result.bound_by}"),
+            ("throughput", f"{_number(result.samples_per_s)} samples/s, {_number(result.tokens_per_s)} tokens/s"),
+            (
+                "MFU",
+                f"{result.mfu:.1%} (attention in full, as most papers count), "
+                f"{result.mfu_causal:.1%} (causal attention as computed); {format_flops(achieved)} per device",
+            ),
+            ("memory", f"{memory_verdict(result.memory.over_bytes)}; peak on {result.memory.rank_class} at {result.memory.peak_moment}"),
+            ("energy", f"{_number(result.energy_j)} J per step, {_number(result.power_w)} W on average"),
+            ("cost", f"{_number(result.cost_usd)} USD per step" if result.cost_usd else "no price known"),
+        ]
+    )
+
+
+def _breakdown_table(result: Result) -> Table:
+    table = plain_table("Step time on the slowest rank", "part", "time", "share", numeric=("time", "share"))
+    for part, time_s in result.breakdown_s.items():
+        shown_s = time_s if abs(time_s) > _ROUND_OFF * result.step_time_s else 0.0
+        table.add_row(part, format_time(shown_s), share(shown_s, result.step_time_s))
+    table.add_section()
+    table.add_row("sum = step", format_time(sum(result.breakdown_s.values())), share(sum(result.breakdown_s.values()), result.step_time_s))
+    return table
+
+
+def _busy_table(result: Result) -> Table:
+    table = plain_table("Busy, overlapped or not", "stream", "time", "share", numeric=("time", "share"))
+    for stream, time_s in result.busy_s.items():
+        table.add_row(stream, format_time(time_s), share(time_s, result.step_time_s))
+    return table
+
+
+def _memory_table(result: Result) -> Table:
+    memory = result.memory
+    table = plain_table("Memory at its peak", "kind", "size", "share", numeric=("size", "share"))
+    order = {kind.value: i for i, kind in enumerate(MemoryKind)}
+    for kind, size_bytes in sorted(memory.by_kind_bytes.items(), key=lambda item: order.get(item[0], len(order))):
+        if size_bytes > 0:
+            table.add_row(kind, format_bytes(size_bytes), share(size_bytes, memory.allocated_bytes))
+    table.add_section()
+    table.add_row("allocated by tensors", format_bytes(memory.allocated_bytes), share(memory.allocated_bytes, memory.allocated_bytes))
+    table.add_row("reserved by allocator", format_bytes(memory.reserved_bytes), "")
+    table.add_row("on the device", format_bytes(memory.device_bytes), "")
+    table.add_row("device capacity", format_bytes(memory.capacity_bytes), "")
+    return table
+
+
+def plan_table(plan: Plan, top: int = 10) -> RenderableType:
+    """Returns the best strategies of a plan, and why the others failed, in groups.
+
+    Args:
+        plan: What `simtrain.plan` returned.
+        top: How many strategies to list.
+    """
+    from rich.console import Group
+
+    head = facts(
+        [
+            ("workload", plan.workload),
+            ("cluster", plan.cluster),
+            ("global batch", str(plan.global_batch)),
+            ("objective", plan.objective),
+            ("considered", f"{plan.considered} strategies: {len(plan.ranked)} fit, {len(plan.failed)} do not"),
+        ]
+    )
+    parts: list[RenderableType] = [head, ""]
+    if plan.ranked:
+        parts.append(_ranking(plan, top))
+    else:
+        parts.append("Nothing fits.")
+    if plan.failed:
+        parts.append(_failures(plan.failed))
+    return Group(*parts)
+
+
+def _ranking(plan: Plan, top: int) -> Table:
+    numeric = ("", "step time", "samples/s", "MFU", "J/step", "USD/step")
+    shown = plan.ranked[:top]
+    title = f"Best {len(shown)} by {plan.objective}" + (f" (of {len(plan.ranked)})" if len(plan.ranked) > len(shown) else "")
+    table = plain_table(title, "", "strategy", "step time", "samples/s", "MFU", "memory", "J/step", "USD/step", "bound by", numeric=numeric)
+    for i, r in enumerate(shown, start=1):
+        memory = f"{format_bytes(r.memory.device_bytes)} of {format_bytes(r.memory.capacity_bytes)}"
+        numbers = (format_time(r.step_time_s), _number(r.samples_per_s), f"{r.mfu:.1%}")
+        # The comma breaks a line only where a space follows; long strategies then wrap between choices.
+        table.add_row(str(i), r.strategy.replace(",", ", "), *numbers, memory, _number(r.energy_j), _money(r.cost_usd), r.bound_by)
+    return table
+
+
+def _failures(failed: tuple[Failure, ...]) -> Table:
+    """Groups what does not fit by the kind of memory that takes most, and what is refused by its reason."""
+    groups: dict[str, list[Failure]] = defaultdict(list)
+    for failure in failed:
+        groups[f"out of memory, mostly {failure.term}" if failure.over_bytes > 0 else failure.reason].append(failure)
+    table = plain_table("Why the others fail", "", "why", "over by", "closest to fitting", "would fit with", numeric=("", "over by"))
+    for why, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+        closest, furthest = (choose(group, key=lambda f: f.over_bytes) for choose in (min, max))
+        over = " to ".join(dict.fromkeys(format_bytes(f.over_bytes) for f in (closest, furthest) if f.over_bytes > 0))
+        table.add_row(str(len(group)), why, over or "-", closest.strategy.replace(",", ", "), _change(closest))
+    return table
+
+
+def _change(failure: Failure) -> str:
+    """Names the choices of the smallest change, where they differ from what failed."""
+    if not failure.smallest_change:
+        return "-"
+    try:
+        before, after = Strategy.parse(failure.strategy), Strategy.parse(failure.smallest_change)
+        names = [name for name in Strategy.__dataclass_fields__ if getattr(after, name) != getattr(before, name)]
+        change = ", ".join(f"{name}={getattr(after, name)}" for name in names)
+    except StrategyError:  # replicas stated in full have no text to read back
+        change = failure.smallest_change
+    return f"{change} ({_number(failure.smallest_change_samples_per_s)} samples/s)"
+
+
+def _money(cost_usd: float) -> str:
+    return _number(cost_usd) if cost_usd else "-"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,1 @@
+"""One training step in its steady state: from a strategy to a program, and the three readers of it."""

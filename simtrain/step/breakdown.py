@@ -1,0 +1,96 @@
+"""Where the time of a step goes: the gaps of a rank's compute stream, each attributed to what it waits for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.program import Program, TermKind
+
+BUSY_PARTS = {
+    TermKind.FORWARD: "compute",
+    TermKind.BACKWARD: "compute",
+    TermKind.RECOMPUTE: "recompute",
+    TermKind.GRADIENT_COPY: "communication",
+    TermKind.OPTIMIZER: "optimizer",
+}
+PARTS = ("compute", "recompute", "optimizer", "communication", "host", "wait")
+"""Parts of a breakdown: busy with the model's own work, recomputing, updating, copying and waiting for gradients, waiting for the host
+to issue, waiting for slower ranks."""
+
+
+def breakdown(program: Program, start_s: FloatArray, end_s: FloatArray, period_s: float, rank_class: int) -> dict[str, float]:
+    """Splits the period of a rank class by exposure; the parts sum to the period.
+
+    Args:
+        program: What was executed.
+        start_s: Start of each term in one steady step.
+        end_s: End of each term.
+        period_s: The step time.
+        rank_class: Whose compute stream.
+    """
+    parts = dict.fromkeys(PARTS, 0.0)
+    stream = next(i for i, s in enumerate(program.streams) if s.rank_class == rank_class and s.name == "compute")
+    terms = np.flatnonzero(program.stream == stream)
+    collectives = np.flatnonzero(program.kind == TermKind.COLLECTIVE)
+    # one period: from the end of the last term of the step before to the end of the last term of this one
+    previous_end = float(end_s[terms[-1]]) - period_s
+    for term in terms:
+        parts[BUSY_PARTS[TermKind(int(program.kind[term]))]] += float(end_s[term] - start_s[term])
+        gap = float(start_s[term]) - previous_end
+        if gap > 0:
+            _attribute(parts, program, int(term), previous_end, gap, start_s, end_s, period_s, collectives)
+        previous_end = float(end_s[term])
+    return parts
+
+
+def _attribute(
+    parts: dict[str, float],
+    program: Program,
+    term: int,
+    gap_start: float,
+    gap: float,
+    start_s: FloatArray,
+    end_s: FloatArray,
+    period_s: float,
+    collectives: np.ndarray,
+) -> None:
+    binding = _binding(program, term, end_s, period_s)
+    if binding is None or program.kind[binding] == TermKind.HOST:
+        parts["host"] += gap
+        return
+    # the collective that ends the gap may itself have waited for slower ranks: only its transfers count as communication
+    moving = 0.0
+    for shift in (0.0, -period_s):
+        low = np.maximum(start_s[collectives] + shift, gap_start)
+        high = np.minimum(end_s[collectives] + shift, gap_start + gap)
+        moving += float(np.maximum(high - low, 0.0).sum())
+    moving = min(moving, gap)
+    parts["communication"] += moving
+    parts["wait"] += gap - moving
+
+
+def _binding(program: Program, term: int, end_s: FloatArray, period_s: float) -> int | None:
+    """The predecessor (in this step or carried from the last) that the term waited for."""
+    best, at = None, -np.inf
+    for j in range(int(program.predecessor_pointer[term]), int(program.predecessor_pointer[term + 1])):
+        time = float(end_s[program.predecessor[j]] + program.predecessor_lag_s[j])
+        if time > at:
+            best, at = int(program.predecessor[j]), time
+    for source, lag in zip(
+        program.carry_source[program.carry_target == term], program.carry_lag_s[program.carry_target == term], strict=True
+    ):
+        time = float(end_s[source] + lag) - period_s
+        if time > at:
+            best, at = int(source), time
+    return best
+
+
+def busy_s(program: Program, start_s: FloatArray, end_s: FloatArray, rank_class: int) -> dict[str, float]:
+    """Seconds in a step that each stream of a rank class is busy (the shared communication stream included)."""
+    result = {}
+    for i, stream in enumerate(program.streams):
+        if stream.rank_class in (rank_class, -1):
+            chosen = program.stream == i
+            result[stream.name] = float((end_s[chosen] - start_s[chosen]).sum())
+    return result

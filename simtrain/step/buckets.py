@@ -1,0 +1,51 @@
+"""Gradient buckets of data parallelism: which gradients are reduced together, and after which layer's backward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simtrain.core.precision import Precision
+from simtrain.core.runtime import Runtime
+from simtrain.core.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Gradients that are reduced together.
+
+    Attributes:
+        size_bytes: Of all its gradients.
+        elements: Number of gradients' elements.
+        ready_after_layer: Position of the layer (repeats counted) whose backward pass completes it.
+    """
+
+    size_bytes: int
+    elements: int
+    ready_after_layer: int
+
+
+def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime) -> tuple[Bucket, ...]:
+    """Fills buckets in the order in which gradients become ready, as DistributedDataParallel does after its first step.
+
+    A bucket is closed once it has reached its limit; the first one is small, so that communication starts early. A tied weight is
+    complete only when the layer that owns it has run.
+
+    Source: PyTorch, `torch/csrc/distributed/c10d/reducer.cpp` (`compute_bucket_assignment_by_size`, `rebuildBuckets`).
+    """
+    size = precision.parameter.size_bytes
+    buckets: list[Bucket] = []
+    elements, limit, last = 0, runtime.first_bucket_bytes, -1
+    position = workload.depth
+    for layer in reversed(workload.layers):
+        for _ in range(layer.repeats):
+            position -= 1
+            for parameter in reversed(layer.parameters):
+                if parameter.tied_to is not None:
+                    continue
+                elements, last = elements + parameter.elements, position
+                if elements * size >= limit:
+                    buckets.append(Bucket(elements * size, elements, last))
+                    elements, limit = 0, runtime.bucket_bytes
+    if elements:
+        buckets.append(Bucket(elements * size, elements, last))
+    return tuple(buckets)

@@ -1,0 +1,149 @@
+"""From operators to kernels: concrete sizes as arrays, for one layer pass, for gradient accumulation, buckets and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from simtrain.core.kernels import KernelBatch
+from simtrain.core.precision import DType, Precision
+from simtrain.core.runtime import Runtime
+from simtrain.core.strategy import OPTIMIZERS
+from simtrain.core.workload import Layer, Operator, OperatorKind
+from simtrain.step.specialize import ConcreteLayer, specialize
+
+ADAM_BYTES = {"foreach": 80, "single": 80, "fused": 28}
+"""Bytes that AdamW moves per fp32 parameter.
+
+Multi-tensor and single-tensor forms run one elementwise pass per line of the update: weight decay (8), first moment (12), second moment
+(8 + 12), square root (8), bias correction (8), epsilon (8), update (16): 80. The fused form reads parameter, gradient and two moments
+and writes three of them: 28. Source: `torch/optim/adamw.py` of PyTorch 2.13, counted operator by operator.
+"""
+ADAM_PASSES = 8
+SGD_BYTES = {0: 12, 1: 32}
+"""Bytes per fp32 parameter of SGD without and with momentum (`torch/optim/sgd.py`)."""
+
+
+def operator_kernels(operators: Sequence[Operator], concrete: ConcreteLayer, batch: int, sequence: int) -> KernelBatch:
+    """Evaluates operators at a batch and a sequence length.
+
+    Bytes moved count every tensor read once and every tensor written once; in-place updates count twice.
+    """
+    rows = [_row(op, concrete, batch, sequence) for op in operators]
+    columns = np.array([r for r, _ in rows], dtype=np.float64).reshape(len(rows), 7)
+    return KernelBatch(
+        names=tuple(op.name for op in operators),
+        kinds=tuple(op.kind for op in operators),
+        batch=columns[:, 0],
+        m=columns[:, 1],
+        n=columns[:, 2],
+        k=columns[:, 3],
+        flops=columns[:, 4],
+        bytes_moved=columns[:, 5],
+        element_bytes=columns[:, 6],
+        launches=np.array([n for _, n in rows], dtype=np.int64),
+        causal=np.array([op.causal for op in operators], dtype=bool),
+        arithmetic=concrete.precision.arithmetic,
+    )
+
+
+def _row(op: Operator, concrete: ConcreteLayer, batch: int, sequence: int) -> tuple[tuple[float, ...], int]:
+    sizes = [d.size(batch, sequence) for d in op.dims]
+    dims = [1.0, 1.0, 1.0, 1.0]
+    dims[4 - len(sizes) :] = sizes
+    moved = sum(_bytes(name, concrete, batch, sequence) for name in op.reads if name not in op.partial)
+    moved += sum(w.elements(batch, sequence) * concrete.precision.dtype(w.role).size_bytes for w in op.writes)
+    moved += 2 * sum(_bytes(name, concrete, batch, sequence) for name in op.updates)
+    operand = op.writes[0].name if op.writes else op.reads[0]
+    size = concrete.dtype(op.reads[0] if op.reads and op.flops.terms else operand).size_bytes
+    moved += op.touched(batch, sequence) * size
+    return (*dims, op.flops(batch, sequence), moved, size), op.launches
+
+
+def _bytes(name: str, concrete: ConcreteLayer, batch: int, sequence: int) -> float:
+    size = concrete.dtype(name).size_bytes
+    if name in concrete.tensors:
+        return concrete.tensors[name].elements(batch, sequence) * size
+    if name in ("x", "dx"):
+        return concrete.before.cut(batch, sequence) * size
+    if name in ("y", "dy"):
+        return concrete.layer.cut(batch, sequence) * size
+    if name.startswith("input:"):
+        return batch * sequence * size
+    return sum(p.elements for p in concrete.layer.parameters if p.name == name) * size
+
+
+def layer_kernels(layer: Layer, batch: int, sequence: int, precision: Precision, runtime: Runtime) -> tuple[KernelBatch, KernelBatch]:
+    """Returns the kernels of a layer's forward and backward pass.
+
+    Args:
+        layer: As stated by its family.
+        batch: Samples.
+        sequence: Sequence length.
+        precision: Number formats.
+        runtime: Decides between fused and unfused operators.
+    """
+    concrete = specialize(layer, precision, runtime.fused_attention)
+    return operator_kernels(concrete.forward, concrete, batch, sequence), operator_kernels(concrete.backward, concrete, batch, sequence)
+
+
+def elementwise_kernels(name: str, kind: OperatorKind, bytes_moved: Sequence[float], launches: Sequence[int], dtype: DType) -> KernelBatch:
+    """Builds memory-bound kernels from the bytes that each moves."""
+    count = len(bytes_moved)
+    one, zero = np.ones(count), np.zeros(count)
+    return KernelBatch(
+        names=(name,) * count,
+        kinds=(kind,) * count,
+        batch=one,
+        m=one,
+        n=one,
+        k=one,
+        flops=zero,
+        bytes_moved=np.array(bytes_moved, dtype=np.float64),
+        element_bytes=np.full(count, dtype.size_bytes, dtype=np.float64),
+        launches=np.array(launches, dtype=np.int64),
+        causal=np.zeros(count, dtype=bool),
+        arithmetic=dtype,
+    )
+
+
+def accumulation_kernels(layer: Layer, precision: Precision) -> KernelBatch:
+    """Kernels that add a micro-batch's gradients to those of the ones before: one per parameter, two reads and a write."""
+    size = precision.parameter.size_bytes
+    moved = [3.0 * size * p.elements for p in layer.parameters if p.tied_to is None]
+    return elementwise_kernels("accumulate", OperatorKind.ELEMENTWISE, moved, [1] * len(moved), precision.parameter)
+
+
+def bucket_copy_kernels(elements: Sequence[int], precision: Precision) -> KernelBatch:
+    """Kernels that copy gradients into or out of reduction buckets: a read and a write each."""
+    size = precision.parameter.size_bytes
+    return elementwise_kernels(
+        "bucket copy", OperatorKind.COPY, [2.0 * size * n for n in elements], [1] * len(elements), precision.parameter
+    )
+
+
+def optimizer_kernels(parameters: Sequence[int], optimizer: str, precision: Precision, runtime: Runtime, shards: int = 1) -> KernelBatch:
+    """Kernels of one optimizer update.
+
+    Args:
+        parameters: Element count of each parameter tensor.
+        optimizer: A name of `OPTIMIZERS`.
+        precision: State formats; with loss scaling, gradients are unscaled and checked first (a read and a write). An fp32 master copy
+            trades two bytes of gradient read for two bytes of weight written, so the fp32 counts hold for it too.
+        runtime: Multi-tensor, fused or tensor-by-tensor form.
+        shards: Ranks that share the update (ZeRO stage 1).
+    """
+    scale = precision.state.size_bytes / 4 / shards
+    adam = OPTIMIZERS[optimizer] == 2
+    per_parameter = ADAM_BYTES[runtime.optimizer_style] if adam else SGD_BYTES[OPTIMIZERS[optimizer]]
+    passes = (1 if runtime.optimizer_style == "fused" else ADAM_PASSES) if adam else 1 + OPTIMIZERS[optimizer]
+    moved = [per_parameter * n * scale for n in parameters]
+    launches = [passes] * len(parameters)
+    if runtime.optimizer_style != "single":
+        # multi-tensor kernels take some tens of tensors per launch: one launch per pass and 32 tensors
+        groups = -(-len(parameters) // 32)
+        moved, launches = [sum(moved)], [passes * groups]
+    if precision.loss_scaling:
+        moved, launches = [*moved, 2.0 * precision.parameter.size_bytes * sum(parameters) / shards], [*launches, 2]
+    return elementwise_kernels(optimizer, OperatorKind.OPTIMIZER, moved, launches, precision.parameter)

@@ -1,0 +1,218 @@
+"""Memory of one pass of one layer: what each operator allocates and what its last reader releases.
+
+Occupancy is counted relative to the start of the pass, in a matrix of moments by `MemoryKind`. A moment is an operator while it runs:
+its inputs, its outputs and its workspace are all alive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.precision import DTypeRole
+from simtrain.core.result import MemoryKind
+from simtrain.core.workload import Layer, Operator, OperatorKind, Tensor, TensorKind
+from simtrain.step.specialize import ConcreteLayer, recomputed_operators
+
+KINDS = tuple(MemoryKind)
+COLUMN = {kind: i for i, kind in enumerate(KINDS)}
+BLOCK_BYTES = 512
+"""Granularity of the CUDA caching allocator below 1 MiB (PyTorch, `c10/cuda/CUDACachingAllocator.cpp`, kMinBlockSize)."""
+
+
+class Mode(Enum):
+    """How a layer is passed through."""
+
+    FORWARD = "forward"
+    FORWARD_DROPPING = "forward, dropping"
+    RECOMPUTE = "recompute"
+    BACKWARD = "backward"
+    BACKWARD_ACCUMULATING = "backward, accumulating"
+
+
+@dataclass(frozen=True, slots=True)
+class PassContext:
+    """What decides about tensors that outlive a pass.
+
+    Attributes:
+        input_kind: What the layer's input is counted as, if this pass is the last to need it; `None` if somebody keeps it.
+        output_kind: What the layer's output is counted as.
+        recomputed: Whether what backward reads was recomputed.
+        last_of_segment: Whether the layer ends a recomputed segment.
+        last_layer: Whether nothing follows the layer, so that its output is its own to release.
+    """
+
+    input_kind: MemoryKind | None = None
+    output_kind: MemoryKind = MemoryKind.ACTIVATION
+    recomputed: bool = False
+    last_of_segment: bool = False
+    last_layer: bool = False
+
+
+@dataclass(slots=True)
+class Occupancy:
+    """Occupancy of one pass.
+
+    Attributes:
+        names: Operator of each moment.
+        moments: Bytes by kind at each moment, relative to the start of the pass.
+        net: Bytes by kind that the pass leaves behind (may be negative).
+    """
+
+    names: list[str] = field(default_factory=list)
+    moments: FloatArray = field(default_factory=lambda: np.zeros((0, len(KINDS))))
+    net: FloatArray = field(default_factory=lambda: np.zeros(len(KINDS)))
+
+
+class Sizer:
+    """Turns tensors into bytes by kind under an allocator.
+
+    Args:
+        concrete: The layer.
+        batch: Samples.
+        sequence: Sequence length.
+        caching: Whether blocks are rounded as the caching allocator does.
+    """
+
+    def __init__(self, concrete: ConcreteLayer, batch: int, sequence: int, caching: bool) -> None:
+        self.concrete, self.batch, self.sequence, self.caching = concrete, batch, sequence, caching
+
+    def row(self, kind: MemoryKind, size_bytes: float) -> FloatArray:
+        """Returns a row with one tensor in its column, and what rounding adds in its own."""
+        row = np.zeros(len(KINDS))
+        row[COLUMN[kind]] = size_bytes
+        if self.caching:
+            row[COLUMN[MemoryKind.ROUNDING]] += -size_bytes % BLOCK_BYTES
+        return row
+
+    def tensor(self, tensor: Tensor, kind: MemoryKind) -> FloatArray:
+        """Returns the row of a tensor."""
+        size = self.concrete.precision.dtype(tensor.role).size_bytes
+        return self.row(kind, tensor.elements(self.batch, self.sequence) * size)
+
+    def workspace(self, op: Operator) -> FloatArray:
+        """Returns the row of what an operator needs only while it runs (stated for GPU kernels; CPU kernels take none)."""
+        return self.row(MemoryKind.WORKSPACE, 4 * op.workspace(self.batch, self.sequence) if self.caching else 0.0)
+
+    def crossing(self, layer: Layer, kind: MemoryKind) -> FloatArray:
+        """Returns the row of what a layer hands to the next one."""
+        size = self.concrete.precision.dtype(layer.cut_role).size_bytes
+        return self.row(kind, layer.cut(self.batch, self.sequence) * size)
+
+
+def occupancy(concrete: ConcreteLayer, mode: Mode, context: PassContext, sizer: Sizer) -> Occupancy:
+    """Replays one pass of a layer.
+
+    A tensor is released by its last reader. The layer's input goes at the end of a forward pass (the caller still holds it until
+    then), and at its last reader in a backward pass.
+
+    Args:
+        concrete: The layer.
+        mode: Which pass.
+        context: What outlives the pass.
+        sizer: Bytes of tensors.
+    """
+    backward = mode in (Mode.BACKWARD, Mode.BACKWARD_ACCUMULATING)
+    operators = concrete.backward if backward else concrete.forward
+    if mode is Mode.RECOMPUTE:
+        operators = recomputed_operators(concrete, last_of_segment=context.last_of_segment)
+    replay = _Replay(concrete, mode, context, sizer)
+    last = {name: i for i, op in enumerate(operators) for name in _touched(op)}
+    out = Occupancy()
+    rows: list[FloatArray] = []
+    base = np.zeros(len(KINDS))
+    for i, op in enumerate(operators):
+        for tensor in op.writes:
+            base = base + replay.allocate(tensor)
+        rows.append(base + sizer.workspace(op))
+        out.names.append(op.name)
+        for name in _touched(op):
+            if last[name] == i and replay.may_release(name):
+                base = base - replay.release(name)
+    if mode is Mode.RECOMPUTE:
+        base = base - replay.unsaved_casts()
+    if not backward and context.input_kind is not None:
+        base = base - sizer.crossing(concrete.before, context.input_kind)
+    out.moments = np.array(rows).reshape(len(rows), len(KINDS))
+    out.net = base
+    return out
+
+
+def _touched(op: Operator) -> list[str]:
+    return list(dict.fromkeys((*op.reads, *op.updates, *(w.name for w in op.writes))))
+
+
+class _Replay:
+    """Which tensors a pass may release, and as what they were counted when they were allocated."""
+
+    def __init__(self, concrete: ConcreteLayer, mode: Mode, context: PassContext, sizer: Sizer) -> None:
+        self.concrete, self.mode, self.context, self.sizer = concrete, mode, context, sizer
+        self.backward = mode in (Mode.BACKWARD, Mode.BACKWARD_ACCUMULATING)
+        self.keeps: frozenset[str] = frozenset() if self.backward or mode is Mode.FORWARD_DROPPING else concrete.saved
+        self.from_forward = {w.name: w for op in concrete.forward for w in op.writes}
+        self.rows: dict[str, FloatArray] = {}
+
+    def allocate(self, tensor: Tensor) -> FloatArray:
+        if tensor.name == "y":
+            row = self.sizer.crossing(self.concrete.layer, self.context.output_kind)
+        else:
+            row = self.sizer.tensor(tensor, self._kind(tensor, saved=tensor.name in self.keeps))
+        self.rows[tensor.name] = row
+        return row
+
+    def _kind(self, tensor: Tensor, *, saved: bool) -> MemoryKind:
+        if tensor.kind is not TensorKind.ACTIVATION:
+            return MemoryKind(tensor.kind.value)
+        if not saved:
+            return MemoryKind.TRANSIENT
+        return MemoryKind.RECOMPUTED if self.mode is Mode.RECOMPUTE or self.context.recomputed else MemoryKind.ACTIVATION
+
+    def may_release(self, name: str) -> bool:
+        if name == "y":
+            # nobody takes over the output of the last layer, nor a second copy of what ends a recomputed segment
+            return self.context.last_layer or (self.mode is Mode.RECOMPUTE and self.context.last_of_segment)
+        if name in self.keeps or name == "dx":
+            return False
+        if name.startswith("grad:") and self.concrete.tensors[name].role is DTypeRole.GRADIENT:
+            return self.mode is Mode.BACKWARD_ACCUMULATING
+        if name.startswith("shared:"):
+            return name not in self.rows
+        # autocast keeps the casts of weights until it is left, whether backward needs them or not
+        return self.backward or name not in self.rows or self.concrete.tensors[name].kind is not TensorKind.CAST
+
+    def unsaved_casts(self) -> FloatArray:
+        """Casts that nothing saves; the recomputation's own autocast context drops them when it is left."""
+        left = np.zeros(len(KINDS))
+        for name, row in self.rows.items():
+            if self.concrete.tensors[name].kind is TensorKind.CAST and name not in self.keeps:
+                left += row
+        return left
+
+    def release(self, name: str) -> FloatArray:
+        if name in self.rows:
+            return self.rows[name]
+        if name == "dy":
+            return self.sizer.crossing(self.concrete.layer, MemoryKind.TRANSIENT)
+        if name == "x" and self.backward and self.context.input_kind is not None:
+            return self.sizer.crossing(self.concrete.before, self.context.input_kind)
+        if name == "y" and self.backward:
+            return self.sizer.crossing(self.concrete.layer, self.context.output_kind)
+        tensor = self.from_forward.get(name) or (self.concrete.tensors.get(name) if name.startswith("shared:") else None)
+        if tensor is None or not self.backward:
+            return np.zeros(len(KINDS))
+        return self.sizer.tensor(tensor, self._kind(tensor, saved=not name.startswith("shared:")))
+
+
+def unsaved_cast_bytes(concrete: ConcreteLayer, mode: Mode, sizer: Sizer) -> FloatArray:
+    """Bytes of weight casts that autocast caches until it is left, although nothing saves them for backward."""
+    row = np.zeros(len(KINDS))
+    keeps = concrete.saved if mode is Mode.FORWARD else frozenset()
+    for op in concrete.forward:
+        if op.kind is OperatorKind.CAST:
+            for tensor in op.writes:
+                if tensor.kind is TensorKind.CAST and tensor.name not in keeps:
+                    row += sizer.tensor(tensor, MemoryKind.CAST)
+    return row

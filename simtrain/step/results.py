@@ -1,0 +1,106 @@
+"""Assembling a `Result` from a setting, a step time and a breakdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from simtrain.core.catalog import compute_model
+from simtrain.core.hardware import Device
+from simtrain.core.result import MemoryReport, Result, TraceEvent
+from simtrain.cost import energy
+from simtrain.step.ledger import Ledger, ledger, report
+from simtrain.step.setting import Setting
+
+NOT_MODELLED = (
+    "data loading, evaluation, snapshots and network or driver hiccups are not modelled",
+    "a collective that overlaps with computation does not slow it down (no contention for multiprocessors or device memory)",
+)
+
+
+def memory_report(setting: Setting, book: Ledger | None = None) -> MemoryReport:
+    """Memory of the device that is fullest."""
+    if book is None:
+        book = ledger(setting.workload, setting.strategy, setting.precision, setting.runtime, setting.strategy.data)
+    tightest = min(set(setting.devices), key=lambda d: d.memory.capacity_bytes)
+    return report(book, tightest, setting.runtime, tightest.name)
+
+
+def assemble(
+    setting: Setting,
+    reader: str,
+    step_time_s: float,
+    breakdown_s: Mapping[str, float],
+    busy_s: Mapping[str, float],
+    memory: MemoryReport,
+    *,
+    events: Sequence[TraceEvent] = (),
+    notes: Sequence[str] = (),
+    busy_by_device: Mapping[Device, float] | None = None,
+) -> Result:
+    """Turns times into rates, utilisation, energy and money.
+
+    Args:
+        setting: The question.
+        reader: Who answered.
+        step_time_s: Period of the steady state.
+        breakdown_s: Parts that sum to it.
+        busy_s: Busy time of the slowest rank's streams.
+        memory: Of the fullest device.
+        events: One steady step.
+        notes: Assumptions of this reader.
+        busy_by_device: Busy time of the compute stream by device, for energy; the slowest rank's for all if not given.
+    """
+    strategy, workload, devices = setting.strategy, setting.workload, setting.devices
+    micro_batches = strategy.data * strategy.accumulation
+    flops = workload.model_flops(strategy.micro_batch) * micro_batches
+    causal = workload.model_flops(strategy.micro_batch, causal_as_done=True) * micro_batches
+    peak = sum(d.peak(setting.precision.arithmetic) for d in devices)
+    samples_per_s = strategy.global_batch / step_time_s
+    energy_j = sum(energy.device_energy_j(d, step_time_s, (busy_by_device or {}).get(d, busy_s.get("compute", 0.0))) for d in devices)
+    nodes_used = _nodes_used(setting)
+    energy_j += setting.cluster.host_power_w * nodes_used * step_time_s
+    return Result(
+        workload=workload.name,
+        cluster=setting.cluster.name,
+        strategy=str(strategy),
+        runtime=setting.runtime.name,
+        reader=reader,
+        fits=memory.fits,
+        step_time_s=step_time_s,
+        samples_per_s=samples_per_s,
+        tokens_per_s=samples_per_s * workload.sequence,
+        global_batch=strategy.global_batch,
+        devices=len(devices),
+        model_flops=flops,
+        mfu=flops / (peak * step_time_s),
+        mfu_causal=causal / (peak * step_time_s),
+        breakdown_s=dict(breakdown_s),
+        busy_s=dict(busy_s),
+        memory=memory,
+        energy_j=energy_j,
+        power_w=energy_j / step_time_s,
+        cost_usd=sum(energy.device_cost_usd(d, step_time_s) for d in devices),
+        bound_by=max(breakdown_s, key=lambda k: breakdown_s[k]),
+        assumptions=(*setting.cluster.assumptions, *notes, *NOT_MODELLED),
+        sources=_sources(setting),
+        events=tuple(events),
+    )
+
+
+def _nodes_used(setting: Setting) -> int:
+    used, seen = 0, 0
+    for node in setting.cluster.nodes:
+        if seen >= len(setting.devices):
+            break
+        used, seen = used + 1, seen + len(node.devices)
+    return used
+
+
+def _sources(setting: Setting) -> tuple[str, ...]:
+    lines: list[str] = [setting.workload.source] if setting.workload.source else []
+    for device in sorted(set(setting.devices), key=lambda d: d.name):
+        lines += [f"{device.name}: {s}" for s in dict.fromkeys(p.source for p in device.provenance.values())]
+        lines += compute_model(device.compute_model).sources(device)
+    lines += setting.runtime.sources
+    lines.append(energy.SOURCE)
+    return tuple(dict.fromkeys(lines))

@@ -1,0 +1,199 @@
+"""`simulate`: the program as a discrete-event simulation in SimPy, with disturbances.
+
+Without disturbances it must agree with `schedule` (tests hold it to 1e-9): both read one program, one through a recursion, the other
+through events. Stragglers slow a rank's compute by a constant factor; jitter draws a factor for every rank and step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import simpy
+
+from simtrain.core.errors import InputError, InternalError, UnsupportedError
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.program import Program, TermKind
+from simtrain.core.result import Result
+from simtrain.step.breakdown import PARTS, breakdown, busy_s
+from simtrain.step.lower import lower
+from simtrain.step.results import assemble
+from simtrain.step.schedule import slowest_class, timed_memory, trace_events
+from simtrain.step.setting import Setting
+
+WARM_UP_STEPS = 3
+STEADY_STEPS = 2
+DISTURBED_STEPS = 20
+MAX_SPLIT_RANKS = 1024
+
+
+@dataclass
+class _Run:
+    """State of a simulation: who waits for how many predecessors, in which step."""
+
+    program: Program
+    factors: FloatArray
+    steps: int
+    start_s: FloatArray
+    end_s: FloatArray
+    env: simpy.Environment = field(default_factory=simpy.Environment)
+    waiting: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        program = self.program
+        self.durations = program.durations_s().tolist()
+        self.needed = np.diff(program.predecessor_pointer)
+        self.carried_needed = np.bincount(program.carry_target, minlength=len(program))
+        self.successors: list[list[tuple[int, float]]] = [[] for _ in range(len(program))]
+        owner = np.repeat(np.arange(len(program)), self.needed)
+        for target, source, lag in zip(owner.tolist(), program.predecessor.tolist(), program.predecessor_lag_s.tolist(), strict=True):
+            self.successors[source].append((target, lag))
+        self.carried: list[list[tuple[int, float]]] = [[] for _ in range(len(program))]
+        for source, target, lag in zip(
+            program.carry_source.tolist(), program.carry_target.tolist(), program.carry_lag_s.tolist(), strict=True
+        ):
+            self.carried[source].append((target, lag))
+
+    def go(self) -> None:
+        for term in np.flatnonzero(self.needed == 0).tolist():
+            self._begin(0, term)
+        self.env.run()
+        if np.isnan(self.end_s).any():
+            raise InternalError("the simulation stopped before every term had run: the program deadlocks")
+
+    def _arrive(self, step: int, term: int) -> None:
+        key = (step, term)
+        left = self.waiting.get(key, int(self.needed[term]) + (int(self.carried_needed[term]) if step else 0)) - 1
+        if left:
+            self.waiting[key] = left
+        else:
+            self.waiting.pop(key, None)
+            self._begin(step, term)
+
+    def _begin(self, step: int, term: int) -> None:
+        self.start_s[step, term] = self.env.now
+        done = self.env.timeout(self.durations[term] * self.factors[step, term])
+        done.callbacks.append(lambda _: self._end(step, term))
+
+    def _end(self, step: int, term: int) -> None:
+        self.end_s[step, term] = self.env.now
+        for target, lag in self.successors[term]:
+            self._notify(step, target, lag)
+        if step + 1 < self.steps:
+            for target, lag in self.carried[term]:
+                self._notify(step + 1, target, lag)
+
+    def _notify(self, step: int, term: int, lag: float) -> None:
+        if lag == 0.0:
+            self._arrive(step, term)
+        else:
+            self.env.timeout(lag).callbacks.append(lambda _: self._arrive(step, term))
+
+
+def run_program(program: Program, factors: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Executes a program for as many steps as `factors` has rows.
+
+    Args:
+        program: What is executed.
+        factors: Multiplies the duration of each term, shape (steps, terms).
+
+    Returns:
+        Start and end of each term in each step.
+
+    Raises:
+        UnsupportedError: Terms of different streams share a resource.
+        InternalError: The program deadlocks.
+    """
+    _refuse_contention(program)
+    shape = factors.shape
+    run = _Run(program, factors, shape[0], np.full(shape, np.nan), np.full(shape, np.nan))
+    run.go()
+    return run.start_s, run.end_s
+
+
+def _refuse_contention(program: Program) -> None:
+    owner = np.repeat(np.arange(len(program)), np.diff(program.demand_pointer))
+    pairs = np.unique(np.stack([program.demand_resource, program.stream[owner]], axis=1), axis=0)
+    shared = pairs[:-1][np.diff(pairs[:, 0]) == 0]
+    if len(shared):
+        raise UnsupportedError(f"several streams share {program.resources[int(shared[0, 0])].name!r}: contention is not modelled yet")
+
+
+def simulate_setting(
+    setting: Setting, *, jitter: float = 0.0, stragglers: Mapping[int, float] | None = None, seed: int = 0, steps: int | None = None
+) -> Result:
+    """Predicts a step by simulation; see `simtrain.simulate`."""
+    slow = dict(stragglers or {})
+    _check_disturbances(setting, jitter, slow)
+    disturbed = jitter > 0 or bool(slow)
+    lowered = lower(setting, split=disturbed)
+    program = lowered.program
+    measured = steps if steps is not None else (DISTURBED_STEPS if jitter > 0 else STEADY_STEPS)
+    if measured < 1:
+        raise InputError(f"steps must be at least 1, not {measured}")
+    factors = _factors(program, measured + WARM_UP_STEPS, jitter, slow, seed)
+    start_s, end_s = run_program(program, factors)
+    last, period = len(factors) - 1, 0.0
+    slowest = slowest_class(program, start_s[WARM_UP_STEPS:].sum(axis=0), end_s[WARM_UP_STEPS:].sum(axis=0))
+    parts = dict.fromkeys(PARTS, 0.0)
+    final = int(lowered.pass_terms[slowest][-1])
+    periods = np.diff(end_s[WARM_UP_STEPS - 1 :, final])
+    for step, duration in enumerate(periods, start=WARM_UP_STEPS):
+        for name, value in breakdown(program, start_s[step], end_s[step], float(duration), slowest).items():
+            parts[name] += value / measured
+    period = float(periods.mean())
+    offset = float(start_s[last].min())
+    return assemble(
+        setting,
+        "simulate",
+        period,
+        parts,
+        {k: v / measured for k, v in _busy(program, start_s, end_s, slowest).items()},
+        timed_memory(setting, lowered, start_s[last] - offset, end_s[last] - offset, slowest),
+        events=trace_events(program, start_s[last] - offset, end_s[last] - offset),
+        notes=_notes(jitter, slow, measured, periods),
+        busy_by_device={c.device: _busy(program, start_s, end_s, i)["compute"] / measured for i, c in enumerate(lowered.rank_classes)},
+    )
+
+
+def _busy(program: Program, start_s: FloatArray, end_s: FloatArray, rank_class: int) -> dict[str, float]:
+    return busy_s(program, start_s[WARM_UP_STEPS:].sum(axis=0), end_s[WARM_UP_STEPS:].sum(axis=0), rank_class)
+
+
+def _notes(jitter: float, slow: Mapping[int, float], measured: int, periods: FloatArray) -> list[str]:
+    notes = []
+    if jitter:
+        notes.append(f"jitter: compute time of every rank and step varies with a relative deviation of {jitter:g}, over {measured} steps")
+        notes.append(f"step times between {periods.min():.6g} s and {periods.max():.6g} s")
+    if slow:
+        notes.append("stragglers: " + ", ".join(f"rank {r} slowed {f:g} times" for r, f in sorted(slow.items())))
+    return notes
+
+
+def _check_disturbances(setting: Setting, jitter: float, slow: Mapping[int, float]) -> None:
+    if not 0 <= jitter < 1:
+        raise InputError(f"jitter is a relative standard deviation between 0 and 1, not {jitter!r}")
+    ranks = len(setting.devices)
+    for rank, factor in slow.items():
+        if not 0 <= rank < ranks:
+            raise InputError(f"straggler rank {rank} does not exist: ranks are 0 to {ranks - 1}")
+        if not (np.isfinite(factor) and factor > 0):
+            raise InputError(f"straggler factor of rank {rank} must be above zero, not {factor!r}")
+    if (jitter or slow) and ranks > MAX_SPLIT_RANKS:
+        raise UnsupportedError(f"disturbances of single ranks are simulated for up to {MAX_SPLIT_RANKS} ranks, not {ranks}")
+
+
+def _factors(program: Program, steps: int, jitter: float, slow: Mapping[int, float], seed: int) -> FloatArray:
+    """Duration factors: one per rank and step, log-normal with mean 1, on everything its device computes."""
+    factors = np.ones((steps, len(program)))
+    if not (jitter or slow):
+        return factors
+    rng = np.random.default_rng(seed)
+    sigma = np.sqrt(np.log1p(jitter**2))
+    for i, rank_class in enumerate(program.rank_classes):
+        drawn = rng.lognormal(-(sigma**2) / 2, sigma, size=steps) if jitter else np.ones(steps)
+        streams = [j for j, s in enumerate(program.streams) if s.rank_class == i and s.name == "compute"]
+        own = np.isin(program.stream, streams) & (program.kind != TermKind.COLLECTIVE)
+        factors[:, own] = (drawn * slow.get(rank_class.ranks[0], 1.0))[:, None]
+    return factors

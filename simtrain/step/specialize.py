@@ -1,0 +1,152 @@
+"""A layer as one precision and one runtime execute it: unfused operators expanded, casts without effect removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from simtrain.core.errors import InternalError
+from simtrain.core.precision import DType, Precision
+from simtrain.core.runtime import Runtime
+from simtrain.core.workload import Layer, Operator, OperatorKind, Tensor, Workload
+
+KEPT_NAMES = ("grad:", "shared:")
+"""Prefixes of tensors that other layers or the optimizer know by name."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConcreteLayer:
+    """A layer with number formats decided.
+
+    Attributes:
+        layer: What it came from.
+        forward: Operators that really run.
+        backward: Operators that really run.
+        tensors: Every tensor written, by name.
+        saved: Names of tensors written in forward (or handed in as `x`) that backward reads.
+        precision: The recipe.
+        before: The layer that hands in `x` (itself where it repeats).
+    """
+
+    layer: Layer
+    forward: tuple[Operator, ...]
+    backward: tuple[Operator, ...]
+    tensors: dict[str, Tensor]
+    saved: frozenset[str]
+    precision: Precision
+    before: Layer
+
+    def dtype(self, name: str) -> DType:
+        """Number format of a tensor, a parameter, or the crossing tensors `x`, `y`, `dx`, `dy`.
+
+        Raises:
+            InternalError: No operator of the layer writes it.
+        """
+        if name in self.tensors:
+            return self.precision.dtype(self.tensors[name].role)
+        if name in ("x", "dx"):
+            return self.precision.dtype(self.before.cut_role)
+        if name in ("y", "dy"):
+            return self.precision.dtype(self.layer.cut_role)
+        if name.startswith("input:"):
+            return DType.INT64
+        if name.startswith("shared:") or any(p.name == name for p in self.layer.parameters):
+            return self.precision.parameter
+        raise InternalError(f"layer {self.layer.name!r} reads {name!r}, which nothing writes")
+
+
+@lru_cache(maxsize=512)
+def specialize(layer: Layer, precision: Precision, fused_attention: bool, before: Layer | None = None) -> ConcreteLayer:
+    """Expands unfused operators and removes casts between equal number formats.
+
+    Args:
+        layer: As the family states it, for autocast.
+        precision: Decides the number format of each role.
+        fused_attention: Whether attention runs as one kernel.
+        before: The layer before it; one like itself by default.
+    """
+    before = before or layer
+    forward = _expand(layer.forward, fused_attention)
+    backward = _expand(layer.backward, fused_attention)
+    probe = _concrete(layer, forward, backward, precision, before)
+    rename: dict[str, str] = {}
+    overwrite: dict[str, Tensor] = {}
+    for op in forward + backward:
+        if op.kind is not OperatorKind.CAST or probe.dtype(op.reads[0]) is not probe.dtype(op.writes[0].name):
+            continue
+        source, target = rename.get(op.reads[0], op.reads[0]), op.writes[0]
+        if target.name.startswith(KEPT_NAMES) or target.name in ("y", "dx"):
+            rename[source] = target.name  # the operator before writes the kept tensor itself
+            overwrite[source] = target
+        else:
+            rename[target.name] = source
+    if not rename:
+        return probe
+    return _concrete(layer, _renamed(forward, rename, overwrite), _renamed(backward, rename, overwrite), precision, before)
+
+
+@lru_cache(maxsize=128)
+def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime) -> tuple[ConcreteLayer, ...]:
+    """Specializes every distinct layer of a workload; tensors that cross layers are known to all of them."""
+    before = [workload.layers[max(i - 1, 0)] for i in range(len(workload.layers))]
+    layers = [specialize(x, precision, runtime.fused_attention, b) for x, b in zip(workload.layers, before, strict=True)]
+    shared = {name: tensor for c in layers for name, tensor in c.tensors.items() if name.startswith("shared:")}
+    return tuple(replace(c, tensors=c.tensors | shared) for c in layers)
+
+
+def _expand(operators: tuple[Operator, ...], fused_attention: bool) -> tuple[Operator, ...]:
+    if fused_attention:
+        return operators
+    return tuple(inner for op in operators for inner in (op.unfused or (op,)))
+
+
+def _resolve(name: str, rename: dict[str, str]) -> str:
+    while name in rename:
+        name = rename[name]
+    return name
+
+
+def _renamed(operators: tuple[Operator, ...], rename: dict[str, str], overwrite: dict[str, Tensor]) -> tuple[Operator, ...]:
+    kept = []
+    for op in operators:
+        written = op.writes[0].name if op.writes else ""
+        if op.kind is OperatorKind.CAST and _resolve(op.reads[0], rename) == _resolve(written, rename):
+            continue
+        kept.append(
+            replace(
+                op,
+                reads=tuple(dict.fromkeys(_resolve(r, rename) for r in op.reads)),
+                writes=tuple(overwrite.get(w.name, replace(w, name=_resolve(w.name, rename))) for w in op.writes),
+                updates=tuple(_resolve(u, rename) for u in op.updates),
+                partial=tuple(_resolve(p, rename) for p in op.partial),
+            )
+        )
+    return tuple(kept)
+
+
+def _concrete(
+    layer: Layer, forward: tuple[Operator, ...], backward: tuple[Operator, ...], precision: Precision, before: Layer
+) -> ConcreteLayer:
+    tensors = {w.name: w for op in forward + backward for w in op.writes}
+    written = {w.name for op in forward for w in op.writes} | {"x"}
+    saved = frozenset(r for op in backward for r in (*op.reads, *op.updates) if r in written)
+    return ConcreteLayer(layer, forward, backward, tensors, saved, precision, before)
+
+
+def recomputed_operators(concrete: ConcreteLayer, *, last_of_segment: bool) -> tuple[Operator, ...]:
+    """Forward operators that run again when the layer is recomputed.
+
+    Non-reentrant checkpointing in PyTorch stops as soon as the last tensor that backward needs exists again, so the end of the last
+    layer of a segment (the second product of an MLP, the residual) does not run a second time.
+
+    Args:
+        concrete: The layer.
+        last_of_segment: Whether nothing behind it in the segment needs its output.
+    """
+    if not last_of_segment:
+        return concrete.forward
+    needed = [i for i, op in enumerate(concrete.forward) if any(w.name in concrete.saved for w in op.writes)]
+    return concrete.forward[: needed[-1] + 1] if needed else ()
+
+
+__all__ = ["ConcreteLayer", "concrete_layers", "recomputed_operators", "specialize"]

@@ -1,0 +1,114 @@
+import json
+
+import pytest
+
+from simtrain.cli import plan as plan_command
+from simtrain.core.result import Result
+from simtrain.planner.search import Failure, Plan
+
+PLAN = ("plan", "gpt2-small", "--cluster", "4x rtx-3090", "--global-batch", 64, "--precision", "fp16-amp", "--checkpoint", "none")
+
+
+def test_it_ranks_and_says_why_the_rest_fails(run):
+    code, out, err = run("plan", "gpt2-small", "--cluster", "4x rtx-3090", "--global-batch", 256, "--precision", "fp32", "--zero", 0)
+    assert (code, err) == (0, "")
+    assert "Best 10 by throughput" in out
+    assert "Why the others fail" in out
+    assert "out of memory, mostly" in out
+
+
+def test_json_is_the_plan_with_its_own_field_names(run_json):
+    code, data = run_json(*PLAN)
+    assert code == 0
+    assert data.keys() == set(Plan.__dataclass_fields__)
+    assert data["considered"] == len(data["ranked"]) + len(data["failed"])
+    assert all(r.keys() == set(Result.__dataclass_fields__) - {"events"} for r in data["ranked"])
+    assert all(f.keys() == set(Failure.__dataclass_fields__) for f in data["failed"])
+    speeds = [r["samples_per_s"] for r in data["ranked"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert {r["global_batch"] for r in data["ranked"]} == {64}
+
+
+def test_top_limits_what_is_ranked(run, run_json):
+    _, data = run_json(*PLAN, "--top", 2)
+    assert len(data["ranked"]) == 2
+    assert "Best 2 by throughput (of " in run(*PLAN, "--top", 2)[1]
+
+
+@pytest.mark.parametrize(("objective", "value"), [("step_time", "step_time_s"), ("energy", "energy_j")])
+def test_the_objective_decides_the_order(run_json, objective, value):
+    _, data = run_json(*PLAN, "--objective", objective)
+    values = [r[value] for r in data["ranked"]]
+    assert values == sorted(values)
+
+
+def test_choices_can_be_repeated(run_json):
+    _, data = run_json(*PLAN, "--precision", "fp32", "--zero", 0, "--zero", 1, "--optimizer", "sgd")
+    text = [r["strategy"] for r in data["ranked"]]
+    assert any("fp16-amp" in s for s in text)
+    assert any("precision" not in s for s in text), "fp32 is the default and not spelled out"
+    assert any("zero=1" in s for s in text)
+    assert all("optimizer=sgd" in s for s in text)
+
+
+def test_nothing_fits_is_an_answer_with_exit_code_1(run, run_json):
+    hopeless = ("plan", "llama3-70b", "--cluster", "4x rtx-3090", "--global-batch", 4, "--precision", "bf16-amp")
+    code, out, _ = run(*hopeless)
+    assert code == 1
+    assert "Nothing fits." in out
+    code, data = run_json(*hopeless)
+    assert code == 1
+    assert data["ranked"] == []
+    assert data["failed"]
+
+
+def test_the_best_can_be_drawn_and_traced(run, tmp_path):
+    code, _, err = run(*PLAN, "--timeline", tmp_path / "t.png", "--trace", tmp_path / "s.json")
+    assert code == 0
+    assert err.count("wrote ") == 2
+    best = json.loads((tmp_path / "s.json").read_text())
+    assert best["otherData"]["strategy"].startswith("data=4")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--global-batch", 66), "a global batch of 66 does not divide over 4 devices: use 64 or 68"),
+        (("--global-batch", 0), "Invalid value for '--global-batch'"),
+        (("--objective", "speed"), "'speed' is not one of 'throughput', 'step_time', 'memory', 'energy', 'cost'"),
+        (("--precision", "fp61"), "unknown precision 'fp61'"),
+        (("--checkpoint", "some"), "checkpoint must be none, full, sqrt or every:K"),
+        (("--zero", 7), "zero must be 0, 1, 2 or 3, not 7"),
+        (("--optimizer", "adamv"), "unknown optimizer 'adamv': did you mean 'adam"),
+        (("--top", 0), "Invalid value for '--top'"),
+        (("--trace", "x.png"), "--trace x.png: the file must end in .json"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run, words, message):
+    code, out, err = run(*PLAN, *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_progress_appears_only_when_it_is_slow_and_somebody_watches(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with plan_command.SlowProgress("planning") as quick:
+        quick(1, 2)
+        assert quick._bar is None
+    monkeypatch.setattr(plan_command, "PATIENCE_S", -1.0)
+    with plan_command.SlowProgress("planning") as slow:
+        slow(1, 2)
+        slow(2, 2)
+        assert slow._bar is not None
+        assert slow._bar.finished
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "planning" in captured.err
+
+
+def test_progress_stays_away_from_files_and_pipes(monkeypatch, capsys):
+    monkeypatch.setattr(plan_command, "PATIENCE_S", -1.0)
+    with plan_command.SlowProgress("planning") as progress:
+        progress(1, 2)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,65 @@
+import pytest
+
+from simtrain.core import catalog
+from simtrain.core.cluster_text import DEVICES_PER_NODE, parse_cluster
+from simtrain.core.errors import InputError, UnknownNameError
+
+
+@pytest.mark.parametrize(("text", "size"), [("a100-sxm-80g", 1), ("4x a100-sxm-80g", 4), ("4×a100-sxm-80g", 4), ("20 x a100-sxm-80g", 20)])
+def test_counted_devices_fill_nodes_of_eight(text, size):
+    cluster = parse_cluster(text)
+    assert cluster.size == size
+    assert len(cluster.nodes) == -(-size // DEVICES_PER_NODE)
+    assert all(len(node.devices) <= DEVICES_PER_NODE for node in cluster.nodes)
+
+
+def test_a_lone_node_needs_no_network_and_several_get_one_that_is_said():
+    assert parse_cluster("8x a100-sxm-80g").nodes[0].nic is None
+    pair = parse_cluster("16x a100-sxm-80g")
+    assert all(node.nic is not None for node in pair.nodes)
+    assert any("not stated" in a for a in pair.assumptions)
+
+
+def test_mixed_devices_stand_on_nodes_of_their_own_in_the_order_typed():
+    cluster = parse_cluster("8x a100-sxm-80g + 4x v100-sxm-32g")
+    assert [len(n.devices) for n in cluster.nodes] == [8, 4]
+    assert len({d.name for d in cluster.devices[:8]}) == 1
+    assert cluster.devices[8] is catalog.device("v100-sxm-32g")
+    assert cluster.name == "8x a100-sxm-80g + 4x v100-sxm-32g"
+
+
+def test_what_the_text_does_not_say_is_listed_as_assumed():
+    assert any("host power and price not counted" in a for a in parse_cluster("2x a100-sxm-80g").assumptions)
+    assert any("through host memory" in a for a in parse_cluster("2x rtx-4090").assumptions)
+
+
+@pytest.mark.parametrize("text", ["", "  ", "+", "4x a100-sxm-80g +"])
+def test_empty_text_is_refused_with_an_example(text):
+    with pytest.raises(InputError, match="cannot read the cluster"):
+        parse_cluster(text)
+
+
+@pytest.mark.parametrize("text", ["0x a100-sxm-80g", "99999999999x a100-sxm-80g"])
+def test_counts_out_of_range_are_refused(text):
+    with pytest.raises(InputError, match="the number of devices must be between 1 and 1000000"):
+        parse_cluster(text)
+
+
+def test_a_mistyped_preset_suggests_presets():
+    with pytest.raises(UnknownNameError) as caught:
+        catalog.cluster("dgxh10")
+    assert "dgx-h100" in caught.value.suggestions
+
+
+def test_a_preset_goes_before_the_same_text_read_as_devices():
+    assert catalog.cluster("4x rtx-3090").name == "box-4x-rtx3090"
+
+
+def test_a_device_file_of_ones_own_can_be_counted(tmp_path, monkeypatch):
+    import hardware_models
+
+    source = next(p for folder in hardware_models.__path__ for p in __import__("pathlib").Path(folder).glob("devices/a100-pcie-40gb.toml"))
+    (tmp_path / "mine.toml").write_text(source.read_text().replace('"A100-PCIe-40GB"', '"Mine"'))
+    monkeypatch.chdir(tmp_path)
+    assert [d.name for d in catalog.cluster("2x mine.toml").devices] == ["Mine", "Mine"]
+    assert catalog.cluster("1x mine.toml + 1x rtx-3090").size == 2

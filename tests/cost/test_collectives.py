@@ -1,0 +1,80 @@
+"""Collectives against their closed forms, and conservation of what is sent."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+import simtrain as st
+from simtrain.core.errors import InputError
+from simtrain.core.hardware import Cluster, Link, Node
+from simtrain.cost.collectives import LAUNCH_LATENCY_S, all_gather, all_reduce
+from simtrain.cost.fabric import Fabric
+
+
+def switched(n: int, rate: float = 1e9, latency_s: float = 1e-6) -> Fabric:
+    """n devices on a switch."""
+    link = Link("test", rate, 1.0, latency_s)
+    device = st.device("rtx-3090")
+    return Fabric(Cluster("test", (Node((device,) * n, None, link, link),)))
+
+
+@given(n=some.integers(2, 40), size=some.floats(1.0, 1e12))
+def test_ring_all_reduce_closed_form(n, size):
+    cost = all_reduce(switched(n), range(n), size, "ring")
+    assert cost.time_s == pytest.approx(LAUNCH_LATENCY_S + 2 * (n - 1) * 1e-6 + 2 * (n - 1) / n * size / 1e9)
+
+
+@given(n=some.integers(2, 40), size=some.floats(1.0, 1e12))
+def test_all_gather_is_half_an_all_reduce(n, size):
+    whole = all_reduce(switched(n), range(n), size, "ring")
+    half = all_gather(switched(n), range(n), size)
+    for resource, amount in half.loads.items():
+        assert 2 * amount == pytest.approx(whole.loads[resource])
+
+
+@given(n=some.integers(2, 40), algorithm=some.sampled_from(["ring", "tree"]))
+def test_what_is_sent_is_received(n, algorithm):
+    loads = all_reduce(switched(n), range(n), 1e6, algorithm).loads
+    sent = sum(v for r, v in loads.items() if r.name.endswith("out"))
+    received = sum(v for r, v in loads.items() if r.name.endswith("in"))
+    assert sent == pytest.approx(received)
+    assert sent == pytest.approx(2 * (n - 1) * 1e6)  # no algorithm can send less in all
+
+
+def test_trees_win_when_latency_counts_and_rings_when_bandwidth_does():
+    fabric = switched(32)
+    assert all_reduce(fabric, range(32), 1e3).algorithm == "tree"
+    assert all_reduce(fabric, range(32), 1e9).algorithm == "ring"
+
+
+def test_traffic_through_the_host_is_written_and_read_there():
+    fabric = Fabric(st.cluster("4x rtx-3090"))
+    loads = all_reduce(fabric, range(4), 1e9, "ring").loads
+    memory = next(v for r, v in loads.items() if "host memory" in r.name)
+    assert memory == pytest.approx(4 * 2 * 1.5e9)
+    link = st.link("pcie4-x4")
+    assert all_reduce(fabric, range(4), 1e9, "ring").time_s == pytest.approx(1.5e9 / link.sustained_bytes_per_s, rel=0.01)
+
+
+def test_bridges_join_pairs_only():
+    fabric = Fabric(st.cluster("box-4x-rtx3090-nvlink"))
+    inside, across = fabric.hop(0, 1)[0], fabric.hop(1, 2)[0]
+    assert all("peer" in r.name for r in inside)
+    assert any("host link" in r.name for r in across)
+
+
+def test_one_rank_has_nothing_to_say():
+    assert all_reduce(switched(1), [0], 1e9).time_s == 0
+
+
+def test_nodes_without_a_network_are_refused():
+    link = Link("test", 1e9, 1.0, 1e-6)
+    lone = Node((st.device("rtx-3090"),), None, link)
+    with pytest.raises(InputError, match="no network link"):
+        all_reduce(Fabric(Cluster("islands", (lone, lone))), range(2), 1e6)
+
+
+@pytest.mark.parametrize(("ranks", "size"), [([0, 0], 1.0), ([0, 1], -1.0), ([0, 1], float("nan"))])
+def test_bad_collectives_are_refused(ranks, size):
+    with pytest.raises(InputError):
+        all_reduce(switched(4), ranks, size)

@@ -1,0 +1,1 @@
+"""Measured against predicted: real training, published runs, calibration, errors beside a null model."""

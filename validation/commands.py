@@ -1,0 +1,122 @@
+"""The commands `simtrain calibrate` and `simtrain validate`; everything heavy is imported when one of them runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from simtrain.cli.output import write_json
+
+if TYPE_CHECKING:
+    from validation.compare import ComparisonReport
+    from validation.machine_profile import MachineProfile
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds this package's commands to the command line."""
+    validate = typer.Typer(help="Compare predictions with reality.", no_args_is_help=True)
+    app.command("calibrate")(calibrate)
+    validate.command("torch")(validate_torch)
+    validate.command("published")(validate_published)
+    app.add_typer(validate, name="validate")
+
+
+def calibrate(
+    out: Annotated[Path | None, typer.Option(help="Where to write the profile; by default the user's cache folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine's CPU core under PyTorch, in about a minute, and keep the constants in a profile."""
+    from validation.machine_profile import default_path, save
+
+    profile, path = _calibrate(), out or default_path()
+    save(profile, path)
+    if as_json:
+        write_json(profile)
+    else:
+        typer.echo(f"{_describe(profile)}\nwritten to {path}")
+
+
+def validate_torch(
+    quick: Annotated[bool, typer.Option("--quick", help="Five of the test steps, once each.")] = False,
+    as_json: Json = False,
+    profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder to write the comparison to, as JSON.")] = None,
+) -> None:
+    """Run real PyTorch training steps and compare time and peak memory with predictions; calibrates first if need be."""
+    from validation.compare import QUICK_SETTINGS, TEST_SETTINGS, compare
+    from validation.steps import TEST_STEPS, quick_test_steps
+
+    constants = _profile(profile)
+    steps, settings = (quick_test_steps(), QUICK_SETTINGS) if quick else (TEST_STEPS, TEST_SETTINGS)
+    report = compare(constants, steps, settings, _progress)
+    if save:
+        _write(report, save)
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def validate_published(as_json: Json = False) -> None:
+    """Compare predictions from data sheets alone with published throughput, beside null models."""
+    from validation.published import compare_all
+
+    reports = compare_all()
+    if as_json:
+        write_json({"reports": [r.to_dict() for r in reports]})
+    else:
+        typer.echo("\n\n".join(str(r) for r in reports))
+
+
+def _profile(path: Path | None) -> MachineProfile:
+    from validation.machine_profile import default_path, load, save
+    from validation.measure import environment
+
+    if path is not None:
+        return load(path, environment())
+    if default_path().exists():
+        return load(default_path(), environment())
+    _progress("no profile of this machine yet: calibrating")
+    profile = _calibrate()
+    save(profile, default_path())
+    return profile
+
+
+def _calibrate() -> MachineProfile:
+    from validation.calibrate import calibrate as run
+
+    return run(progress=_progress)
+
+
+def _describe(profile: MachineProfile) -> str:
+    lines = [
+        f"{profile.environment.cpu_model}, torch {profile.environment.torch_version}, load {profile.environment.load_average:.1f}",
+        f"{'class':<20}{'share':>8}{'misfit':>8}{'per launch':>12}{'GFLOP/s':>10}{'GB/s':>8}",
+    ]
+    for name, share in sorted(profile.shares.items(), key=lambda pair: -pair[1]):
+        launch_s, flops, moved = (profile.constants[f"{name}.{term}"] for term in ("launch_s", "flops_per_s", "bytes_per_s"))
+        lines.append(
+            f"{name:<20}{share:>8.1%}{profile.residuals[name]:>8.1%}{launch_s * 1e6:>9.1f} us{flops / 1e9:>10.1f}{moved / 1e9:>8.1f}"
+        )
+    outside = f"outside operators {profile.framework_launch_s * 1e6:.2f} us a launch"
+    return "\n".join([*lines, f"calibration steps refitted within {profile.step_error:.2%}; {outside}"])
+
+
+def _write(report: ComparisonReport, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = report.profile.environment
+    name = f"torch_cpu_{environment.date_utc[:10]}.json"
+    data = {"command": "simtrain validate torch", "profile": json.loads(report.profile.to_json())} | report.to_dict()
+    (folder / name).write_text(json.dumps(data, indent=1) + "\n")
+    _progress(f"written to {folder / name}")
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        typer.echo(line, err=True)

@@ -1,0 +1,179 @@
+"""Predictions of the closed form against real training steps on this machine, beside a null model and the measurement's own noise.
+
+Variants looked at on the test list: 0 (see `VARIANTS_LOOKED_AT`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from simtrain.core import catalog
+from simtrain.core.hardware import Cluster, Device, Node
+from simtrain.step.predict import schedule
+from validation.errors import ErrorSummary, skill, summarise
+from validation.features import CPU_RUNTIME, executed_flops, workload_of
+from validation.machine_profile import MachineProfile
+from validation.measure import Progress, measure
+from validation.measurement import Measurement, Settings
+from validation.steps import TEST_STEPS, TrainingStep
+
+TEST_SETTINGS = Settings(warmup_steps=3, timed_steps=11, operator_steps=0, processes=3, memory=True)
+QUICK_SETTINGS = Settings(warmup_steps=3, timed_steps=7, operator_steps=0, processes=1, memory=True)
+VARIANTS_LOOKED_AT = 0
+"""How often the form of the model was changed after residuals on the test list had been looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One training step, measured and predicted.
+
+    Attributes:
+        measurement: What really happened.
+        predicted_time_s: By the closed form with the machine's profile.
+        predicted_memory_bytes: Peak of allocated bytes; no constant is fitted.
+        null_time_s: By one FLOP/s for everything.
+    """
+
+    measurement: Measurement
+    predicted_time_s: float
+    predicted_memory_bytes: float
+    null_time_s: float
+
+    @property
+    def time_error(self) -> float:
+        """Relative, with sign."""
+        return self.predicted_time_s / self.measurement.step_time_s - 1
+
+    @property
+    def memory_error(self) -> float:
+        """Relative, with sign."""
+        return self.predicted_memory_bytes / self.measurement.peak_memory_bytes - 1
+
+    @property
+    def null_error(self) -> float:
+        """Relative, with sign."""
+        return self.null_time_s / self.measurement.step_time_s - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonReport:
+    """All compared steps and their summaries.
+
+    Attributes:
+        rows: One per training step.
+        profile: Constants the predictions rest on.
+    """
+
+    rows: tuple[Comparison, ...]
+    profile: MachineProfile
+
+    @property
+    def time(self) -> ErrorSummary:
+        """Errors of step time."""
+        return summarise([r.time_error for r in self.rows])
+
+    @property
+    def memory(self) -> ErrorSummary:
+        """Errors of peak memory."""
+        return summarise([r.memory_error for r in self.rows])
+
+    @property
+    def null(self) -> ErrorSummary:
+        """Errors of the null model's step time."""
+        return summarise([r.null_error for r in self.rows])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data for JSON."""
+        return {
+            "summary": {
+                "time": self.time.to_dict(),
+                "memory": self.memory.to_dict(),
+                "null_time": self.null.to_dict(),
+                "skill": skill(self.time, self.null),
+                "variants_looked_at": VARIANTS_LOOKED_AT,
+            },
+            "rows": [
+                {
+                    "predicted_time_s": r.predicted_time_s,
+                    "predicted_memory_bytes": r.predicted_memory_bytes,
+                    "null_time_s": r.null_time_s,
+                    "time_error": r.time_error,
+                    "memory_error": r.memory_error,
+                    "null_error": r.null_error,
+                    "measurement": r.measurement.to_dict(),
+                }
+                for r in self.rows
+            ],
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([_HEADER, *(_line(r) for r in self.rows), *self._footer()])
+
+    def _footer(self) -> list[str]:
+        noise = summarise([max(r.measurement.noise, r.measurement.process_spread) for r in self.rows])
+        return [
+            f"step time    {self.time}",
+            f"null model   {self.null}: one rate of {self.profile.null_flops_per_s / 1e9:.1f} GFLOP/s; "
+            f"skill {skill(self.time, self.null):.2f}",
+            f"peak memory  {self.memory}",
+            f"noise        {noise.mean:.2%} mean, {noise.worst:.2%} worst, of the measured step times",
+            f"variants of the model looked at on these steps: {VARIANTS_LOOKED_AT}",
+        ]
+
+
+_HEADER = f"{'step':<22}{'measured':>11}{'predicted':>11}{'error':>8}{'null':>8}{'noise':>7}{'peak MiB':>10}{'predicted':>11}{'error':>9}"
+
+
+def _line(row: Comparison) -> str:
+    m = row.measurement
+    return (
+        f"{m.step.name:<22}{m.step_time_s * 1e3:>8.1f} ms{row.predicted_time_s * 1e3:>8.1f} ms{row.time_error:>+8.1%}"
+        f"{row.null_error:>+8.1%}{max(m.noise, m.process_spread):>7.1%}{m.peak_memory_bytes / 2**20:>10.2f}"
+        f"{row.predicted_memory_bytes / 2**20:>11.2f}{row.memory_error:>+9.3%}"
+    )
+
+
+def single_core(device: Device) -> Cluster:
+    """Returns a machine with one rank on the given CPU core."""
+    node = Node(devices=(device,), host=None, host_link=catalog.link(device.host_link))
+    return Cluster(name=device.name, nodes=(node,))
+
+
+def predict(step: TrainingStep, device: Device) -> tuple[float, float]:
+    """Returns predicted step time in seconds and peak allocated bytes."""
+    result = schedule(workload_of(step), single_core(device), step.parsed(), runtime=CPU_RUNTIME)
+    return result.step_time_s, result.memory.allocated_bytes
+
+
+def compare(
+    profile: MachineProfile,
+    steps: Sequence[TrainingStep] = TEST_STEPS,
+    settings: Settings = TEST_SETTINGS,
+    progress: Progress | None = None,
+) -> ComparisonReport:
+    """Predicts training steps, then measures them.
+
+    Args:
+        profile: This machine's constants.
+        steps: Which; the fixed test list by default.
+        settings: How to measure.
+        progress: Told about each measured step.
+
+    Raises:
+        MeasurementError: A measuring process failed.
+    """
+    device = profile.device()
+    predictions = [predict(step, device) for step in steps]
+    measurements = measure(steps, settings, progress)
+    return report(profile, measurements, predictions)
+
+
+def report(profile: MachineProfile, measurements: Sequence[Measurement], predictions: Sequence[tuple[float, float]]) -> ComparisonReport:
+    """Puts measurements, predictions and the null model side by side."""
+    rows = tuple(
+        Comparison(m, time_s, memory_bytes, executed_flops(m.step) / profile.null_flops_per_s)
+        for m, (time_s, memory_bytes) in zip(measurements, predictions, strict=True)
+    )
+    return ComparisonReport(rows, profile)

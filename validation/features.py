@@ -1,0 +1,52 @@
+"""What a training step asks of each class of operators, from the closed form: launches, FLOPs and bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hardware_models.cpu import flops_done, kernel_class
+from simtrain.core import catalog
+from simtrain.core.kernels import KernelBatch
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.precision import precision
+from simtrain.core.runtime import runtime
+from simtrain.core.workload import Workload
+from simtrain.step.kernels import layer_kernels, optimizer_kernels
+from validation.steps import TrainingStep
+
+CPU_RUNTIME = "torch-eager-cpu"
+
+
+def workload_of(step: TrainingStep) -> Workload:
+    """Builds the closed form of a training step's model."""
+    return catalog.workload(step.workload, seq_len=step.sequence, **step.options)
+
+
+def class_features(step: TrainingStep) -> dict[str, FloatArray]:
+    """Returns launches, FLOPs and bytes by class of one step without checkpointing and accumulation."""
+    work, strategy = workload_of(step), step.parsed()
+    recipe, runs_on = precision(strategy.precision), runtime(CPU_RUNTIME)
+    totals: dict[str, FloatArray] = {}
+    for layer in work.layers:
+        for kernels in layer_kernels(layer, strategy.micro_batch, work.sequence, recipe, runs_on):
+            _add(totals, kernels, layer.repeats)
+    sizes = [p.elements for layer in work for p in layer.parameters if p.tied_to is None]
+    _add(totals, optimizer_kernels(sizes, strategy.optimizer, recipe, runs_on), 1)
+    return totals
+
+
+def _add(totals: dict[str, FloatArray], kernels: KernelBatch, times: int) -> None:
+    rows = np.column_stack([kernels.launches.astype(np.float64), flops_done(kernels), kernels.bytes_moved]) * times
+    for kind, row in zip(kernels.kinds, rows, strict=True):
+        name = kernel_class(kind)
+        totals[name] = totals.get(name, np.zeros(3)) + row
+
+
+def executed_flops(step: TrainingStep) -> float:
+    """FLOPs that one step carries out: recomputation counted, causal attention as done."""
+    work, strategy = workload_of(step), step.parsed()
+    total = work.model_flops(strategy.micro_batch, causal_as_done=True)
+    if strategy.checkpoint != "none":
+        blocks = (layer for layer in work.layers if layer.repeats > 1)
+        total += sum(layer.repeats * op.flops(strategy.micro_batch, work.sequence) for layer in blocks for op in layer.forward)
+    return strategy.accumulation * total

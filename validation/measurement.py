@@ -1,0 +1,97 @@
+"""What a measurement is: plain data with where, when and how it was taken, and a JSON form that reads back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from validation.steps import TrainingStep
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How training steps are measured.
+
+    Attributes:
+        warmup_steps: Steps before anything is timed (the allocator settles in the first two).
+        timed_steps: Steps whose median is the result.
+        operator_steps: Steps under the per-operator clock, apart from the timed ones (0 to leave operators out).
+        processes: Fresh processes per training step; the result is the median of their medians.
+        memory: Whether peak memory is measured too, in a process of its own.
+        threads: Threads inside an operator.
+    """
+
+    warmup_steps: int = 3
+    timed_steps: int = 9
+    operator_steps: int = 0
+    processes: int = 1
+    memory: bool = True
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where and when measurements were taken.
+
+    Attributes:
+        cpu_model: As the system names it.
+        cores: Cores the process may use.
+        torch_version: With its build suffix.
+        python_version: Of the interpreter.
+        system: Operating system and C library.
+        date_utc: ISO date and time.
+        load_average: One-minute load when it began.
+        allocator: Environment variables that fix the C library's allocator.
+    """
+
+    cpu_model: str
+    cores: int
+    torch_version: str
+    python_version: str
+    system: str
+    date_utc: str
+    load_average: float
+    allocator: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One training step as it really ran on this machine's CPU.
+
+    Attributes:
+        step: What was run.
+        step_time_s: Process CPU time of a step, median.
+        noise: Interquartile range over the median, within a process.
+        process_spread: Largest over smallest median of fresh processes, minus one (0 for a single process).
+        peak_memory_bytes: Peak of what tensors occupy, from allocator events (0 if not measured).
+        class_times_s: Time per step inside operators, by operator class (empty if not measured).
+        class_calls: Operator calls per step, by operator class.
+        page_faults_per_step: Minor faults per timed step; near 0 when buffers are reused.
+        settings: How it was measured.
+        environment: Where and when.
+    """
+
+    step: TrainingStep
+    step_time_s: float
+    noise: float
+    process_spread: float
+    peak_memory_bytes: int
+    class_times_s: Mapping[str, float]
+    class_calls: Mapping[str, int]
+    page_faults_per_step: float
+    settings: Settings = field(default_factory=Settings)
+    environment: Environment | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data for JSON; `from_dict` reads it back."""
+        return asdict(self) | {"step": self.step.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
+        """Reads what `to_dict` wrote."""
+        values = dict(data)
+        values["step"] = TrainingStep.from_dict(values["step"])
+        values["settings"] = Settings(**values["settings"])
+        values["environment"] = Environment(**values["environment"]) if values["environment"] else None
+        return cls(**values)

@@ -1,0 +1,119 @@
+"""The fixed lists of training steps: for calibration, for development, and for the final test, sharing no sizes.
+
+The test list was written before anything was fitted. Hidden width, sequence length and vocabulary of a test step occur in no
+calibration step and no development step; changing it means starting the count of looked-at variants in `compare` anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from simtrain.core.strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStep:
+    """One training step that is both run and predicted.
+
+    Attributes:
+        name: Unique among all lists.
+        workload: Catalog name of the model family.
+        sequence: Sequence length.
+        strategy: As `Strategy.parse` reads it (micro-batch, optimizer, checkpointing, accumulation, precision).
+        options: Options of the family (layers, hidden, heads, vocabulary, ...).
+    """
+
+    name: str
+    workload: str
+    sequence: int
+    strategy: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def parsed(self) -> Strategy:
+        """Returns the strategy."""
+        return Strategy.parse(self.strategy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data for JSON; `from_dict` reads it back."""
+        return {
+            "name": self.name,
+            "workload": self.workload,
+            "sequence": self.sequence,
+            "strategy": self.strategy,
+            "options": dict(self.options),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainingStep:
+        """Reads what `to_dict` wrote."""
+        return cls(data["name"], data["workload"], int(data["sequence"]), data["strategy"], dict(data["options"]))
+
+
+def gpt(name: str, shape: tuple[int, int, int, int], batch: tuple[int, int], optimizer: str, extra: str = "") -> TrainingStep:
+    """Returns a step of a GPT-like model.
+
+    Args:
+        name: Of the step.
+        shape: Layers, hidden width, heads and vocabulary.
+        batch: Samples of a micro-batch and their sequence length.
+        optimizer: As in a strategy.
+        extra: Further strategy fields.
+    """
+    layers, hidden, heads, vocabulary = shape
+    micro_batch, sequence = batch
+    strategy = f"micro_batch={micro_batch},optimizer={optimizer}" + (f",{extra}" if extra else "")
+    options = {"layers": layers, "hidden": hidden, "heads": heads, "vocabulary": vocabulary}
+    return TrainingStep(name, "gpt", sequence, strategy, options)
+
+
+CALIBRATION_STEPS = (
+    gpt("cal-deep-narrow", (8, 128, 4, 2500), (8, 96), "adamw"),
+    gpt("cal-long", (5, 160, 5, 1500), (2, 512), "sgd"),
+    gpt("cal-many-samples", (6, 224, 7, 3000), (6, 80), "sgd"),
+    gpt("cal-square", (4, 240, 5, 3500), (4, 144), "adamw"),
+    gpt("cal-deep", (10, 288, 6, 5000), (2, 112), "adamw"),
+    gpt("cal-vocabulary", (3, 336, 7, 12000), (2, 224), "adamw"),
+    gpt("cal-few-tokens", (4, 416, 13, 15000), (1, 160), "adamw"),
+    gpt("cal-wide", (2, 544, 17, 6000), (2, 192), "sgd"),
+    gpt("cal-widest", (2, 704, 11, 7000), (2, 48), "adamw"),
+    gpt("cal-mid", (3, 304, 19, 9000), (3, 176), "adamw"),
+)
+"""Measured by `simtrain calibrate`; the only measurements that constants are fitted to."""
+
+DEVELOPMENT_STEPS = (
+    gpt("dev-a", (3, 352, 11, 4500), (4, 120), "adamw"),
+    gpt("dev-b", (6, 208, 13, 2200), (4, 320), "sgd"),
+    gpt("dev-c", (2, 480, 10, 11000), (2, 208), "adamw"),
+    gpt("dev-d", (6, 272, 17, 3200), (4, 104), "adamw", "checkpoint=full"),
+    gpt("dev-e", (3, 176, 11, 5500), (4, 88), "adamw", "accumulation=3"),
+    gpt("dev-f", (6, 144, 3, 1800), (8, 136), "adamw", "checkpoint=every:3"),
+    gpt("dev-g", (2, 608, 19, 1200), (2, 152), "sgd"),
+)
+"""Looked at freely while the harness was developed."""
+
+TEST_STEPS = (
+    gpt("test-small", (2, 192, 6, 2048), (16, 64), "adamw"),
+    gpt("test-base", (4, 384, 6, 8192), (4, 128), "adamw"),
+    gpt("test-deep", (12, 192, 3, 4096), (4, 128), "sgd"),
+    gpt("test-vocabulary", (6, 384, 12, 16000), (2, 256), "adamw"),
+    gpt("test-wide", (2, 640, 10, 8000), (2, 128), "adamw"),
+    gpt("test-long", (8, 320, 5, 4096), (2, 384), "sgd"),
+    gpt("test-shallow", (3, 576, 9, 10000), (4, 64), "sgd"),
+    gpt("test-batch", (10, 256, 4, 2048), (8, 64), "adamw"),
+    gpt("test-checkpoint-full", (8, 256, 8, 8000), (4, 128), "adamw", "checkpoint=full"),
+    gpt("test-checkpoint-two", (8, 192, 6, 4096), (8, 128), "sgd", "checkpoint=every:2"),
+    gpt("test-accumulation", (4, 256, 4, 4096), (2, 128), "adamw", "accumulation=4"),
+    gpt("test-one-sample", (6, 512, 8, 4096), (1, 256), "adamw"),
+    gpt("test-head", (4, 448, 7, 16384), (4, 64), "adamw"),
+)
+"""The final test. No constant and no choice of form may be made on it."""
+
+QUICK_TEST_NAMES = ("test-base", "test-deep", "test-long", "test-checkpoint-full", "test-accumulation")
+"""The subset that `--quick` runs."""
+
+
+def quick_test_steps() -> tuple[TrainingStep, ...]:
+    """Returns the subset of the test list that `--quick` runs."""
+    return tuple(step for step in TEST_STEPS if step.name in QUICK_TEST_NAMES)

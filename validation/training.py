@@ -1,0 +1,106 @@
+"""A real PyTorch training step of a model family, as a strategy asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from simtrain.core.errors import UnsupportedError
+from simtrain.core.strategy import Strategy, checkpoint_segment
+from validation.steps import TrainingStep
+from workloads.transformer.module import Transformer, example_batch
+from workloads.transformer.presets import spec
+
+LEARNING_RATE = 1e-4
+
+
+class Segment(nn.Module):
+    """Blocks whose activations are thrown away after the forward pass and computed again in the backward pass."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def _run(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, *rest)
+        return x
+
+    def forward(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """Runs the blocks under `torch.utils.checkpoint` (no random numbers to restore: there is no dropout)."""
+        return cast(torch.Tensor, checkpoint(self._run, x, *rest, use_reentrant=False, preserve_rng_state=False))
+
+
+class Training:
+    """A model, its data and its optimizer.
+
+    Attributes:
+        model: The real module of the family.
+        optimizer: As the strategy names it, with PyTorch's defaults.
+    """
+
+    def __init__(self, step: TrainingStep, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        strategy = step.parsed()
+        model_spec = spec(step.workload, **step.options)
+        self.model = Transformer(model_spec)
+        apply_checkpointing(self.model, strategy)
+        self.batch = example_batch(model_spec, strategy.micro_batch, step.sequence, seed=seed)
+        self.optimizer = build_optimizer(self.model, strategy.optimizer)
+        self.accumulation = strategy.accumulation
+        self._autocast = _autocast(strategy.precision)
+
+    def passes(self) -> None:
+        """Clears gradients, then runs forward and backward of every micro-batch."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(self.accumulation):
+            with self._autocast():
+                loss = self.model(*self.batch)
+            if self.accumulation > 1:
+                loss = loss / self.accumulation
+            loss.backward()
+
+    def update(self) -> None:
+        """Runs the optimizer."""
+        self.optimizer.step()
+
+    def step(self) -> None:
+        """Runs one whole training step."""
+        self.passes()
+        self.update()
+
+
+def apply_checkpointing(model: nn.Module, strategy: Strategy) -> None:
+    """Groups the model's blocks into segments that are recomputed."""
+    blocks = list(cast(nn.ModuleList, model.blocks))
+    length = checkpoint_segment(strategy.checkpoint, len(blocks))
+    if length:
+        model.blocks = nn.ModuleList(Segment(blocks[i : i + length]) for i in range(0, len(blocks), length))
+
+
+def build_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    """Returns the optimizer that a strategy names.
+
+    Raises:
+        UnsupportedError: No such optimizer is set up here.
+    """
+    parameters = list(model.parameters())
+    if name in ("adamw", "adam"):
+        kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+        return kind(parameters, lr=LEARNING_RATE)
+    if name in ("sgd", "sgd-momentum"):
+        return torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9 if name == "sgd-momentum" else 0.0)
+    raise UnsupportedError(f"optimizer {name!r} cannot be measured")
+
+
+def _autocast(precision: str) -> Callable[[], AbstractContextManager[Any]]:
+    if precision == "fp32":
+        return nullcontext
+    if precision == "bf16-amp":
+        return lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    raise UnsupportedError(f"precision {precision!r} cannot be measured on a CPU; use fp32 or bf16-amp")

@@ -1,0 +1,271 @@
+"""The transformer as an ordinary PyTorch module, built from the same spec as the closed form in `operators.py`.
+
+`Transformer(spec)(ids, targets)` returns the loss. Its parts `embedding`, `blocks` and `head` are the layers of the workload, with
+parameters of the same names in the same order. Every sample fills its sequence: there is no padding and no padding mask.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (the usual name)
+from torch import Tensor, nn
+
+from workloads.transformer.spec import TransformerSpec
+
+AttentionForm = Literal["fused", "unfused"]
+
+
+class Attention(nn.Module):
+    """Self-attention; fewer key than query heads share keys and values.
+
+    Args:
+        spec: The model.
+        form: "fused" calls PyTorch's attention operator, "unfused" writes the score matrix out.
+    """
+
+    def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
+        super().__init__()
+        self.spec = spec
+        self.attend = fused_attention if form == "fused" else unfused_attention
+        self.widths = [spec.query_width, spec.kv_width, spec.kv_width]
+        if spec.fused_qkv:
+            self.qkv = nn.Linear(spec.hidden, sum(self.widths), bias=spec.bias)
+        else:
+            self.q, self.k, self.v = (nn.Linear(spec.hidden, width, bias=spec.bias) for width in self.widths)
+        self.proj = nn.Linear(spec.query_width, spec.hidden, bias=spec.bias)
+        if spec.positions == "rotary":
+            self.register_buffer("rotation", rotation_table(spec), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns what every position gathers from the others."""
+        if self.spec.fused_qkv:
+            q, k, v = self.qkv(x).split(self.widths, dim=-1)
+        else:
+            q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = (t.view(*t.shape[:2], -1, self.spec.size_of_head) for t in (q, k, v))
+        if self.spec.positions == "rotary":
+            q = rotate(q, self.get_buffer("rotation"))
+            k = rotate(k, self.get_buffer("rotation"))
+        dropout = self.spec.dropout if self.training else 0.0
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        mixed: Tensor = self.proj(self.attend(q, k, v, self.spec.causal, dropout).transpose(1, 2).flatten(2))
+        return mixed
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
+    """Attention over `(batch, heads, sequence, head size)` as one operator."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
+
+
+def unfused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
+    """The same with the score matrix in memory."""
+    if k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]))
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, -math.inf)
+    return F.dropout(F.softmax(scores, dim=-1), dropout) @ v
+
+
+def rotation_table(spec: TransformerSpec) -> Tensor:
+    """One rotation per position and pair of neighbours, as bits, which survive a change of the model's number format."""
+    frequencies = spec.rotary_base ** -(torch.arange(0, spec.size_of_head, 2) / spec.size_of_head)
+    angles = torch.outer(torch.arange(spec.max_positions), frequencies)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).view(torch.int32)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turns pairs of neighbours in `(batch, sequence, heads, head size)` by an angle that grows with the position (Su et al. 2021)."""
+    turns = torch.view_as_complex(table[: x.shape[1], None].view(torch.float32))
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+class FeedForward(nn.Module):
+    """Two matrices around a GELU."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.approximate = "tanh" if spec.activation == "gelu-tanh" else "none"
+        self.fc1 = nn.Linear(spec.hidden, spec.ffn_width, bias=spec.bias)
+        self.fc2 = nn.Linear(spec.ffn_width, spec.hidden, bias=spec.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transforms every position on its own."""
+        mixed: Tensor = self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return mixed
+
+
+class GatedFeedForward(nn.Module):
+    """Three matrices, one of them a gate (Shazeer 2020, "GLU variants improve Transformer")."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.gate = nn.Linear(spec.hidden, spec.ffn_width, bias=spec.bias)
+        self.up = nn.Linear(spec.hidden, spec.ffn_width, bias=spec.bias)
+        self.down = nn.Linear(spec.ffn_width, spec.hidden, bias=spec.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transforms every position on its own."""
+        mixed: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return mixed
+
+
+class PreNormBlock(nn.Module):
+    """Norms before attention and feed-forward part (GPT, Llama)."""
+
+    def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
+        super().__init__()
+        self.norm_1 = make_norm(spec)
+        self.attention = Attention(spec, form)
+        self.norm_2 = make_norm(spec)
+        self.mlp = make_feed_forward(spec)
+        self.dropout = make_dropout(spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds both parts to the residual stream."""
+        x = x + self.dropout(self.attention(self.norm_1(x)))
+        y: Tensor = x + self.dropout(self.mlp(self.norm_2(x)))
+        return y
+
+
+class PostNormBlock(nn.Module):
+    """Norms after each residual addition (BERT)."""
+
+    def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
+        super().__init__()
+        self.attention = Attention(spec, form)
+        self.norm_1 = make_norm(spec)
+        self.mlp = make_feed_forward(spec)
+        self.norm_2 = make_norm(spec)
+        self.dropout = make_dropout(spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds both parts to the residual stream and normalizes it."""
+        x = self.norm_1(x + self.dropout(self.attention(x)))
+        normalized: Tensor = self.norm_2(x + self.dropout(self.mlp(x)))
+        return normalized
+
+
+class Embedding(nn.Module):
+    """Token, position and segment tables (every token of a sample in segment 0)."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(spec.vocabulary, spec.hidden)
+        self.wpe = nn.Embedding(spec.max_positions, spec.hidden) if spec.positions == "learned" else None
+        self.token_type = nn.Embedding(spec.token_types, spec.hidden) if spec.token_types else None
+        self.norm = make_norm(spec) if spec.norm_position == "post" else nn.Identity()
+        self.dropout = make_dropout(spec)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Returns the residual stream's start."""
+        x: Tensor = self.wte(ids)
+        if self.wpe is not None:
+            x = x + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+        if self.token_type is not None:
+            x = x + self.token_type(torch.zeros_like(ids))
+        return self.dropout(self.norm(x))  # type: ignore[no-any-return]
+
+
+class LanguageModelHead(nn.Module):
+    """Logits over the vocabulary and the loss of predicting the targets."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.norm = make_norm(spec) if spec.norm_position == "pre" else nn.Identity()
+        self.linear = nn.Linear(spec.hidden, spec.vocabulary, bias=False)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean loss; targets have the shape of the ids."""
+        return F.cross_entropy(self.linear(self.norm(x)).flatten(0, 1).float(), targets.flatten())
+
+
+class SpanHead(nn.Module):
+    """Scores of every position as start and end of an answer (SQuAD)."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.norm = make_norm(spec) if spec.norm_position == "pre" else nn.Identity()
+        self.linear = nn.Linear(spec.hidden, 2, bias=spec.bias)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean loss; targets are one start and one end per sample."""
+        start, end = self.linear(self.norm(x)).float().unbind(-1)
+        return (F.cross_entropy(start, targets[:, 0]) + F.cross_entropy(end, targets[:, 1])) / 2
+
+
+class Transformer(nn.Module):
+    """A transformer with its loss.
+
+    Args:
+        spec: The model.
+        attention: "fused" or "unfused".
+    """
+
+    def __init__(self, spec: TransformerSpec, attention: AttentionForm = "fused") -> None:
+        super().__init__()
+        block = PreNormBlock if spec.norm_position == "pre" else PostNormBlock
+        self.spec = spec
+        self.embedding = Embedding(spec)
+        self.blocks = nn.ModuleList(block(spec, attention) for _ in range(spec.layers))
+        self.head = SpanHead(spec) if spec.head == "span" else LanguageModelHead(spec)
+        self.apply(_initialize)
+        if spec.head == "lm" and spec.tied_head:
+            self.head.linear.weight = self.embedding.wte.weight
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Returns the loss of a batch of token ids `(batch, sequence)`."""
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        loss: Tensor = self.head(x, targets)
+        return loss
+
+
+def make_norm(spec: TransformerSpec) -> nn.Module:
+    """Returns the spec's kind of norm."""
+    kind = nn.RMSNorm if spec.norm == "rmsnorm" else nn.LayerNorm
+    return kind(spec.hidden, eps=spec.norm_epsilon)
+
+
+def make_feed_forward(spec: TransformerSpec) -> nn.Module:
+    """Returns the spec's kind of feed-forward part."""
+    return GatedFeedForward(spec) if spec.activation == "swiglu" else FeedForward(spec)
+
+
+def make_dropout(spec: TransformerSpec) -> nn.Module:
+    """Returns dropout, or nothing where the spec has none."""
+    return nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
+
+
+def example_batch(spec: TransformerSpec, batch: int, seq: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Returns random ids and targets of the shapes that the model takes.
+
+    Args:
+        spec: The model.
+        batch: Samples.
+        seq: Tokens per sample; the spec's own by default.
+        seed: Of the random numbers.
+
+    Raises:
+        InputError: The model cannot process such a sequence.
+    """
+    length = spec.sequence if seq is None else seq
+    spec.check_sequence(length)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(spec.vocabulary, (batch, length), generator=generator)
+    shape, classes = ((batch, 2), length) if spec.head == "span" else ((batch, length), spec.vocabulary)
+    return ids, torch.randint(classes, shape, generator=generator)
+
+
+def _initialize(module: nn.Module) -> None:
+    """Weights as in GPT-2: normal with a deviation of 0.02, biases zero."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,191 @@
+"""The pieces of a transformer as operators: linear layers, norms, additions, activations, dropout.
+
+Under autocast PyTorch runs matrix products in the low format on casts of inputs, weights and biases (made in the order bias, weight,
+input), norms and losses in the high format, and lets elementwise operators follow their inputs. Lists are written for that case: with
+one number format everywhere the casts disappear and what remains is the plain fp32 (or bf16) program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from simtrain.core.polynomial import ONE, Polynomial, as_polynomial
+from simtrain.core.precision import DTypeRole
+from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor, TensorKind, gemm_flops
+from workloads.transformer.tape import Tape
+
+LOW, HIGH, FP32, MASK = DTypeRole.LOW, DTypeRole.HIGH, DTypeRole.FP32, DTypeRole.MASK
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One side of a weight: its role and width."""
+
+    role: Role
+    width: int
+
+
+def gemm_dims(batch: Dim, m: Dim, n: Dim, k: Dim) -> tuple[Dim, Dim, Dim, Dim]:
+    """Returns the dimensions of a matrix product in their order."""
+    return (batch, m, n, k)
+
+
+ONCE = Dim(Role.BATCH, ONE)
+
+
+def linear(
+    tape: Tape,
+    x: str,
+    name: str,
+    out: str,
+    *,
+    tokens: Polynomial,
+    inner: Axis,
+    outer: Axis,
+    bias: bool,
+    holds: Iterable[str] = (),
+    weight: str | None = None,
+    kind: TensorKind = TensorKind.ACTIVATION,
+) -> str:
+    """A linear layer `out = x W^T + b`.
+
+    Args:
+        tape: Where it is written.
+        x: Its input.
+        name: Of the module; parameters are `<name>.weight` and `<name>.bias`.
+        out: Name of the result.
+        tokens: Rows.
+        inner: Input side of the weight.
+        outer: Output side of the weight.
+        bias: Whether it has one.
+        holds: Tensors that Python names keep alive until it returns.
+        weight: Name of a weight that is registered already.
+        kind: What the result is counted as.
+    """
+    weight = weight or tape.parameter(f"{name}.weight", outer.width, inner.width)
+    b = tape.cast(tape.parameter(f"{name}.bias", outer.width), LOW) if bias else None
+    w = tape.cast(weight, LOW)
+    low = tape.cast(x, LOW)
+    rows, ins, outs = Dim(Role.TOKENS, tokens), *(Dim(a.role, as_polynomial(a.width)) for a in (inner, outer))
+    flops = gemm_flops(ONE, tokens, ins.size, outs.size)
+    written = Tensor(out, tokens * outer.width, LOW, kind)
+    reads = (low, w, b) if b else (low, w)
+    tape.run(Operator(name, OperatorKind.GEMM, reads, (written,), dims=(ONCE, rows, outs, ins), flops=flops), holds=(x, *holds))
+
+    def node() -> None:
+        dout, dx, dw = tape.gradient(out), tape.gradient_tensor(low), tape.gradient_tensor(w)
+        to_input = Operator(f"{name}.dx", OperatorKind.GEMM, (dout, w), (dx,), dims=(ONCE, rows, ins, outs), flops=flops)
+        to_weight = Operator(f"{name}.dw", OperatorKind.GEMM, (dout, low), (dw,), dims=(ONCE, outs, ins, rows), flops=flops)
+        if b:
+            db = tape.gradient_tensor(b)
+            tape.run_backward(to_input, to_weight, Operator(f"{name}.db", OperatorKind.REDUCTION, (dout,), (db,)))
+            tape.give(b, db.name)
+        else:
+            tape.run_backward(to_weight, to_input)
+        tape.give(w, dw.name)
+        tape.give(low, dx.name)
+
+    tape.node(node)
+    return out
+
+
+def norm(tape: Tape, x: str, name: str, out: str, *, tokens: Polynomial, width: int, rms: bool, holds: Iterable[str] = ()) -> str:
+    """A layer norm (mean and reciprocal deviation kept in fp32) or an RMS norm (the latter only), each as the fused CUDA operator.
+
+    On the CPU PyTorch composes RMS norm from small operators, which allocates more.
+    """
+    parameters = [tape.parameter(f"{name}.weight", width)]
+    if not rms:
+        parameters.append(tape.parameter(f"{name}.bias", width))
+    statistics = [Tensor(f"{out}.{s}", tokens, FP32) for s in (("rstd",) if rms else ("mean", "rstd"))]
+    written = (Tensor(out, tokens * width, HIGH), *statistics)
+    dims = (ONCE, Dim(Role.TOKENS, tokens), ONCE, Dim(Role.HIDDEN, as_polynomial(width)))
+    tape.run(Operator(name, OperatorKind.NORM, (x, *parameters), written, dims=dims), holds=holds)
+
+    def node() -> None:
+        gradients = [tape.gradient_tensor(n) for n in (x, *parameters)]
+        reads = (tape.gradient(out), x, *(t.name for t in statistics), *parameters)
+        tape.run_backward(Operator(f"{name}.backward", OperatorKind.NORM_BACKWARD, reads, tuple(gradients), dims=dims))
+        for name_of, gradient in zip((x, *parameters), gradients, strict=True):
+            tape.give(name_of, gradient.name)
+
+    tape.node(node)
+    return out
+
+
+def add(tape: Tape, a: str, b: str, out: str, *, holds: Iterable[str] = ()) -> str:
+    """The sum of two tensors, in the higher of their formats. Its gradient goes to both as it is, cast where the format differs."""
+    role = HIGH if HIGH in (tape.tensors[a].role, tape.tensors[b].role) else tape.tensors[a].role
+    written = Tensor(out, tape.tensors[a].elements, role)
+    tape.run(Operator(f"{out}.add", OperatorKind.ELEMENTWISE, (a, b), (written,)), holds=holds)
+
+    def node() -> None:
+        dout = tape.gradient(out)
+        arrivals = []
+        for name in (a, b):
+            if tape.tensors[name].role is role:
+                arrivals.append((name, dout))
+                continue
+            cast = tape.gradient_tensor(name)
+            tape.run_backward(Operator(f"{out}.gradient_to_{name}", OperatorKind.CAST, (dout,), (cast,)))
+            arrivals.append((name, cast.name))
+        for name, gradient in arrivals:
+            tape.give(name, gradient)
+
+    tape.node(node)
+    return out
+
+
+def unary(tape: Tape, x: str, name: str, out: str) -> str:
+    """An activation function; its backward pass reads its input."""
+    like = tape.tensors[x]
+    tape.run(Operator(name, OperatorKind.ELEMENTWISE, (x,), (Tensor(out, like.elements, like.role),)))
+
+    def node() -> None:
+        dx = tape.gradient_tensor(x)
+        tape.run_backward(Operator(f"{name}.backward", OperatorKind.ELEMENTWISE, (tape.gradient(out), x), (dx,)))
+        tape.give(x, dx.name)
+
+    tape.node(node)
+    return out
+
+
+def multiply(tape: Tape, a: str, b: str, out: str) -> str:
+    """The product of two tensors of one shape; its backward pass reads both."""
+    like = tape.tensors[a]
+    tape.run(Operator(f"{out}.mul", OperatorKind.ELEMENTWISE, (a, b), (Tensor(out, like.elements, like.role),)))
+
+    def node() -> None:
+        dout, da, db = tape.gradient(out), tape.gradient_tensor(a), tape.gradient_tensor(b)
+        tape.run_backward(
+            Operator(f"{out}.mul.d{a}", OperatorKind.ELEMENTWISE, (dout, b), (da,)),
+            Operator(f"{out}.mul.d{b}", OperatorKind.ELEMENTWISE, (dout, a), (db,)),
+        )
+        tape.give(a, da.name)
+        tape.give(b, db.name)
+
+    tape.node(node)
+    return out
+
+
+def dropout(tape: Tape, x: str, out: str, probability: float, *, holds: Iterable[str] = ()) -> str:
+    """Dropout as on CUDA: one operator writes the result and a mask of one byte per element.
+
+    On the CPU PyTorch writes a mask in the activation's own format, divides and multiplies: three operators and more memory.
+    Returns `x` itself where nothing is dropped.
+    """
+    if not probability:
+        return x
+    like = tape.tensors[x]
+    written = (Tensor(out, like.elements, like.role), Tensor(f"{out}.mask", like.elements, MASK))
+    tape.run(Operator(f"{out}.dropout", OperatorKind.ELEMENTWISE, (x,), written), holds=holds)
+
+    def node() -> None:
+        dx = tape.gradient_tensor(x)
+        reads = (tape.gradient(out), f"{out}.mask")
+        tape.run_backward(Operator(f"{out}.dropout.backward", OperatorKind.ELEMENTWISE, reads, (dx,)))
+        tape.give(x, dx.name)
+
+    tape.node(node)
+    return out

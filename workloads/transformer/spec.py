@@ -1,0 +1,157 @@
+"""What a transformer is, in numbers: the one description that the closed form and the real module are both built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from simtrain.core.errors import InputError, nearest
+
+Positions = Literal["learned", "rotary"]
+Norm = Literal["layernorm", "rmsnorm"]
+NormPosition = Literal["pre", "post"]
+Activation = Literal["gelu", "gelu-tanh", "swiglu"]
+HeadKind = Literal["lm", "span"]
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerSpec:
+    """A decoder or encoder of equal blocks.
+
+    Attributes:
+        layers: Blocks.
+        hidden: Width of the residual stream.
+        heads: Query heads.
+        kv_heads: Key and value heads; 0 means as many as query heads (fewer is grouped-query attention).
+        head_dim: Width of one head; 0 means hidden / heads.
+        ffn: Inner width of the feed-forward part; 0 means 4 x hidden.
+        vocabulary: Rows of the token table.
+        max_positions: Longest sequence.
+        sequence: Sequence length of a training sample unless asked otherwise.
+        causal: Whether a token sees only what stands before it.
+        positions: A learned table, or rotation of queries and keys.
+        norm: Normalization.
+        norm_position: Before each half of a block (with a last one in the head), or after each residual addition.
+        activation: Non-linearity of the feed-forward part; "swiglu" has a gate and three matrices.
+        bias: Whether linear layers have biases (the language model head never has one).
+        fused_qkv: Whether one matrix makes queries, keys and values.
+        tied_head: Whether the language model head uses the token table.
+        dropout: Probability, in the embedding, the attention probabilities and before each residual addition.
+        token_types: Rows of a segment table (BERT has 2); 0 for none.
+        head: "lm" predicts every next token; "span" scores every position as start or end of an answer (SQuAD).
+        norm_epsilon: Added to variances.
+        rotary_base: Base of the rotation's wavelengths.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    max_positions: int
+    sequence: int
+    kv_heads: int = 0
+    head_dim: int = 0
+    ffn: int = 0
+    causal: bool = True
+    positions: Positions = "learned"
+    norm: Norm = "layernorm"
+    norm_position: NormPosition = "pre"
+    activation: Activation = "gelu-tanh"
+    bias: bool = True
+    fused_qkv: bool = True
+    tied_head: bool = True
+    dropout: float = 0.0
+    token_types: int = 0
+    head: HeadKind = "lm"
+    norm_epsilon: float = 1e-5
+    rotary_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), hints[field.name])
+        for name in ("layers", "hidden", "heads", "vocabulary", "max_positions", "sequence"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("kv_heads", "head_dim", "ffn", "token_types"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must lie in [0, 1), not {self.dropout}")
+        self._check_heads()
+        self.check_sequence(self.sequence)
+
+    def _check_heads(self) -> None:
+        if not self.head_dim and self.hidden % self.heads:
+            raise InputError(f"{self.heads} heads do not divide a hidden size of {self.hidden}; give head_dim or another number of heads")
+        if self.heads % (self.kv_heads or self.heads):
+            raise InputError(f"{self.kv_heads} key and value heads do not divide {self.heads} query heads")
+        if self.positions == "rotary" and self.size_of_head % 2:
+            raise InputError(f"rotary positions need an even head size, not {self.size_of_head}")
+        if self.positions == "rotary" and self.fused_qkv:
+            raise InputError("rotary positions need separate projections of queries and keys: set fused_qkv = false")
+
+    def check_sequence(self, sequence: int) -> None:
+        """Refuses a sequence length that this model cannot process.
+
+        Raises:
+            InputError: Below 1, or beyond the table of learned positions.
+        """
+        if isinstance(sequence, bool) or not isinstance(sequence, int) or sequence < 1:
+            raise InputError(f"sequence length must be a whole number of at least 1, not {sequence!r}")
+        if sequence > self.max_positions:
+            raise InputError(f"sequence length {sequence} exceeds the {self.max_positions} positions of the model; raise max_positions")
+
+    @property
+    def size_of_head(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.hidden // self.heads
+
+    @property
+    def query_width(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.size_of_head
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads together (values have the same)."""
+        return (self.kv_heads or self.heads) * self.size_of_head
+
+    @property
+    def ffn_width(self) -> int:
+        """Inner width of the feed-forward part."""
+        return self.ffn or 4 * self.hidden
+
+    @classmethod
+    def from_options(cls, defaults: dict[str, Any], options: dict[str, Any]) -> TransformerSpec:
+        """Builds a spec from defaults that options override.
+
+        Raises:
+            InputError: An unknown option (the nearest is suggested), a missing one, or one out of range.
+        """
+        known = {f.name for f in fields(cls)}
+        for name in options:
+            if name not in known:
+                near = nearest(name, known)
+                hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(known))}"
+                raise InputError(f"a transformer has no option {name!r}: {hint}")
+        values = defaults | options
+        missing = [n for n in ("layers", "hidden", "heads", "vocabulary", "max_positions") if n not in values]
+        if missing:
+            raise InputError(f"a transformer needs {', '.join(missing)}")
+        if "sequence" not in options:
+            values["sequence"] = min(values.get("sequence", values["max_positions"]), values["max_positions"])
+        return cls(**values)
+
+
+def _check_type(name: str, value: object, hint: Any) -> None:
+    if choices := get_args(hint):
+        if value not in choices:
+            near = nearest(str(value), choices)
+            hint_text = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(choices)}"
+            raise InputError(f"{name} {value!r} is unknown: {hint_text}")
+        return
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise InputError(f"{name} must be {'a whole number' if hint is int else f'of type {hint.__name__}'}, not {value!r}")

@@ -1,0 +1,168 @@
+"""Writes the two operator lists of a layer the way autograd runs them.
+
+A piece of a model (`pieces`, `attention`) states its forward operators and, beside them, the node that autograd would run for them.
+Nodes run in reverse order; gradients of a tensor with several readers are added as they arrive. Two rules of PyTorch decide lifetimes:
+
+* A node keeps what it reads (its saved tensors and incoming gradients) until its last operator is done.
+* A Python frame keeps what its names hold.
+
+Where such a keeper outlives the last real reader, a later operator *holds* the tensor: it names it in `reads` and in `partial`, with
+nothing of it `touched`, so that it lives on but costs no bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from simtrain.core.polynomial import Polynomial, as_polynomial
+from simtrain.core.precision import DTypeRole
+from simtrain.core.workload import Layer, Operator, OperatorKind, Parameter, Tensor, TensorKind
+
+Node = Callable[[], None]
+
+
+class Tape:
+    """Collects a layer.
+
+    Args:
+        given: Tensors that come from outside (the layer's input, the batch).
+    """
+
+    def __init__(self, *given: Tensor) -> None:
+        self.tensors: dict[str, Tensor] = {t.name: t for t in given}
+        self.parameters: list[Parameter] = []
+        self._forward: list[Operator] = []
+        self._backward: list[Operator] = []
+        self._nodes: list[Node] = []
+        self._gradients: dict[str, str] = {}
+        self._arrivals: dict[str, int] = {}
+        self._targets: dict[str, str] = {}
+
+    def parameter(self, name: str, *shape: int, tied_to: str | None = None, gradient: str | None = None) -> str:
+        """Registers a parameter and returns its name.
+
+        Args:
+            name: As in the module.
+            shape: As in the module.
+            tied_to: `layer.parameter` whose storage it shares.
+            gradient: Name of its gradient where that is not `grad:<name>`.
+        """
+        parameter = Parameter(name, shape, tied_to)
+        self.parameters.append(parameter)
+        self.tensors[name] = Tensor(name, as_polynomial(parameter.elements), DTypeRole.PARAMETER)
+        self._targets[name] = gradient or f"grad:{name}"
+        return name
+
+    def run(self, operator: Operator, *, holds: Iterable[str] = ()) -> None:
+        """Appends a forward operator."""
+        self._forward.append(hold(operator, holds))
+        self.tensors.update({t.name: t for t in operator.writes})
+
+    def node(self, node: Node) -> None:
+        """Registers what autograd runs for the operators just appended."""
+        self._nodes.append(node)
+
+    def run_backward(self, *operators: Operator) -> None:
+        """Appends the operators of one autograd node; the last one holds what the others read."""
+        *first, last = operators
+        read = dict.fromkeys(name for op in first for name in op.reads)
+        kept = [n for n in read if n not in self._targets]
+        self._backward += [*first, hold(last, kept)]
+
+    def gradient(self, name: str) -> str:
+        """Returns the name of the gradient that arrived for a tensor."""
+        return self._gradients[name]
+
+    def gradient_tensor(self, name: str) -> Tensor:
+        """Describes a new (partial) gradient of a tensor or parameter."""
+        like = self.tensors[name]
+        if name in self._targets:
+            return Tensor(self._targets[name], like.elements, DTypeRole.GRADIENT, TensorKind.GRADIENT)
+        if like.kind is TensorKind.CAST:
+            return Tensor(f"grad:{name}", like.elements, like.role, TensorKind.GRADIENT)
+        arrived = self._arrivals.get(name, 0)
+        label = f"d{name}" if not arrived else f"d{name}.more{arrived}"
+        return Tensor(label, like.elements, like.role, like.kind)
+
+    def give(self, name: str, gradient: str) -> None:
+        """Hands a gradient to a tensor; a second one is added to the first, which allocates a third."""
+        self._arrivals[name] = self._arrivals.get(name, 0) + 1
+        if name not in self._gradients:
+            self._gradients[name] = gradient
+            return
+        total = replace(self.gradient_tensor(name), name=f"d{name}.sum{self._arrivals[name]}")
+        reads = (self._gradients[name], gradient)
+        self._backward.append(Operator(f"{name}.add_gradients", OperatorKind.ELEMENTWISE, reads=reads, writes=(total,)))
+        self._gradients[name] = total.name
+
+    def cast(self, name: str, role: DTypeRole, *, holds: Iterable[str] = ()) -> str:
+        """Converts a tensor to the number format of a role, unless it already has that role; returns the new name."""
+        source = self.tensors[name]
+        if source.role is role:
+            return name
+        kind = TensorKind.CAST if name in self._targets else source.kind
+        target = Tensor(self._fresh(f"{name}.{role.value}"), source.elements, role, kind)
+        self.run(Operator(f"{target.name}.cast", OperatorKind.CAST, reads=(name,), writes=(target,)), holds=holds)
+
+        def node() -> None:
+            written = self.gradient_tensor(name)
+            self._backward.append(
+                Operator(f"{target.name}.cast.backward", OperatorKind.CAST, reads=(self.gradient(target.name),), writes=(written,))
+            )
+            self.give(name, written.name)
+
+        self.node(node)
+        return target.name
+
+    def _fresh(self, name: str) -> str:
+        """Returns the name, with a number where it is taken (three projections each cast their common input)."""
+        number = sum(t == name or t.startswith(f"{name}#") for t in self.tensors)
+        return f"{name}#{number + 1}" if number else name
+
+    def layer(self, name: str, *, out: str, cut: Polynomial, repeats: int = 1, inputs: bool = True, seed: str = "dy") -> Layer:
+        """Runs the nodes in reverse and returns the layer.
+
+        Args:
+            name: Of the layer.
+            out: What it hands on; named `y` in the lists.
+            cut: Elements handed to the next layer.
+            repeats: Equal layers in a row.
+            inputs: Whether the layer's input `x` gets a gradient `dx`.
+            seed: Name of the gradient of its output.
+        """
+        forward, backward = self.finish(out, seed)
+        names = {out: "y"}
+        if inputs and (last := self._gradients["x"]) != "dx":
+            names |= {"dx": "dx.part", last: "dx"}
+        forward, backward = (tuple(rename(op, names) for op in ops) for ops in (forward, backward))
+        return Layer(name, forward, backward, tuple(self.parameters), cut, repeats=repeats)
+
+    def finish(self, out: str, seed: str) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
+        """Runs the nodes in reverse and returns both operator lists.
+
+        Args:
+            out: Name of the result.
+            seed: Name of its gradient.
+        """
+        self._gradients[out] = seed
+        for node in reversed(self._nodes):
+            node()
+        return tuple(self._forward), tuple(self._backward)
+
+
+def hold(operator: Operator, names: Iterable[str]) -> Operator:
+    """Returns the operator with further reads that keep tensors alive without moving bytes."""
+    kept = tuple(n for n in dict.fromkeys(names) if n not in operator.reads)
+    return replace(operator, reads=operator.reads + kept, partial=operator.partial + kept)
+
+
+def rename(operator: Operator, names: dict[str, str]) -> Operator:
+    """Renames the tensors of an operator."""
+    return replace(
+        operator,
+        reads=tuple(names.get(n, n) for n in operator.reads),
+        partial=tuple(names.get(n, n) for n in operator.partial),
+        writes=tuple(replace(t, name=names.get(t.name, t.name)) for t in operator.writes),
+        unfused=tuple(rename(op, names) for op in operator.unfused),
+    )

@@ -12,6 +12,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
+	mkdir -p out
 	$(BIN)/simtrain plan gpt2-small --cluster "4x rtx-3090" --global-batch 256 --timeline out/timeline.png --memory-plot out/memory.png --trace out/step.json
 	$(BIN)/simtrain validate torch --quick
 

@@ -1,6 +1,6 @@
 """Calibration: a minute of real training steps turned into the constants of this machine's CPU core.
 
-Ten small training steps are run; the time inside each operator, where it runs, is added up by class; each class gets a cost per
+Nine small training steps are run; the time inside each operator, where it runs, is added up by class; each class gets a cost per
 launch, per FLOP and per byte. What is left of the step (Python, autograd) becomes a cost per launch.
 """
 
@@ -24,7 +24,7 @@ from validation.measurement import Measurement, Settings
 from validation.steps import CALIBRATION_STEPS, TrainingStep
 
 OPTIMIZER = kernel_class(OperatorKind.OPTIMIZER)
-CALIBRATION_SETTINGS = Settings(warmup_steps=3, timed_steps=7, operator_steps=5, processes=1, memory=False)
+CALIBRATION_SETTINGS = Settings(warmup_steps=3, timed_steps=7, operator_steps=4, processes=1, memory=False)
 
 
 def calibrate(

@@ -78,7 +78,6 @@ CALIBRATION_STEPS = (
     gpt("cal-few-tokens", (4, 416, 13, 15000), (1, 160), "adamw"),
     gpt("cal-wide", (2, 544, 17, 6000), (2, 192), "sgd"),
     gpt("cal-widest", (2, 704, 11, 7000), (2, 48), "adamw"),
-    gpt("cal-mid", (3, 304, 19, 9000), (3, 176), "adamw"),
 )
 """Measured by `simtrain calibrate`; the only measurements that constants are fitted to."""
 

@@ -39,6 +39,7 @@ ClusterOption = Annotated[
 RuntimeOption = Annotated[str | None, typer.Option("--runtime", help="The framework's behaviour, such as torch-eager.")]
 SeqLenOption = Annotated[int | None, typer.Option("--seq-len", min=1, help="Sequence length; the workload's own by default.")]
 TimelineOption = Annotated[Path | None, typer.Option("--timeline", help="Write what runs when as a picture (.png, .svg, .pdf).")]
+MemoryPlotOption = Annotated[Path | None, typer.Option("--memory-plot", help="Write memory over the step as a picture (.png, .svg, .pdf).")]
 TraceOption = Annotated[Path | None, typer.Option("--trace", help="Write a trace for Perfetto or chrome://tracing (.json).")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object: the result's own field names, SI units.")]
 

@@ -13,6 +13,7 @@ from simtrain.cli.files import PICTURES, TRACES, check_path, write_files
 from simtrain.cli.options import (
     ClusterOption,
     JsonOption,
+    MemoryPlotOption,
     Objective,
     RuntimeOption,
     SeqLenOption,
@@ -47,6 +48,7 @@ def plan(
     seq_len: SeqLenOption = None,
     top: Annotated[int | None, typer.Option("--top", min=1, help="How many to print; 10 in the table, all with --json.")] = None,
     timeline: TimelineOption = None,
+    memory_plot: MemoryPlotOption = None,
     trace: TraceOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -55,6 +57,7 @@ def plan(
     from simtrain.step.predict import schedule
 
     check_path("--timeline", timeline, PICTURES)
+    check_path("--memory-plot", memory_plot, PICTURES)
     check_path("--trace", trace, TRACES)
     what, where = catalog.workload(workload, seq_len=seq_len), catalog.cluster(cluster)
     with SlowProgress("planning") as progress:
@@ -77,10 +80,10 @@ def plan(
         from simtrain.report import plan_table
 
         write_table(plan_table(found, top=top or DEFAULT_TOP))
-    if found.ranked and (timeline or trace):
+    if found.ranked and (timeline or memory_plot or trace):
         best = found.ranked[0]
         full = best if best.events else schedule(what, where, best.strategy, runtime=runtime)
-        write_files(full, timeline=timeline, trace=trace)
+        write_files(full, timeline=timeline, memory=memory_plot, trace=trace)
     if not found.ranked:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 

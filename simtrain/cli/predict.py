@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ from simtrain.cli.files import PICTURES, TRACES, check_path, write_files
 from simtrain.cli.options import (
     ClusterOption,
     JsonOption,
+    MemoryPlotOption,
     Reader,
     RuntimeOption,
     SeqLenOption,
@@ -46,7 +46,7 @@ def predict(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the jitter (simulate).")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps to simulate (simulate).")] = None,
     timeline: TimelineOption = None,
-    memory_plot: Annotated[Path | None, typer.Option("--memory-plot", help="Write memory over the step as a picture.")] = None,
+    memory_plot: MemoryPlotOption = None,
     trace: TraceOption = None,
     json: JsonOption = False,
 ) -> None:

@@ -65,7 +65,7 @@ RUNTIMES: dict[str, Runtime] = {
             workspace_bytes=2 * 8_519_680,
             sources=(
                 "PyTorch 2.13 documentation: DistributedDataParallel (bucket sizes), optim (foreach default on CUDA), CUDA semantics",
-                "assumption: 6 us of host time per launched kernel in eager PyTorch, 450 MiB of driver context, reserved = 1.05 x allocated",
+                "assumption: 6 us of host time per launched kernel in eager PyTorch, 450 MiB of driver context, reserved 1.05 x allocated",
             ),
         ),
         Runtime(

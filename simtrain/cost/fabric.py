@@ -14,6 +14,9 @@ from simtrain.core.errors import InputError
 from simtrain.core.hardware import Cluster, Node
 from simtrain.core.program import Resource
 
+HOST_MEMORY_SHARE = 0.8
+"""Share of the peak of host memory that transfers through it sustain (assumption: what STREAM reaches on desktop processors)."""
+
 
 @dataclass(frozen=True)
 class Fabric:
@@ -51,7 +54,8 @@ class Fabric:
         loads[Resource(f"rank {target} host link in", other.host_link.sustained_bytes_per_s)] += 1.0
         if a == b:
             if node.host is not None:
-                loads[Resource(f"node {a} host memory", node.host.memory.bandwidth_bytes_per_s)] += 2.0
+                sustained = node.host.memory.bandwidth_bytes_per_s * HOST_MEMORY_SHARE
+                loads[Resource(f"node {a} host memory", sustained)] += 2.0
             return dict(loads), node.host_link.latency_s
         if node.nic is None or other.nic is None:
             raise InputError(f"nodes {a} and {b} of cluster {self.cluster.name!r} have no network link: give the nodes a `nic`")

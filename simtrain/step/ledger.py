@@ -1,8 +1,7 @@
 """The memory ledger: every kind of device memory over a step, in host program order, and its peak.
 
 PyTorch allocates when the host issues an operation, so the order is the program's, not the device's. States are persistent; everything
-else comes from replaying the operators of each pass (`occupancy`). After the first micro-batch all micro-batches are alike, so two of
-them give the peak.
+else comes from replaying the operators of each pass (`occupancy`).
 """
 
 from __future__ import annotations
@@ -22,6 +21,9 @@ from simtrain.core.workload import Parameter, Workload
 from simtrain.step.occupancy import BLOCK_BYTES, COLUMN, KINDS, Mode, Occupancy, Sizer, occupancy, unsaved_cast_bytes
 from simtrain.step.passes import Pass, micro_batch_passes
 from simtrain.step.specialize import ConcreteLayer, concrete_layers
+
+SHOWN_MICRO_BATCHES = 16
+"""Micro-batches that a ledger replays; from the second on they are alike, so more would not change the peak."""
 
 FORWARD = (Mode.FORWARD, Mode.FORWARD_DROPPING)
 STEP_COUNTER_BYTES = 4
@@ -49,7 +51,7 @@ class Ledger:
 
 
 def ledger(workload: Workload, strategy: Strategy, precision: Precision, runtime: Runtime, replicas: int) -> Ledger:
-    """Replays a step's memory: at most two micro-batches (the others equal the second), then the optimizer.
+    """Replays a step's memory: its micro-batches (at most `SHOWN_MICRO_BATCHES`, more of them are alike), then the optimizer.
 
     Args:
         workload: What is trained.
@@ -64,10 +66,12 @@ def ledger(workload: Workload, strategy: Strategy, precision: Precision, runtime
     labels, rows, owner = ["start"], [base], [-1]
     memo: dict[tuple[object, ...], Occupancy] = {}
     index = 0
-    for micro_batch in range(min(strategy.accumulation, 2)):
-        accumulating = micro_batch > 0 or (replicas > 1 and runtime.gradient_as_bucket_view)
+    views = replicas > 1 and runtime.gradient_as_bucket_view
+    first = micro_batch_passes(workload, concrete, strategy.checkpoint, accumulating=views)
+    later = micro_batch_passes(workload, concrete, strategy.checkpoint, accumulating=True)
+    for micro_batch in range(min(strategy.accumulation, SHOWN_MICRO_BATCHES)):
         casts = np.zeros(len(KINDS))
-        passes = micro_batch_passes(workload, concrete, strategy.checkpoint, accumulating=accumulating)
+        passes = later if micro_batch else first
         for i, step in enumerate(passes):
             replay = _replay(step, concrete, strategy.micro_batch, workload.sequence, caching, memo)
             labels += [f"{micro_batch}/{step.mode.value}/{workload.layers[step.kind].name}.{step.layer}/{name}" for name in replay.names]

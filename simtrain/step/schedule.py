@@ -21,7 +21,7 @@ def schedule_setting(setting: Setting) -> Result:
     program = lowered.program
     steady = steady_state(program, program.durations_s())
     slowest = slowest_class(program, steady.start_s, steady.end_s)
-    offset = float(steady.start_s.min())
+    offset = first_compute_s(program, steady.start_s)
     return assemble(
         setting,
         "schedule",
@@ -29,7 +29,7 @@ def schedule_setting(setting: Setting) -> Result:
         breakdown(program, steady.start_s, steady.end_s, steady.period_s, slowest),
         busy_s(program, steady.start_s, steady.end_s, slowest),
         timed_memory(setting, lowered, steady.start_s - offset, steady.end_s - offset, slowest),
-        events=trace_events(program, steady.start_s - offset, steady.end_s - offset),
+        events=trace_events(program, steady.start_s - offset, steady.end_s - offset, steady.period_s),
         busy_by_device={c.device: busy_s(program, steady.start_s, steady.end_s, i)["compute"] for i, c in enumerate(lowered.rank_classes)},
     )
 
@@ -39,8 +39,20 @@ def slowest_class(program: Program, start_s: FloatArray, end_s: FloatArray) -> i
     return max(range(len(program.rank_classes)), key=lambda i: busy_s(program, start_s, end_s, i)["compute"])
 
 
-def trace_events(program: Program, start_s: FloatArray, end_s: FloatArray) -> tuple[TraceEvent, ...]:
-    """Lists executed terms, for timelines and traces."""
+def first_compute_s(program: Program, start_s: FloatArray) -> float:
+    """When the first device starts to compute: the start of the step that is shown."""
+    compute = [i for i, s in enumerate(program.streams) if s.name == "compute"]
+    return float(start_s[np.isin(program.stream, compute)].min())
+
+
+def trace_events(program: Program, start_s: FloatArray, end_s: FloatArray, period_s: float) -> tuple[TraceEvent, ...]:
+    """Lists executed terms, for timelines and traces.
+
+    A host issues the first kernels of a step while devices still work on the step before; in a periodic step that is where it issues
+    those of the next one, and there they are shown.
+    """
+    shift = np.where(start_s < 0, np.ceil(-start_s / period_s) * period_s, 0.0)
+    start_s, end_s = start_s + shift, end_s + shift
     names = [program.rank_classes[s.rank_class].name if s.rank_class >= 0 else "all ranks" for s in program.streams]
     return tuple(
         TraceEvent(
@@ -69,7 +81,7 @@ def _moment_times(book: Ledger, terms: np.ndarray, start_s: FloatArray, end_s: F
     last = int(book.passes.max())
     for index in range(last + 1):
         chosen = np.flatnonzero(book.passes == index)
-        # the ledger replays two micro-batches at most: the second stands for all later ones, and the optimizer comes last
+        # a ledger that leaves micro-batches out ends early; the optimizer always comes last
         term = terms[-1] if index == last else terms[min(index, len(terms) - 2)]
         if len(chosen):
             times[chosen] = np.linspace(start_s[term], end_s[term], len(chosen), endpoint=False)

@@ -19,7 +19,7 @@ from simtrain.core.result import Result
 from simtrain.step.breakdown import PARTS, breakdown, busy_s
 from simtrain.step.lower import lower
 from simtrain.step.results import assemble
-from simtrain.step.schedule import slowest_class, timed_memory, trace_events
+from simtrain.step.schedule import first_compute_s, slowest_class, timed_memory, trace_events
 from simtrain.step.setting import Setting
 
 WARM_UP_STEPS = 3
@@ -143,7 +143,7 @@ def simulate_setting(
         for name, value in breakdown(program, start_s[step], end_s[step], float(duration), slowest).items():
             parts[name] += value / measured
     period = float(periods.mean())
-    offset = float(start_s[last].min())
+    offset = first_compute_s(program, start_s[last])
     return assemble(
         setting,
         "simulate",
@@ -151,7 +151,7 @@ def simulate_setting(
         parts,
         {k: v / measured for k, v in _busy(program, start_s, end_s, slowest).items()},
         timed_memory(setting, lowered, start_s[last] - offset, end_s[last] - offset, slowest),
-        events=trace_events(program, start_s[last] - offset, end_s[last] - offset),
+        events=trace_events(program, start_s[last] - offset, end_s[last] - offset, period),
         notes=_notes(jitter, slow, measured, periods),
         busy_by_device={c.device: _busy(program, start_s, end_s, i)["compute"] / measured for i, c in enumerate(lowered.rank_classes)},
     )

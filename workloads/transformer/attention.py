@@ -6,6 +6,8 @@ anew. The unfused form (`unfused`) keeps the probabilities and needs four.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from simtrain.core.polynomial import ZERO, B, Polynomial, S, as_polynomial
 from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor
 from workloads.transformer.pieces import FP32, LOW, Axis, linear
@@ -71,11 +73,8 @@ def product(tape: Tape, sources: tuple[str, str, str], out: str, spec: Transform
     matrix_product: Polynomial = 2 * (B * spec.heads * S * S * head)
     written = (Tensor(out, TOKENS * width, LOW), Tensor(f"{out}.log_sum_exp", B * spec.heads * S, FP32))
     reads = tuple(dict.fromkeys(sources))
-    tape.run(
-        Operator(
-            "attention", OperatorKind.ATTENTION, reads, written, dims=dims, flops=2 * matrix_product, causal=spec.causal, unfused=forward
-        )
-    )
+    operator = Operator("attention", OperatorKind.ATTENTION, reads, written, dims=dims, flops=2 * matrix_product, causal=spec.causal)
+    tape.run(replace(operator, unfused=forward))
 
     def node() -> None:
         operator = Operator(

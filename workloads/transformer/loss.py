@@ -28,7 +28,7 @@ def lm_head(tape: Tape, x: str, spec: TransformerSpec) -> None:
 
 def span_head(tape: Tape, x: str, spec: TransformerSpec) -> None:
     """Start and end of an answer: two scores per position, two losses over positions, averaged."""
-    inner, outer = Axis(Role.HIDDEN, spec.hidden), Axis(Role.VOCABULARY, 2)
+    inner, outer = Axis(Role.HIDDEN, spec.hidden), Axis(Role.HIDDEN, 2)
     linear(tape, x, "linear", "logits", tokens=TOKENS, inner=inner, outer=outer, bias=spec.bias, kind=TensorKind.LOGITS)
     high = tape.cast("logits", FP32)
     _unbind_later(tape, high)
@@ -56,7 +56,7 @@ def cross_entropy(
     """
     view, likelihoods, weight = logits or x, f"{prefix}log_probabilities", f"{prefix}total_weight"
     one = Dim(Role.BATCH, ONE)
-    dims = (one, Dim(Role.TOKENS, rows), one, Dim(Role.VOCABULARY, classes))
+    dims = (one, Dim(Role.TOKENS, rows), one, Dim(Role.SEQUENCE if logits else Role.VOCABULARY, classes))
     written = Tensor(likelihoods, rows * classes, FP32, TensorKind.LOGITS)
     tape.run(Operator(f"{prefix}log_softmax", OperatorKind.SOFTMAX, (x,), (written,), dims=dims))
     scalars = (Tensor(out, ONE, FP32), Tensor(weight, ONE, FP32))

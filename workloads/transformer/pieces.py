@@ -26,11 +26,6 @@ class Axis:
     width: int
 
 
-def gemm_dims(batch: Dim, m: Dim, n: Dim, k: Dim) -> tuple[Dim, Dim, Dim, Dim]:
-    """Returns the dimensions of a matrix product in their order."""
-    return (batch, m, n, k)
-
-
 ONCE = Dim(Role.BATCH, ONE)
 
 

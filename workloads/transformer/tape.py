@@ -93,7 +93,7 @@ class Tape:
             return
         total = replace(self.gradient_tensor(name), name=f"d{name}.sum{self._arrivals[name]}")
         reads = (self._gradients[name], gradient)
-        self._backward.append(Operator(f"{name}.add_gradients", OperatorKind.ELEMENTWISE, reads=reads, writes=(total,)))
+        self._backward.append(Operator(f"{total.name}.add", OperatorKind.ELEMENTWISE, reads=reads, writes=(total,)))
         self._gradients[name] = total.name
 
     def cast(self, name: str, role: DTypeRole, *, holds: Iterable[str] = ()) -> str:

@@ -32,7 +32,8 @@ class PublishedRow:
     Attributes:
         model: Catalog name.
         devices: How many.
-        precision: Recipe.
+        precision: Recipe that the run amounts to.
+        printed_precision: What the source calls it.
         micro_batch: Samples per device.
         sequences_per_s: Over all devices, as printed.
         file: In the source repository.
@@ -42,6 +43,7 @@ class PublishedRow:
     model: str
     devices: int
     precision: str
+    printed_precision: str
     micro_batch: int
     sequences_per_s: float
     file: str
@@ -50,7 +52,7 @@ class PublishedRow:
     @property
     def name(self) -> str:
         """For reports."""
-        return f"{self.model} x{self.devices} {self.precision} b{self.micro_batch}"
+        return f"{self.model} x{self.devices} {self.printed_precision} b{self.micro_batch}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class PublishedSet:
         commit: At which state.
         notes: What the source says.
         assumptions: What it does not say.
+        variants_looked_at: Ways of predicting these rows that were tried with their errors in sight.
         clusters: Cluster by number of devices.
         rows: The figures.
     """
@@ -82,6 +85,7 @@ class PublishedSet:
     commit: str
     notes: tuple[str, ...]
     assumptions: tuple[str, ...]
+    variants_looked_at: int
     clusters: dict[int, str]
     rows: tuple[PublishedRow, ...]
 
@@ -140,7 +144,7 @@ class PublishedReport:
             "source": f"{self.dataset.repository} at {self.dataset.commit}",
             "assumptions": list(self.dataset.assumptions),
             "notes": list(self.dataset.notes),
-            "summary": self.errors.to_dict(),
+            "summary": self.errors.to_dict() | {"variants_looked_at": self.dataset.variants_looked_at},
             "nulls": {name: null.to_dict() | {"skill": skill(self.errors, null)} for name, null in self.nulls.items()},
             "rows": [
                 {
@@ -165,6 +169,7 @@ class PublishedReport:
         ]
         lines.append(f"predictions  {self.errors}")
         lines += [f"null: {name}  {null}; skill {skill(self.errors, null):.2f}" for name, null in self.nulls.items()]
+        lines.append(f"variants looked at on these rows: {self.dataset.variants_looked_at}")
         lines.append(f"source: {self.dataset.repository} at {self.dataset.commit}")
         return "\n".join([*lines, *(f"assumed: {a}" for a in self.dataset.assumptions)])
 

@@ -22,6 +22,9 @@ Algorithm = Literal["auto", "ring", "tree"]
 LAUNCH_LATENCY_S = 8.4e-6
 """Fixed cost of a collective. Source: NCCL's tuning table, ring algorithm, Simple protocol (`src/graph/tuning.cc`), 8.4 us."""
 
+TREE_BANDWIDTH_SHARE = 0.9
+"""Share of the links' rate that trees sustain, against rings. Source: NCCL's tuning table (`src/graph/tuning.cc`), tree algorithm."""
+
 
 @dataclass(frozen=True, slots=True)
 class CollectiveCost:
@@ -65,7 +68,7 @@ def _tree(fabric: Fabric, ranks: Sequence[int], size_bytes: float) -> Collective
                 hop, latency_s = fabric.hop(source, target)
                 slowest = max(slowest, latency_s)
                 for resource, weight in hop.items():
-                    loads[resource] += weight * size_bytes / 2
+                    loads[resource] += weight * size_bytes / 2 / TREE_BANDWIDTH_SHARE
     depth = math.ceil(math.log2(len(ranks) + 1)) - 1 if len(ranks) > 1 else 0
     return CollectiveCost("tree", LAUNCH_LATENCY_S + 2 * max(depth, 1) * slowest, dict(loads))
 
@@ -81,7 +84,7 @@ def all_reduce(fabric: Fabric, ranks: Sequence[int], size_bytes: float, algorith
     """Sums a buffer over ranks, everyone gets the sum.
 
     A ring sends `2 (n-1)/n` of the buffer over each hop in `2 (n-1)` steps; two trees send it up and down in `2 log2 n` steps.
-    "auto" takes whichever is predicted faster, which is what library tuners aim at.
+    "auto" takes whichever is predicted faster, which is what library tuners aim at; trees count for the rate they sustain less.
 
     Args:
         fabric: Routes.

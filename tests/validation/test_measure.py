@@ -57,7 +57,9 @@ def test_a_measurement_round_trips_through_json(measured):
 
 def test_buffers_are_reused_from_step_to_step():
     step = gpt("big-logits", (1, 64, 2, 9000), (4, 256), "sgd")
-    assert measure((step,), Settings(warmup_steps=3, timed_steps=3, memory=False))[0].page_faults_per_step < 50
+    pages_of_logits = 4 * 256 * 9000 * 4 / 4096
+    faults = measure((step,), Settings(warmup_steps=5, timed_steps=3, memory=False))[0].page_faults_per_step
+    assert faults < 0.2 * pages_of_logits
 
 
 def test_a_core_is_chosen_among_the_allowed_ones():

@@ -24,7 +24,7 @@ from validation.measurement import Measurement, Settings
 from validation.steps import CALIBRATION_STEPS, TrainingStep
 
 OPTIMIZER = kernel_class(OperatorKind.OPTIMIZER)
-CALIBRATION_SETTINGS = Settings(warmup_steps=3, timed_steps=7, operator_steps=4, processes=1, memory=False)
+CALIBRATION_SETTINGS = Settings(warmup_steps=3, timed_steps=6, operator_steps=4, processes=1, memory=False)
 
 
 def calibrate(

@@ -20,7 +20,7 @@ from validation.measurement import Measurement, Settings
 from validation.steps import TEST_STEPS, TrainingStep
 
 TEST_SETTINGS = Settings(warmup_steps=3, timed_steps=11, operator_steps=0, processes=3, memory=True)
-QUICK_SETTINGS = Settings(warmup_steps=3, timed_steps=7, operator_steps=0, processes=1, memory=True)
+QUICK_SETTINGS = Settings(warmup_steps=3, timed_steps=5, operator_steps=0, processes=1, memory=True)
 VARIANTS_LOOKED_AT = 0
 """How often the form of the model was changed after residuals on the test list had been looked at."""
 

@@ -34,6 +34,7 @@ class PublishedRow:
         devices: How many.
         precision: Recipe that the run amounts to.
         printed_precision: What the source calls it.
+        optimizer_style: Form of the optimizer, as `Runtime.optimizer_style`.
         micro_batch: Samples per device.
         sequences_per_s: Over all devices, as printed.
         file: In the source repository.
@@ -44,6 +45,7 @@ class PublishedRow:
     devices: int
     precision: str
     printed_precision: str
+    optimizer_style: str
     micro_batch: int
     sequences_per_s: float
     file: str
@@ -99,12 +101,14 @@ class PublishedComparison:
         predicted: Sequences per second, by the closed form.
         null_path: By one MFU per device and arithmetic path.
         null_device: By one MFU per device.
+        without_overlap: Sequences per second if reductions did not overlap with the backward pass (not the prediction).
     """
 
     row: PublishedRow
     predicted: float
     null_path: float
     null_device: float
+    without_overlap: float
 
     @property
     def error(self) -> float:
@@ -153,6 +157,7 @@ class PublishedReport:
                     "measured_sequences_per_s": r.row.sequences_per_s,
                     "predicted_sequences_per_s": r.predicted,
                     "error": r.error,
+                    "without_overlap_sequences_per_s": r.without_overlap,
                     "null_path_sequences_per_s": r.null_path,
                     "null_device_sequences_per_s": r.null_device,
                 }
@@ -169,6 +174,9 @@ class PublishedReport:
         ]
         lines.append(f"predictions  {self.errors}")
         lines += [f"null: {name}  {null}; skill {skill(self.errors, null):.2f}" for name, null in self.nulls.items()]
+        several = [r for r in self.rows if r.row.devices > 1]
+        late = summarise([r.without_overlap / r.row.sequences_per_s - 1 for r in several])
+        lines.append(f"what if reductions did not overlap (looked at after the fact, rows on several devices)  {late}")
         lines.append(f"variants looked at on these rows: {self.dataset.variants_looked_at}")
         lines.append(f"source: {self.dataset.repository} at {self.dataset.commit}")
         return "\n".join([*lines, *(f"assumed: {a}" for a in self.dataset.assumptions)])
@@ -198,16 +206,19 @@ def compare(dataset: PublishedSet) -> PublishedReport:
             predicted=predict(dataset, row),
             null_path=by_path[row.precision] / _seconds_at_peak(dataset, row),
             null_device=overall / _seconds_at_peak(dataset, row),
+            without_overlap=predict(dataset, row, overlap=False),
         )
         for row in dataset.rows
     )
     return PublishedReport(dataset, rows)
 
 
-def predict(dataset: PublishedSet, row: PublishedRow) -> float:
+def predict(dataset: PublishedSet, row: PublishedRow, *, overlap: bool = True) -> float:
     """Returns predicted sequences per second."""
     strategy = Strategy(data=row.devices, micro_batch=row.micro_batch, precision=row.precision, optimizer=dataset.optimizer)
-    framework = runtime(dataset.runtime).with_(fused_attention=dataset.fused_attention)
+    framework = runtime(dataset.runtime).with_(
+        fused_attention=dataset.fused_attention, optimizer_style=row.optimizer_style, overlap_communication=overlap
+    )
     return schedule(_workload(dataset, row), catalog.cluster(dataset.clusters[row.devices]), strategy, runtime=framework).samples_per_s
 
 

@@ -109,7 +109,7 @@ TEST_STEPS = (
 )
 """The final test. No constant and no choice of form may be made on it."""
 
-QUICK_TEST_NAMES = ("test-base", "test-deep", "test-long", "test-checkpoint-full", "test-accumulation")
+QUICK_TEST_NAMES = ("test-small", "test-deep", "test-head", "test-checkpoint-full", "test-accumulation")
 """The subset that `--quick` runs."""
 
 

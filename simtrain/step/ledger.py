@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -132,7 +133,7 @@ def _persistent(workload: Workload, strategy: Strategy, precision: Precision, ru
 
 
 def _optimizer_transients(workload: Workload, strategy: Strategy, precision: Precision, runtime: Runtime, replicas: int) -> FloatArray:
-    """Temporaries of the update: AdamW forms a denominator; multi-tensor for all parameters at once, tensor by tensor for the largest."""
+    """Temporaries of the update: AdamW forms a denominator, for all parameters at once (multi-tensor) or tensor by tensor."""
     row = np.zeros(len(KINDS))
     if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused":
         return row
@@ -141,7 +142,9 @@ def _optimizer_transients(workload: Workload, strategy: Strategy, precision: Pre
     if runtime.optimizer_style == "foreach":
         row[COLUMN[MemoryKind.TRANSIENT]] = sum(p.elements * n for p, n in _parameters(workload)) * size / shards
     else:
-        row[COLUMN[MemoryKind.TRANSIENT]] = 2 * max(p.elements for p, _ in _parameters(workload)) * size
+        # the root of the second moment and the denominator made from it, while the denominator of the parameter before is still held
+        sizes = [p.elements for layer in workload for p in layer.parameters if p.tied_to is None]
+        row[COLUMN[MemoryKind.TRANSIENT]] = max(2 * own + before for before, own in pairwise([0, *sizes])) * size
     return row
 
 

@@ -26,6 +26,8 @@ from simtrain.core.errors import InputError
 from simtrain.core.strategy import Strategy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from simtrain.core.hardware import Cluster
     from simtrain.core.result import Result
     from simtrain.core.workload import Workload

@@ -32,7 +32,7 @@ def test_recipes_of_one_storage_format_are_no_autocast(name):
 
 
 def test_only_fp16_scales_the_loss():
-    assert [p.name for p in PRECISIONS.values() if p.loss_scaling] == ["fp16-amp"]
+    assert [p.name for p in PRECISIONS.values() if p.loss_scaling] == ["fp16-amp", "fp16-master"]
 
 
 def test_tf32_stores_fp32_but_runs_on_its_own_path():

@@ -10,9 +10,9 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-def printed(notebook: nbformat.NotebookNode) -> list[str]:
+def printed(notebook: nbformat.NotebookNode) -> str:
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
-    return [o.text for o in outputs if o.output_type == "stream" and o.name == "stdout"]
+    return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
 
 
 @pytest.mark.filterwarnings("ignore")

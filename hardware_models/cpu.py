@@ -2,8 +2,9 @@
 
 The three terms are added because one core overlaps them little, and because a sum is linear in its constants: calibration on the
 machine itself fits them by least squares and writes them into the device's `[profile]` as `<class>.launch_s`, `<class>.flops_per_s`
-and `<class>.bytes_per_s`. Rates of arithmetic hold for fp32; a path of its own is written `<class>.flops_per_s.bf16`, and without it
-the fp32 rate is scaled by the ratio of the peaks. Without a profile, shares of the data sheet stand in.
+and `<class>.bytes_per_s`. These hold for fp32; constants of another arithmetic path carry its name (`gemm.flops_per_s.bf16`), and
+without them the fp32 constants serve, rates of arithmetic scaled by the ratio of the peaks. Without a profile, shares of the data
+sheet stand in.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from simtrain.core.kernels import KernelBatch
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import DType
 from simtrain.core.workload import OperatorKind
-from simtrain.cost.roofline import triangle_share
+from simtrain.cost.onednn import convolves_natively
+from simtrain.cost.roofline import ceil_div, triangle_share
 
 CLASSES = (
     "gemm",
@@ -34,8 +36,17 @@ CLASSES = (
     "embedding",
     "embedding_backward",
     "optimizer",
+    "convolution",
+    "convolution_backward",
+    "batch_norm",
+    "batch_norm_backward",
+    "pooling",
+    "pooling_backward",
 )
 """Classes of operators that share constants, in the order calibration lists them."""
+
+BF16_BLOCK = 32
+"""Contraction length that bf16 instructions of x86 processors work on (a tile row of AMX, a vector of AVX-512 BF16)."""
 
 TERMS = ("launch_s", "flops_per_s", "bytes_per_s")
 """Constants of each class."""
@@ -45,11 +56,33 @@ _SHARED = {OperatorKind.CAST: "elementwise", OperatorKind.COPY: "elementwise"}
 DATA_SHEET_LAUNCH_S = 5e-6
 """Assumption: an operator call of PyTorch on a CPU without work to do; about 3 us were measured on one server core."""
 
-DATA_SHEET_FLOPS: Mapping[str, float] = {"gemm": 0.9, "batched_gemm": 0.7, "attention": 0.5, "attention_backward": 0.4}
+DATA_SHEET_FLOPS: Mapping[str, float] = {
+    "gemm": 0.9,
+    "batched_gemm": 0.7,
+    "attention": 0.5,
+    "attention_backward": 0.4,
+    "convolution": 0.7,
+    "convolution_backward": 0.6,
+}
 """Assumption: share of the peak by class; classes not named do no matrix products, and 0.25 stands for their vector arithmetic."""
 
-DATA_SHEET_BYTES: Mapping[str, float] = {"softmax": 0.3, "softmax_backward": 0.4, "norm": 0.5, "norm_backward": 0.4, "embedding": 0.4}
-"""Assumption: share of the memory bandwidth by class; 0.7 for classes not named. Exponentials and row sums cost more than traffic."""
+DATA_SHEET_BYTES: Mapping[str, float] = {
+    "softmax": 0.3,
+    "softmax_backward": 0.4,
+    "norm": 0.5,
+    "norm_backward": 0.4,
+    "embedding": 0.4,
+    "convolution": 0.4,
+    "convolution_backward": 0.4,
+    "batch_norm": 0.5,
+    "batch_norm_backward": 0.4,
+    "pooling": 0.2,
+    "pooling_backward": 0.2,
+}
+"""Assumption: share of the memory bandwidth by class; 0.7 for classes not named.
+
+Exponentials, row sums and copies into other layouts cost more than traffic.
+"""
 
 SOURCE = "PyTorch on one pinned server core: launch about 3 us, copies 21 to 35 GB/s; shares of the data sheet by class are assumptions"
 
@@ -80,7 +113,7 @@ class CpuModel:
         index = np.array([kinds.index(kind) for kind in kernels.kinds], dtype=np.intp)
         table = np.array([class_constants(device, kernel_class(kind), kernels.arithmetic) for kind in kinds]).reshape(-1, 3)
         launch_s, flops_per_s, bytes_per_s = table[index].T
-        return np.asarray(kernels.launches * launch_s + flops_done(kernels) / flops_per_s + kernels.bytes_moved / bytes_per_s)
+        return np.asarray(calls_done(kernels) * launch_s + flops_done(kernels) / flops_per_s + bytes_done(kernels) / bytes_per_s)
 
     def sources(self, device: Device) -> tuple[str, ...]:
         """Returns what the constants rest on."""
@@ -90,8 +123,44 @@ class CpuModel:
 
 
 def flops_done(kernels: KernelBatch) -> FloatArray:
-    """Operations that are carried out: the CPU's flash kernel skips blocks above the diagonal of causal attention."""
-    return np.where(kernels.causal, kernels.flops * triangle_share(np.maximum(kernels.n, 1.0)), kernels.flops)
+    """Operations that are carried out.
+
+    The CPU's flash kernel skips blocks above the diagonal of causal attention. In bf16 it contracts over blocks of 32, so that smaller
+    heads are padded.
+    """
+    flops = np.where(kernels.causal, kernels.flops * triangle_share(np.maximum(kernels.n, 1.0)), kernels.flops)
+    if kernels.arithmetic is not DType.BF16:
+        return flops
+    attention = kernels.mask(OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD)
+    return np.where(attention, flops * ceil_div(kernels.k, BF16_BLOCK) * BF16_BLOCK / np.maximum(kernels.k, 1.0), flops)
+
+
+def calls_done(kernels: KernelBatch) -> FloatArray:
+    """Pieces of work with a set-up of their own: launches, and for attention every head of every sample."""
+    attention = kernels.mask(OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD)
+    return np.where(attention, kernels.batch, kernels.launches.astype(np.float64))
+
+
+def bytes_done(kernels: KernelBatch) -> FloatArray:
+    """Bytes that a kernel works through: its tensors, for attention its scores, for some convolutions their filter once per sample.
+
+    The flash kernel makes several passes of exponentials and sums over every block of fp32 scores, however small the heads are; their
+    bytes stand for that work. Small batches of 1x1 convolutions run as one matrix product per sample.
+    """
+    scores = 4.0 * kernels.batch * kernels.m * kernels.n * np.where(kernels.causal, triangle_share(np.maximum(kernels.n, 1.0)), 1.0)
+    attention = kernels.mask(OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD)
+    return np.where(attention, kernels.bytes_moved + scores, kernels.bytes_moved) + _filters_again(kernels)
+
+
+def _filters_again(kernels: KernelBatch) -> FloatArray:
+    """Bytes of filters that are read for every sample but the first, in each of the products of a convolution or its gradients."""
+    if not kernels.windows:
+        return np.zeros(len(kernels))
+    native = [convolves_natively(w, kernels.samples, e) for w, e in zip(kernels.windows, kernels.element_bytes, strict=True)]
+    again = np.array(native) & kernels.mask(OperatorKind.CONVOLUTION, OperatorKind.CONVOLUTION_BACKWARD)
+    products = kernels.flops / (2.0 * kernels.batch * kernels.m * kernels.n * kernels.k)
+    filters = kernels.batch * kernels.n * kernels.k * kernels.element_bytes
+    return np.where(again, products * (kernels.samples - 1) * filters, 0.0)
 
 
 def class_constants(device: Device, name: str, arithmetic: DType) -> tuple[float, float, float]:
@@ -105,16 +174,19 @@ def class_constants(device: Device, name: str, arithmetic: DType) -> tuple[float
     flops = profile.get(f"{name}.flops_per_s.{arithmetic}", 0.0)
     if not flops and f"{name}.flops_per_s" in profile:
         flops = profile[f"{name}.flops_per_s"] * peak / device.peak(DType.FP32)
+    launch_s = profile.get(f"{name}.launch_s.{arithmetic}", profile.get(f"{name}.launch_s", DATA_SHEET_LAUNCH_S))
+    bytes_per_s = profile.get(f"{name}.bytes_per_s.{arithmetic}", profile.get(f"{name}.bytes_per_s", 0.0))
     return (
-        profile.get(f"{name}.launch_s", DATA_SHEET_LAUNCH_S),
+        launch_s,
         flops or peak * DATA_SHEET_FLOPS.get(name, 0.25),
-        profile.get(f"{name}.bytes_per_s", 0.0) or device.memory.bandwidth_bytes_per_s * DATA_SHEET_BYTES.get(name, 0.7),
+        bytes_per_s or device.memory.bandwidth_bytes_per_s * DATA_SHEET_BYTES.get(name, 0.7),
     )
 
 
 def _check(device: Device) -> None:
     known = [f"{name}.{term}" for name in CLASSES for term in TERMS]
-    known += [f"{name}.flops_per_s.{path}" for name in CLASSES for path in DType]
+    known += ["recompute.launch_s"]
+    known += [f"{name}.{term}.{path}" for name in CLASSES for term in TERMS for path in DType]
     for name in device.profile:
         if name not in known:
             near = nearest(name, known)

@@ -1,7 +1,8 @@
 """The GPU compute model: kernel times from a data sheet, with constants shared by all devices of the vendor.
 
 Matrix products: tiles of a library kernel fill the multiprocessors in waves; a wave runs at the sustained rate (peak, best share, power
-cap) and moves operands that the wave does not find in L2. Everything else is traffic over the bandwidth that its memory technology
+cap) and moves operands that the wave does not find in L2 (`gpu_products`). Convolutions are such products over windows
+(`gpu_convolution`). Everything else is traffic over the bandwidth that its memory technology
 sustains, plus cache and instruction-rate terms where rows are read twice. Fused attention follows FlashAttention-2's measured rates.
 Times are device times; what the host spends on launching is the runtime's. `gpu_constants` holds the numbers and their sources.
 """
@@ -14,25 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardware_models.gpu_constants import GpuConstants, constants_of
+from hardware_models.gpu_convolution import convolution_times_s
+from hardware_models.gpu_products import bandwidth_bytes_per_s, gemm_times_s, power_cap_flops, sustained_flops, tensor_intensity
 from simtrain.core.hardware import Device
 from simtrain.core.kernels import KernelBatch
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import DType
 from simtrain.core.workload import OperatorKind
-from simtrain.cost.roofline import ceil_div, join, saturation, soft_minimum, triangle_share
-
-TENSOR_PATHS = (DType.TF32, DType.BF16, DType.FP16, DType.FP8)
-"""Arithmetic that runs on tensor cores."""
-
-LINEAR_TILES = ((128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64), (32, 32))
-BATCHED_TILES = ((128, 128), (128, 64), (64, 128), (64, 64))
-TENSOR_LINEAR_TILES = ((256, 128), (128, 256), *LINEAR_TILES)
-LINEAR_SPLITS = (1, 4)
-BATCHED_SPLITS = (1,)
-"""Result tiles and splits of the contraction that the library picks from.
-
-For batched calls it keeps to large tiles; the tensor-core kernels of NVIDIA's Matrix Multiplication Background guide add 256 x 128.
-"""
+from simtrain.cost.roofline import ceil_div, join, saturation, triangle_share
 
 ATTENTION_BLOCK = 128
 """Queries (keys, in the backward pass) that one thread block of fused attention works on."""
@@ -44,6 +34,8 @@ FLASH_LARGEST_HEAD = 256
 _GEMM = (OperatorKind.GEMM, OperatorKind.BATCHED_GEMM)
 _ATTENTION = (OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD)
 _ROWS = (OperatorKind.NORM, OperatorKind.NORM_BACKWARD, OperatorKind.SOFTMAX, OperatorKind.SOFTMAX_BACKWARD)
+_CONVOLUTION = (OperatorKind.CONVOLUTION, OperatorKind.CONVOLUTION_BACKWARD)
+_BATCH_NORM = (OperatorKind.BATCH_NORM, OperatorKind.BATCH_NORM_BACKWARD)
 _GATHER = (OperatorKind.EMBEDDING, OperatorKind.EMBEDDING_BACKWARD)
 
 
@@ -69,6 +61,12 @@ class GpuModel:
             chosen = kernels.mask(kind)
             if kind in _GATHER:
                 times[chosen] += kernels.bytes_moved[chosen] / bandwidth_bytes_per_s(device, constants) * (1.0 / constants.gather - 1.0)
+            elif kind in _BATCH_NORM:
+                # statistics are complete only after a pass over everything, so operands are read twice
+                passes = constants.batch_norm_passes if kind is OperatorKind.BATCH_NORM else constants.batch_norm_backward_passes
+                times[chosen] += kernels.bytes_moved[chosen] / bandwidth_bytes_per_s(device, constants) * (passes - 1.0)
+            elif kind in _CONVOLUTION:
+                times[chosen] = convolution_times_s(device, kernels, chosen, constants, backward=kind is OperatorKind.CONVOLUTION_BACKWARD)
             elif kind in _GEMM:
                 times[chosen] = gemm_times_s(device, kernels, chosen, constants, batched=kind is OperatorKind.BATCHED_GEMM)
             elif kind in _ATTENTION:
@@ -82,84 +80,6 @@ class GpuModel:
         used = dict.fromkeys(f"{f.metadata['source']} [{f.metadata['kind']}]" for f in fields(GpuConstants))
         own = (f"{device.name}: measured {', '.join(sorted(device.profile))}",) if device.profile else ()
         return own + tuple(used)
-
-
-def power_cap_flops(device: Device, arithmetic: DType, constants: GpuConstants) -> float:
-    """Rate of arithmetic that the board power sustains.
-
-    fp32 without tensor cores is measured; tensor cores get a fixed multiple, scaled by operand width (energy follows the width).
-    """
-    per_w: float = constants.cap_tflops_per_w * 1e12 * 2.0 ** ((device.year - 2018) / constants.cap_doubling_years)
-    ratio = constants.cap_tensor_ratio
-    path = {DType.FP64: 0.5, DType.TF32: ratio / 2, DType.BF16: ratio, DType.FP16: ratio, DType.FP8: ratio * 2}.get(arithmetic, 1.0)
-    # Boards under the offset do not exist; the floor keeps a typing error in a file from giving a negative rate.
-    return per_w * path * max(device.power_w - constants.cap_offset_w, 0.1 * device.power_w)
-
-
-def sustained_flops(device: Device, arithmetic: DType, constants: GpuConstants) -> float:
-    """Rate of large matrix products without tile losses: peak times best share, under the power cap.
-
-    Raises:
-        UnsupportedError: The device lacks the arithmetic path.
-    """
-    peak = device.peak(arithmetic)
-    capped = float(soft_minimum(peak, power_cap_flops(device, arithmetic, constants), constants.cap_exponent))
-    if arithmetic in TENSOR_PATHS:
-        share = {DType.TF32: constants.gemm_efficiency_tf32, DType.FP8: constants.gemm_efficiency_fp8}
-        return capped * share.get(arithmetic, constants.gemm_efficiency_16bit)
-    wide = device.lanes_per_multiprocessor >= 128 and device.year >= 2020
-    return capped * constants.gemm_efficiency_simt * (constants.gemm_efficiency_wide if wide else 1.0)
-
-
-def bandwidth_bytes_per_s(device: Device, constants: GpuConstants) -> float:
-    """Memory bandwidth that large elementwise kernels sustain."""
-    share = constants.bandwidth_hbm if device.memory.is_hbm else constants.bandwidth_gddr
-    return device.memory.bandwidth_bytes_per_s * share
-
-
-def tensor_intensity(device: Device, arithmetic: DType, constants: GpuConstants) -> float:
-    """Tensor operations per clock and multiprocessor, over those of an A100: how hard feeding them is (at most 1)."""
-    per_clock = device.peak(arithmetic) / (device.multiprocessors * device.clock_hz)
-    return min(1.0, per_clock / constants.warp_tensor_ops)
-
-
-def gemm_times_s(device: Device, kernels: KernelBatch, chosen: NDArray[np.bool_], constants: GpuConstants, *, batched: bool) -> FloatArray:
-    """Times of matrix products: the best tile of those the library has, each in whole waves over the multiprocessors."""
-    b, m, n, k = kernels.batch[chosen], kernels.m[chosen], kernels.n[chosen], kernels.k[chosen]
-    width = kernels.element_bytes[chosen]
-    rate = sustained_flops(device, kernels.arithmetic, constants) / _misalignment(device, kernels.arithmetic, (m, n, k), width, constants)
-    bandwidth = device.memory.bandwidth_bytes_per_s * constants.gemm_bandwidth
-    processors = device.multiprocessors
-    best: FloatArray = np.full(m.shape, np.inf)
-    linear = TENSOR_LINEAR_TILES if kernels.arithmetic in TENSOR_PATHS else LINEAR_TILES
-    for rows, columns in BATCHED_TILES if batched else linear:
-        intensity = 1.0 / (1.0 + constants.tile_loss * (1.0 / rows + 1.0 / columns))
-        edge = constants.l2_reuse * np.sqrt(processors * rows * columns)
-        # Operands are read once per square of tiles that runs at the same time.
-        operands = m * k * np.maximum(1.0, n / edge) + k * n * np.maximum(1.0, m / edge)
-        blocks = b * ceil_div(m, rows) * ceil_div(n, columns)
-        for split in BATCHED_SPLITS if batched else LINEAR_SPLITS:
-            waves = ceil_div(blocks * split, processors)
-            compute_s = waves * 2.0 * rows * columns * (k / split + constants.prologue_steps) * processors / (rate * intensity)
-            traffic = width * b * (operands + (2 * split - 1) * m * n)
-            # Tensors the operator touches besides its operands (a bias, an fp32 result) count too.
-            memory_s = np.maximum(traffic, kernels.bytes_moved[chosen]) / bandwidth
-            np.minimum(best, join(compute_s, memory_s, 2.0), out=best)
-    floor_s = np.asarray(constants.launch_s * kernels.launches[chosen], dtype=np.float64)
-    return join(best, floor_s, constants.gemm_floor_exponent)
-
-
-def _misalignment(
-    device: Device, arithmetic: DType, extents: tuple[FloatArray, FloatArray, FloatArray], width: FloatArray, constants: GpuConstants
-) -> FloatArray:
-    """Slowdown of operands whose rows are no multiple of 16 bytes."""
-    m, n, _ = extents
-    odd_m, odd_n, odd_k = (np.mod(extent, 16.0 / width) != 0 for extent in extents)
-    if arithmetic not in TENSOR_PATHS:
-        return np.asarray(1.0 + constants.misaligned_simt * (odd_n.astype(float) + odd_k))
-    # Which of the three lies along memory depends on the transposition, so any counts. A single row or column is no matrix product.
-    odd = (odd_m & (m > 1)) | (odd_n & (n > 1)) | odd_k
-    return np.where(odd, 1.0 + constants.misaligned_tensor * tensor_intensity(device, arithmetic, constants), 1.0)
 
 
 def attention_times_s(
@@ -217,3 +137,6 @@ def row_times_s(device: Device, kernels: KernelBatch, chosen: NDArray[np.bool_],
         multiple = constants.softmax_backward if softmax else constants.norm_backward
         times = np.maximum(times * multiple, moved / bandwidth)
     return np.asarray(times + constants.launch_s * kernels.launches[chosen])
+
+
+__all__ = ["GpuModel", "attention_times_s", "bandwidth_bytes_per_s", "power_cap_flops", "row_times_s", "sustained_flops"]

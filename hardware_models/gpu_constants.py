@@ -23,6 +23,11 @@ PADDED_VOCABULARY = (
     "NVIDIA, Matrix Multiplication Background User's Guide (rows should be multiples of 16 bytes); size set so that padding GPT-2's "
     "vocabulary from 50257 to 50304 speeds an A100 up by a quarter, as nanoGPT's author reported (recalled)"
 )
+NEUSIGHT_CONVOLUTION = (
+    "NeuSight artefact (ASPLOS 2025) convolution measurements (3x3, stride 1, fp32 without tensor cores), fitted over 3 GPUs"
+)
+DEEPBENCH = "Baidu DeepBench, training results of convolutions on NVIDIA GPUs: median ratio to the forward time"
+BATCH_NORM = "counted: statistics first, then the result (PyTorch, aten/src/ATen/native/cuda/Normalization.cuh)"
 _FIT, _ASSUMED = ValueKind.MEASUREMENT, ValueKind.ASSUMPTION
 
 
@@ -87,6 +92,23 @@ class GpuConstants:
         "NeuSight artefact: 1.3 to 3x slower",
         _ASSUMED,
     )
+
+    batch_norm_passes: float = _constant(
+        1.5, "traffic of a batch norm over that of reading and writing once: 3 passes", BATCH_NORM, _ASSUMED
+    )
+    batch_norm_backward_passes: float = _constant(
+        5.0 / 3.0, "traffic of its backward pass over that of reading two tensors and writing one: 5 passes", BATCH_NORM, _ASSUMED
+    )
+
+    # Convolutions without tensor cores.
+    convolution_efficiency_simt: float = _constant(
+        0.85, "share of the fp32 vector peak before tile losses, direct or by Winograd's algorithm", NEUSIGHT_CONVOLUTION
+    )
+    convolution_direct_traffic: float = _constant(1.1, "traffic of direct convolutions over all tensors once", NEUSIGHT_CONVOLUTION)
+    winograd_activations: float = _constant(2.9, "traffic of Winograd's transforms over all images once", NEUSIGHT_CONVOLUTION)
+    winograd_filters: float = _constant(15.0, "traffic of Winograd's transforms over all filters once", NEUSIGHT_CONVOLUTION)
+    convolution_to_filter: float = _constant(1.40, "time of the filter's gradient over forward time", DEEPBENCH)
+    convolution_to_input: float = _constant(1.13, "time of the input's gradient over forward time", DEEPBENCH)
 
     # Fused attention: 1 / share = base + softmax / head size, shares of what warp-level tensor instructions reach.
     attention_base: float = _constant(1.165, "forward: time over peak with endless head size", FLASH_2, _ASSUMED)

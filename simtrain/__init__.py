@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simtrain import report
+    from simtrain import report, torch
     from simtrain.core import errors
     from simtrain.core.catalog import cluster, device, link, workload
     from simtrain.core.hardware import Cluster, Device
@@ -38,6 +38,7 @@ _HOME = {
     "runtime": "simtrain.core.runtime",
     "schedule": "simtrain.step.predict",
     "simulate": "simtrain.step.predict",
+    "torch": "simtrain",
     "workload": "simtrain.core.catalog",
 }
 
@@ -60,6 +61,7 @@ __all__ = [
     "runtime",
     "schedule",
     "simulate",
+    "torch",
     "workload",
 ]
 
@@ -68,7 +70,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'simtrain' has no attribute {name!r}")
     home = _HOME[name]
-    value = import_module(f"{home}.{name}") if name in ("errors", "report") else getattr(import_module(home), name)
+    value = import_module(f"{home}.{name}") if name in ("errors", "report", "torch") else getattr(import_module(home), name)
     globals()[name] = value
     return value
 

@@ -1,12 +1,14 @@
 """Calibration: a minute of real training steps turned into the constants of this machine's CPU core.
 
-Nine small training steps are run; the time inside each operator, where it runs, is added up by class; each class gets a cost per
-launch, per FLOP and per byte. What is left of the step (Python, autograd) becomes a cost per launch.
+Small training steps are run; the time inside each operator, where it runs, is added up by class; each class gets a cost per launch, per
+FLOP and per byte, for fp32 and for bf16 autocast apart. What is left of the step (Python, autograd) becomes a cost per launch, and what
+checkpointed steps take beyond their recomputation a cost per saved tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,15 +16,16 @@ from hardware_models.cpu import CLASSES, class_constants, kernel_class
 from simtrain.core import catalog
 from simtrain.core.errors import InputError
 from simtrain.core.polynomial import FloatArray
-from simtrain.core.precision import DType
+from simtrain.core.precision import DType, precision
 from simtrain.core.workload import OperatorKind
-from validation.features import class_features, executed_flops
+from validation.features import class_features, executed_flops, saved_tensors
 from validation.fit import ClassCost, ClassFit, fit_classes, framework_launch_s
 from validation.machine_profile import BASE_DEVICE, MachineProfile
 from validation.measure import Progress, measure
 from validation.measurement import Measurement, Settings
 from validation.steps import CALIBRATION_STEPS, TrainingStep
 
+RECOMPUTE = "recompute.launch_s"
 OPTIMIZER = kernel_class(OperatorKind.OPTIMIZER)
 CALIBRATION_SETTINGS = Settings(warmup_steps=3, timed_steps=6, operator_steps=4, processes=1, memory=False)
 
@@ -46,29 +49,92 @@ def calibrate(
 
 
 def profile_from(measurements: Sequence[Measurement]) -> MachineProfile:
-    """Fits a profile to measurements.
+    """Fits a profile to measurements: classes of operators by arithmetic path, then what recomputation costs on top.
 
     Args:
-        measurements: With times inside operators.
+        measurements: With times inside operators; checkpointed steps among them only serve the last term.
+
+    Raises:
+        InputError: They do not say where they were taken.
     """
-    features = [class_features(m.step) for m in measurements]
-    fits = fit_classes(features, [m.class_times_s for m in measurements], _priors())
-    remainders = [m.step_time_s - sum(m.class_times_s[name] for name in fits if name in m.class_times_s) for m in measurements]
-    outside = framework_launch_s(remainders, [_launches(f, fits) for f in features])
-    costs = {name: _with_framework(name, fit.cost, outside) for name, fit in fits.items()}
-    total_s = sum(fit.seconds for fit in fits.values())
     if measurements[0].environment is None:
         raise InputError("measurements without their environment cannot make a profile")
-    return MachineProfile(
-        constants=_constants(costs),
+    plain = [m for m in measurements if m.step.parsed().checkpoint == "none"]
+    paths = dict.fromkeys(arithmetic(m.step) for m in plain)
+    parts = {path: fit_path(path, [m for m in plain if arithmetic(m.step) is path]) for path in paths}
+    total_s = sum(fit.seconds for part in parts.values() for fit in part.fits.values())
+    errors = [error for part in parts.values() for error in part.step_errors]
+    profile = MachineProfile(
+        constants={key: value for part in parts.values() for key, value in part.constants().items()},
         environment=measurements[0].environment,
         steps=tuple(m.step.name for m in measurements),
-        residuals={name: fit.residual for name, fit in fits.items()},
-        shares={name: fit.seconds / total_s for name, fit in fits.items()},
-        step_error=float(np.mean([abs(_seconds(f, costs) / m.step_time_s - 1) for f, m in zip(features, measurements, strict=True)])),
-        framework_launch_s=outside,
-        null_flops_per_s=null_rate(measurements),
+        residuals={label(name, path): fit.residual for path, part in parts.items() for name, fit in part.fits.items()},
+        shares={label(name, path): fit.seconds / total_s for path, part in parts.items() for name, fit in part.fits.items()},
+        step_error=float(np.mean(np.abs(errors))),
+        framework_launch_s=parts[next(iter(parts))].outside_s,
+        null_flops_per_s={str(path): null_rate([m for m in plain if arithmetic(m.step) is path]) for path in paths},
     )
+    recomputed = [m for m in measurements if m not in plain]
+    return _with_recomputation(profile, recomputed) if recomputed else profile
+
+
+def arithmetic(step: TrainingStep) -> DType:
+    """Returns the path that a step's matrix products run on."""
+    return precision(step.parsed().precision).arithmetic
+
+
+def label(name: str, path: DType) -> str:
+    """Names a class on an arithmetic path, as profiles do."""
+    return name if path is DType.FP32 else f"{name}.{path}"
+
+
+@dataclass(frozen=True, slots=True)
+class PathFit:
+    """Costs of all classes on one arithmetic path.
+
+    Attributes:
+        path: Which.
+        fits: By class.
+        outside_s: Time outside operators, per launch.
+        step_errors: Of the calibration steps themselves, refitted.
+    """
+
+    path: DType
+    fits: Mapping[str, ClassFit]
+    outside_s: float
+    step_errors: tuple[float, ...]
+
+    def constants(self) -> dict[str, float]:
+        """Returns the costs as a device's profile holds them."""
+        suffix = "" if self.path is DType.FP32 else f".{self.path}"
+        costs = {name: _with_framework(name, fit.cost, self.outside_s) for name, fit in self.fits.items()}
+        if self.path is not DType.FP32:
+            costs.pop(OPTIMIZER, None)  # masters are updated in fp32 whatever the path
+        return {
+            f"{name}.{term}{suffix}": value
+            for name, cost in costs.items()
+            for term, value in (("launch_s", cost.launch_s), ("flops_per_s", cost.flops_per_s), ("bytes_per_s", cost.bytes_per_s))
+        }
+
+
+def fit_path(path: DType, measurements: Sequence[Measurement]) -> PathFit:
+    """Fits the classes of one arithmetic path."""
+    features = [class_features(m.step) for m in measurements]
+    fits = fit_classes(features, [m.class_times_s for m in measurements], _priors(path))
+    remainders = [m.step_time_s - sum(m.class_times_s[name] for name in fits if name in m.class_times_s) for m in measurements]
+    outside_s = framework_launch_s(remainders, [_launches(f, fits) for f in features])
+    costs = {name: _with_framework(name, fit.cost, outside_s) for name, fit in fits.items()}
+    errors = tuple(_seconds(f, costs) / m.step_time_s - 1 for f, m in zip(features, measurements, strict=True))
+    return PathFit(path, fits, outside_s, errors)
+
+
+def _with_recomputation(profile: MachineProfile, measurements: Sequence[Measurement]) -> MachineProfile:
+    """Adds what checkpointing costs beside recomputation, per saved tensor: the median of what the prediction leaves over."""
+    from validation.compare import predict
+
+    free = replace(profile, constants=dict(profile.constants) | {RECOMPUTE: 0.0}).device()
+    costs = [(m.step_time_s - predict(m.step, free)[0]) / saved_tensors(m.step) for m in measurements]
+    return replace(profile, constants=dict(profile.constants) | {RECOMPUTE: max(0.0, float(np.median(costs)))})
 
 
 def null_rate(measurements: Sequence[Measurement]) -> float:
@@ -76,9 +142,9 @@ def null_rate(measurements: Sequence[Measurement]) -> float:
     return float(np.median([executed_flops(m.step) / m.step_time_s for m in measurements]))
 
 
-def _priors() -> dict[str, ClassCost]:
+def _priors(path: DType) -> dict[str, ClassCost]:
     device = catalog.device(BASE_DEVICE)
-    return {name: ClassCost(*class_constants(device, name, DType.FP32)) for name in CLASSES}
+    return {name: ClassCost(*class_constants(device, name, path)) for name in CLASSES}
 
 
 def _with_framework(name: str, cost: ClassCost, outside_s: float) -> ClassCost:
@@ -92,11 +158,3 @@ def _launches(features: Mapping[str, FloatArray], fits: Mapping[str, ClassFit]) 
 
 def _seconds(features: Mapping[str, FloatArray], costs: Mapping[str, ClassCost]) -> float:
     return sum(costs[name].seconds(*row) for name, row in features.items() if name in costs)
-
-
-def _constants(costs: Mapping[str, ClassCost]) -> dict[str, float]:
-    return {
-        f"{name}.{term}": value
-        for name, cost in costs.items()
-        for term, value in (("launch_s", cost.launch_s), ("flops_per_s", cost.flops_per_s), ("bytes_per_s", cost.bytes_per_s))
-    }

@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command("calibrate")(calibrate)
     validate.command("torch")(validate_torch)
     validate.command("published")(validate_published)
+    validate.command("decisions")(validate_decisions)
     app.add_typer(validate, name="validate")
 
 
@@ -31,7 +32,7 @@ def calibrate(
     out: Annotated[Path | None, typer.Option(help="Where to write the profile; by default the user's cache folder.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine's CPU core under PyTorch, in about a minute, and keep the constants in a profile."""
+    """Measure this machine's CPU core under PyTorch, in two minutes, and keep the constants in a profile."""
     from validation.machine_profile import default_path, save
 
     profile, path = _calibrate(), out or default_path()
@@ -44,16 +45,17 @@ def calibrate(
 
 def validate_torch(
     quick: Annotated[bool, typer.Option("--quick", help="Five of the test steps, once each.")] = False,
+    families: Annotated[bool, typer.Option("--families", help="GPTs, ResNets and ViTs instead of the GPT test steps.")] = False,
     as_json: Json = False,
     profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
     save: Annotated[Path | None, typer.Option(help="Folder to write the comparison to, as JSON.")] = None,
 ) -> None:
     """Run real PyTorch training steps and compare time and peak memory with predictions; calibrates first if need be."""
     from validation.compare import QUICK_SETTINGS, TEST_SETTINGS, compare
-    from validation.steps import TEST_STEPS, quick_test_steps
+    from validation.steps import MATCHED_STEPS, TEST_STEPS, quick_test_steps
 
     constants = _profile(profile)
-    steps, settings = (quick_test_steps(), QUICK_SETTINGS) if quick else (TEST_STEPS, TEST_SETTINGS)
+    steps, settings = (quick_test_steps(), QUICK_SETTINGS) if quick else (MATCHED_STEPS if families else TEST_STEPS, TEST_SETTINGS)
     report = compare(constants, steps, settings, _progress)
     if save:
         _write(report, save)
@@ -72,6 +74,29 @@ def validate_published(as_json: Json = False) -> None:
         write_json({"reports": [r.to_dict() for r in reports]})
     else:
         typer.echo("\n\n".join(str(r) for r in reports))
+
+
+def validate_decisions(
+    predictions: Annotated[Path, typer.Option(help="File with the predictions, made before anything is measured.")],
+    predict: Annotated[bool, typer.Option("--predict", help="Write the predictions and stop.")] = False,
+    as_json: Json = False,
+    profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
+    save: Annotated[Path | None, typer.Option(help="File to write the outcome to, as JSON.")] = None,
+) -> None:
+    """Ask predictions for the fastest of eight ways to train, in ten groups, then measure all of them."""
+    from validation import decisions
+
+    if predict:
+        decisions.write_predictions(_profile(profile), predictions)
+        typer.echo(f"written to {predictions}")
+        return
+    decided = decisions.decide(predictions, _progress)
+    if save:
+        save.write_text(json.dumps(decisions.to_dict(decided), indent=1) + "\n")
+    if as_json:
+        write_json(decisions.to_dict(decided))
+    else:
+        typer.echo(decisions.describe(decided))
 
 
 def _profile(path: Path | None) -> MachineProfile:
@@ -100,7 +125,11 @@ def _describe(profile: MachineProfile) -> str:
         f"{'class':<20}{'share':>8}{'misfit':>8}{'per launch':>12}{'GFLOP/s':>10}{'GB/s':>8}",
     ]
     for name, share in sorted(profile.shares.items(), key=lambda pair: -pair[1]):
-        launch_s, flops, moved = (profile.constants[f"{name}.{term}"] for term in ("launch_s", "flops_per_s", "bytes_per_s"))
+        kind, _, path = name.partition(".")
+        keys = [f"{kind}.{term}" + (f".{path}" if path else "") for term in ("launch_s", "flops_per_s", "bytes_per_s")]
+        if keys[0] not in profile.constants:
+            continue
+        launch_s, flops, moved = (profile.constants[key] for key in keys)
         lines.append(
             f"{name:<20}{share:>8.1%}{profile.residuals[name]:>8.1%}{launch_s * 1e6:>9.1f} us{flops / 1e9:>10.1f}{moved / 1e9:>8.1f}"
         )
@@ -111,7 +140,9 @@ def _describe(profile: MachineProfile) -> str:
 def _write(report: ComparisonReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     environment = report.profile.environment
-    name = f"torch_cpu_{environment.date_utc[:10]}.json"
+    names = {row.measurement.step.workload for row in report.rows}
+    kind = "torch_cpu" if names == {"gpt"} else "torch_cpu_families"
+    name = f"{kind}_{environment.date_utc[:10]}.json"
     data = {"command": "simtrain validate torch", "profile": json.loads(report.profile.to_json())} | report.to_dict()
     (folder / name).write_text(json.dumps(data, indent=1) + "\n")
     _progress(f"written to {folder / name}")

@@ -12,6 +12,7 @@ from typing import Any
 from simtrain.core import catalog
 from simtrain.core.hardware import Cluster, Device, Node
 from simtrain.step.predict import schedule
+from validation.calibrate import arithmetic
 from validation.errors import ErrorSummary, skill, summarise
 from validation.features import CPU_RUNTIME, executed_flops, workload_of
 from validation.machine_profile import MachineProfile
@@ -115,12 +116,14 @@ class ComparisonReport:
         noise = summarise([max(r.measurement.noise, r.measurement.process_spread) for r in self.rows])
         return [
             f"step time    {self.time}",
-            f"null model   {self.null}: one rate of {self.profile.null_flops_per_s / 1e9:.1f} GFLOP/s; "
-            f"skill {skill(self.time, self.null):.2f}",
+            f"null model   {self.null}: one rate each of {self._null_rates()}; skill {skill(self.time, self.null):.2f}",
             f"peak memory  {self.memory}",
             f"noise        {noise.mean:.2%} mean, {noise.worst:.2%} worst, of the measured step times",
             f"variants of the model looked at on these steps: {VARIANTS_LOOKED_AT}",
         ]
+
+    def _null_rates(self) -> str:
+        return ", ".join(f"{rate / 1e9:.1f} GFLOP/s in {path}" for path, rate in self.profile.null_flops_per_s.items())
 
 
 _HEADER = f"{'step':<22}{'measured':>11}{'predicted':>11}{'error':>8}{'null':>8}{'noise':>7}{'peak MiB':>10}{'predicted':>11}{'error':>9}"
@@ -173,7 +176,7 @@ def compare(
 def report(profile: MachineProfile, measurements: Sequence[Measurement], predictions: Sequence[tuple[float, float]]) -> ComparisonReport:
     """Puts measurements, predictions and the null model side by side."""
     rows = tuple(
-        Comparison(m, time_s, memory_bytes, executed_flops(m.step) / profile.null_flops_per_s)
+        Comparison(m, time_s, memory_bytes, executed_flops(m.step) / profile.null_flops_per_s[arithmetic(m.step)])
         for m, (time_s, memory_bytes) in zip(measurements, predictions, strict=True)
     )
     return ComparisonReport(rows, profile)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hardware_models.cpu import flops_done, kernel_class
+from hardware_models.cpu import bytes_done, calls_done, flops_done, kernel_class
 from simtrain.core import catalog
 from simtrain.core.kernels import KernelBatch
 from simtrain.core.polynomial import FloatArray
@@ -12,6 +12,9 @@ from simtrain.core.precision import precision
 from simtrain.core.runtime import runtime
 from simtrain.core.workload import Workload
 from simtrain.step.kernels import layer_kernels, optimizer_kernels
+from simtrain.step.occupancy import Mode
+from simtrain.step.passes import micro_batch_passes
+from simtrain.step.specialize import concrete_layers
 from validation.steps import TrainingStep
 
 CPU_RUNTIME = "torch-eager-cpu"
@@ -19,7 +22,7 @@ CPU_RUNTIME = "torch-eager-cpu"
 
 def workload_of(step: TrainingStep) -> Workload:
     """Builds the closed form of a training step's model."""
-    return catalog.workload(step.workload, seq_len=step.sequence, **step.options)
+    return catalog.workload(step.workload, seq_len=step.sequence or None, **step.options)
 
 
 def class_features(step: TrainingStep) -> dict[str, FloatArray]:
@@ -36,7 +39,7 @@ def class_features(step: TrainingStep) -> dict[str, FloatArray]:
 
 
 def _add(totals: dict[str, FloatArray], kernels: KernelBatch, times: int) -> None:
-    rows = np.column_stack([kernels.launches.astype(np.float64), flops_done(kernels), kernels.bytes_moved]) * times
+    rows = np.column_stack([calls_done(kernels), flops_done(kernels), bytes_done(kernels)]) * times
     for kind, row in zip(kernels.kinds, rows, strict=True):
         name = kernel_class(kind)
         totals[name] = totals.get(name, np.zeros(3)) + row
@@ -50,3 +53,11 @@ def executed_flops(step: TrainingStep) -> float:
         blocks = (layer for layer in work.layers if layer.repeats > 1)
         total += sum(layer.repeats * op.flops(strategy.micro_batch, work.sequence) for layer in blocks for op in layer.forward)
     return strategy.accumulation * total
+
+
+def saved_tensors(step: TrainingStep) -> int:
+    """Tensors that one step of a checkpointed model saves a second time, while it recomputes."""
+    work, strategy = workload_of(step), step.parsed()
+    concrete = concrete_layers(work, precision(strategy.precision), runtime(CPU_RUNTIME))
+    passes = micro_batch_passes(work, concrete, strategy.checkpoint, accumulating=False)
+    return strategy.accumulation * sum(len(concrete[p.kind].saved) for p in passes if p.mode is Mode.RECOMPUTE)

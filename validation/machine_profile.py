@@ -13,7 +13,7 @@ from simtrain.core.errors import InputError
 from simtrain.core.hardware import Device, Provenance, ValueKind
 from validation.measurement import Environment
 
-FORMAT = 1
+FORMAT = 2
 BASE_DEVICE = "cpu-core"
 
 
@@ -29,7 +29,7 @@ class MachineProfile:
         shares: Share of each class in the measured time.
         step_error: Mean absolute relative error of the calibration steps themselves, refitted (not a test).
         framework_launch_s: Time outside operators per launch; contained in each class's launch time.
-        null_flops_per_s: FLOP/s of the null model, one constant for everything, fitted to the same steps.
+        null_flops_per_s: FLOP/s of the null model by arithmetic path, one constant for everything, fitted to the same steps.
     """
 
     constants: Mapping[str, float]
@@ -39,7 +39,7 @@ class MachineProfile:
     shares: Mapping[str, float]
     step_error: float
     framework_launch_s: float
-    null_flops_per_s: float
+    null_flops_per_s: Mapping[str, float]
 
     def device(self) -> Device:
         """Returns the CPU core with these constants."""

@@ -25,6 +25,12 @@ _KINDS: dict[OperatorKind, tuple[str, ...]] = {
     OperatorKind.NORM_BACKWARD: ("native_layer_norm_backward", "_fused_rms_norm_backward"),
     OperatorKind.SOFTMAX: ("_log_softmax", "_softmax", "nll_loss_forward"),
     OperatorKind.SOFTMAX_BACKWARD: ("_log_softmax_backward_data", "_softmax_backward_data", "nll_loss_backward"),
+    OperatorKind.CONVOLUTION: ("convolution",),
+    OperatorKind.CONVOLUTION_BACKWARD: ("convolution_backward",),
+    OperatorKind.BATCH_NORM: ("native_batch_norm",),
+    OperatorKind.BATCH_NORM_BACKWARD: ("native_batch_norm_backward",),
+    OperatorKind.POOLING: ("max_pool2d_with_indices",),
+    OperatorKind.POOLING_BACKWARD: ("max_pool2d_with_indices_backward",),
     OperatorKind.REDUCTION: ("sum", "mean"),
     OperatorKind.EMBEDDING: ("embedding",),
     OperatorKind.EMBEDDING_BACKWARD: ("embedding_dense_backward",),
@@ -32,7 +38,18 @@ _KINDS: dict[OperatorKind, tuple[str, ...]] = {
     OperatorKind.CAST: ("_to_copy",),
     OperatorKind.ELEMENTWISE: (
         *("add", "add_", "sub", "mul", "mul_", "div", "div_", "neg", "pow", "rsqrt", "gelu", "gelu_backward", "silu", "silu_backward"),
-        *("sigmoid", "tanh", "where", "masked_fill", "native_dropout", "native_dropout_backward", "bernoulli_"),
+        *(
+            "sigmoid",
+            "tanh",
+            "where",
+            "masked_fill",
+            "native_dropout",
+            "native_dropout_backward",
+            "bernoulli_",
+            "relu",
+            "relu_",
+            "threshold_backward",
+        ),
     ),
 }
 KIND_OF_ATEN: dict[str, OperatorKind] = {name: kind for kind, names in _KINDS.items() for name in names}

@@ -20,7 +20,7 @@ class TrainingStep:
     Attributes:
         name: Unique among all lists.
         workload: Catalog name of the model family.
-        sequence: Sequence length.
+        sequence: Sequence length; 0 where the model has its own.
         strategy: As `Strategy.parse` reads it (micro-batch, optimizer, checkpointing, accumulation, precision).
         options: Options of the family (layers, hidden, heads, vocabulary, ...).
     """
@@ -68,6 +68,21 @@ def gpt(name: str, shape: tuple[int, int, int, int], batch: tuple[int, int], opt
     return TrainingStep(name, "gpt", sequence, strategy, options)
 
 
+def image_model(name: str, workload: str, batch: int, optimizer: str, extra: str = "", **options: Any) -> TrainingStep:
+    """Returns a step of a convolutional network or a vision transformer.
+
+    Args:
+        name: Of the step.
+        workload: Catalog name.
+        batch: Samples of a micro-batch.
+        optimizer: As in a strategy.
+        extra: Further strategy fields.
+        options: Of the family.
+    """
+    strategy = f"micro_batch={batch},optimizer={optimizer}" + (f",{extra}" if extra else "")
+    return TrainingStep(name, workload, 0, strategy, options)
+
+
 CALIBRATION_STEPS = (
     gpt("cal-deep-narrow", (8, 128, 4, 2500), (8, 96), "adamw"),
     gpt("cal-long", (5, 160, 5, 1500), (2, 512), "sgd"),
@@ -78,6 +93,21 @@ CALIBRATION_STEPS = (
     gpt("cal-few-tokens", (4, 416, 13, 15000), (1, 160), "adamw"),
     gpt("cal-wide", (2, 544, 17, 6000), (2, 192), "sgd"),
     gpt("cal-widest", (2, 704, 11, 7000), (2, 48), "adamw"),
+    gpt("cal-bf16-narrow", (8, 128, 4, 2500), (8, 96), "sgd", "precision=bf16-amp"),
+    gpt("cal-bf16-long", (5, 160, 5, 1500), (2, 512), "sgd", "precision=bf16-amp"),
+    gpt("cal-bf16-square", (4, 240, 5, 3500), (4, 144), "adamw", "precision=bf16-amp"),
+    gpt("cal-bf16-vocabulary", (3, 336, 7, 12000), (2, 224), "adamw", "precision=bf16-amp"),
+    gpt("cal-bf16-wide", (2, 544, 17, 6000), (4, 192), "sgd", "precision=bf16-amp"),
+    gpt("cal-bf16-small-heads", (6, 224, 14, 3000), (6, 80), "sgd", "precision=bf16-amp"),
+    gpt("cal-bf16-large-heads", (2, 704, 11, 7000), (4, 112), "sgd", "precision=bf16-amp"),
+    image_model("cal-resnet18-small", "resnet18-cifar", 6, "sgd"),
+    image_model("cal-resnet50-small", "resnet50-cifar", 3, "sgd"),
+    image_model("cal-resnet18", "resnet18", 3, "sgd-momentum", image_size=96, classes=10),
+    image_model("cal-resnet50", "resnet50", 2, "sgd", image_size=96, classes=10),
+    image_model("cal-resnet34", "resnet34", 4, "adamw", image_size=48, classes=10),
+    image_model("cal-vit", "vit", 6, "sgd", layers=4, hidden=160, heads=5, patch=8, image_size=72, classes=10),
+    gpt("cal-recompute", (6, 224, 7, 3000), (4, 80), "sgd", "checkpoint=full"),
+    gpt("cal-recompute-two", (8, 128, 4, 2500), (8, 96), "sgd", "checkpoint=every:2"),
 )
 """Measured by `simtrain calibrate`; the only measurements that constants are fitted to."""
 
@@ -89,6 +119,9 @@ DEVELOPMENT_STEPS = (
     gpt("dev-e", (3, 176, 11, 5500), (4, 88), "adamw", "accumulation=3"),
     gpt("dev-f", (6, 144, 3, 1800), (8, 136), "adamw", "checkpoint=every:3"),
     gpt("dev-g", (2, 608, 19, 1200), (2, 152), "sgd"),
+    gpt("dev-h", (6, 272, 17, 3200), (4, 104), "adamw", "precision=bf16-amp"),
+    gpt("dev-i", (3, 352, 11, 4500), (4, 120), "sgd", "precision=bf16-amp"),
+    gpt("dev-j", (6, 208, 13, 2200), (4, 320), "sgd", "precision=bf16-amp,checkpoint=full"),
 )
 """Looked at freely while the harness was developed."""
 
@@ -108,6 +141,29 @@ TEST_STEPS = (
     gpt("test-head", (4, 448, 7, 16384), (4, 64), "adamw"),
 )
 """The final test. No constant and no choice of form may be made on it."""
+
+MATCHED_STEPS = (
+    gpt("gpt-base", (5, 368, 8, 7168), (4, 136), "adamw"),
+    gpt("gpt-deep", (14, 184, 4, 4224), (4, 132), "sgd"),
+    gpt("gpt-long", (4, 296, 4, 3584), (2, 456), "adamw"),
+    gpt("gpt-wide", (2, 624, 8, 9216), (3, 124), "sgd"),
+    gpt("gpt-checkpoint", (8, 264, 4, 6400), (4, 140), "adamw", "checkpoint=full"),
+    gpt("gpt-segments", (9, 232, 4, 4800), (4, 148), "sgd", "checkpoint=every:3"),
+    gpt("gpt-accumulation", (4, 280, 5, 4352), (2, 156), "adamw", "accumulation=3"),
+    gpt("gpt-bf16", (6, 384, 6, 8704), (4, 172), "adamw", "precision=bf16-amp"),
+    gpt("gpt-bf16-wide", (3, 640, 10, 5632), (4, 116), "sgd", "precision=bf16-amp"),
+    gpt("gpt-bf16-checkpoint", (8, 320, 5, 5376), (4, 164), "sgd", "precision=bf16-amp,checkpoint=full"),
+    image_model("resnet18-cifar", "resnet18-cifar", 14, "sgd-momentum"),
+    image_model("resnet18-128", "resnet18", 4, "sgd", image_size=128),
+    image_model("resnet34-64", "resnet34", 6, "adamw", image_size=64, classes=100),
+    image_model("resnet50-cifar", "resnet50-cifar", 7, "sgd"),
+    image_model("resnet50-64", "resnet50", 6, "sgd-momentum", image_size=64, classes=100),
+    image_model("resnet50-128", "resnet50", 3, "adamw", image_size=128, classes=100),
+    image_model("vit-small-patches", "vit", 4, "adamw", layers=6, hidden=192, heads=3, patch=8, image_size=96, classes=100),
+    image_model("vit-wide", "vit", 5, "sgd", layers=4, hidden=384, heads=6, patch=16, image_size=160, classes=100),
+    image_model("vit-checkpoint", "vit", 4, "sgd", "checkpoint=full", layers=8, hidden=256, heads=4, patch=8, image_size=88, classes=10),
+)
+"""Matched runs over families, written before anything was fitted to convolutions, bf16 or recomputation."""
 
 QUICK_TEST_NAMES = ("test-small", "test-deep", "test-head", "test-checkpoint-full", "test-accumulation")
 """The subset that `--quick` runs."""

@@ -13,8 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from simtrain.core.errors import UnsupportedError
 from simtrain.core.strategy import Strategy, checkpoint_segment
 from validation.steps import TrainingStep
-from workloads.transformer.module import Transformer, example_batch
-from workloads.transformer.presets import spec
+import workloads.convnet.module
+import workloads.convnet.presets
+import workloads.transformer.module
+import workloads.transformer.presets
+import workloads.vit.module
+import workloads.vit.presets
+from workloads import convnet, transformer, vit
 
 LEARNING_RATE = 1e-4
 
@@ -47,10 +52,8 @@ class Training:
     def __init__(self, step: TrainingStep, seed: int = 0) -> None:
         torch.manual_seed(seed)
         strategy = step.parsed()
-        model_spec = spec(step.workload, **step.options)
-        self.model = Transformer(model_spec)
+        self.model, self.batch = build(step, seed)
         apply_checkpointing(self.model, strategy)
-        self.batch = example_batch(model_spec, strategy.micro_batch, step.sequence, seed=seed)
         self.optimizer = build_optimizer(self.model, strategy.optimizer)
         self.accumulation = strategy.accumulation
         self._autocast = _autocast(strategy.precision)
@@ -75,8 +78,31 @@ class Training:
         self.update()
 
 
+def build(step: TrainingStep, seed: int = 0) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Returns the real module of a training step's family, and a batch for it.
+
+    Args:
+        step: Which model, how many samples.
+        seed: Of the random numbers of the batch.
+    """
+    samples = step.parsed().micro_batch
+    if step.workload in convnet.presets.factories():
+        network = convnet.presets.spec(step.workload, **step.options)
+        return convnet.module.ResNet(network), convnet.module.example_batch(network, samples, seed=seed)
+    if step.workload in vit.presets.factories():
+        images = vit.presets.spec(step.workload, **step.options)
+        return vit.module.VisionTransformer(images), vit.module.example_batch(images, samples, seed=seed)
+    text = transformer.presets.spec(step.workload, **step.options)
+    batch = transformer.module.example_batch(text, samples, step.sequence, seed=seed)
+    return transformer.module.Transformer(text), batch
+
+
 def apply_checkpointing(model: nn.Module, strategy: Strategy) -> None:
     """Groups the model's blocks into segments that are recomputed."""
+    if strategy.checkpoint == "none":
+        return
+    if not hasattr(model, "blocks"):
+        raise UnsupportedError(f"checkpointing of {type(model).__name__} cannot be measured: its blocks are not safe to recompute")
     blocks = list(cast(nn.ModuleList, model.blocks))
     length = checkpoint_segment(strategy.checkpoint, len(blocks))
     if length:

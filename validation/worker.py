@@ -27,13 +27,13 @@ def time_step(step: TrainingStep, settings: Settings) -> dict[str, Any]:
     for _ in range(settings.warmup_steps):
         training.step()
     times_s: list[float] = []
-    faults = 0
+    faults: list[int] = []
     for i in range(settings.timed_steps):
-        faults -= _page_faults()
+        before = _page_faults()
         start = time.process_time()
         training.step()
         times_s.append(time.process_time() - start)
-        faults += _page_faults()
+        faults.append(_page_faults() - before)
         # in turn with the timed steps, so that a machine that drifts does so for both
         if i < settings.operator_steps:
             classes.step(training.passes, training.update)
@@ -41,7 +41,7 @@ def time_step(step: TrainingStep, settings: Settings) -> dict[str, Any]:
     return {
         "step_time_s": median(times_s),
         "noise": (upper - lower) / middle,
-        "page_faults_per_step": faults / settings.timed_steps,
+        "page_faults_per_step": median(faults),
         "class_times_s": classes.seconds(),
         "class_calls": classes.calls,
     }

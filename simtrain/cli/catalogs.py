@@ -41,7 +41,7 @@ def workloads(name: NameArgument = None, seq_len: SeqLenOption = None, json: Jso
     def build(preset: str) -> Workload:
         return catalog.workload(preset, seq_len=seq_len)
 
-    _show("workloads", name, build, json=json, many=report.workloads_table, one=report.workload_details, data=_workload_data)
+    _show("workloads", name, build, json=json, many=report.workloads_table, one=report.workload_details, data=workload_data)
 
 
 def _show(
@@ -82,7 +82,7 @@ def _cluster_data(cluster: Cluster) -> dict[str, Any]:
     return fields | {"size": cluster.size}
 
 
-def _workload_data(workload: Workload) -> dict[str, Any]:
+def workload_data(workload: Workload) -> dict[str, Any]:
     """Returns a workload without its operators, with the counts that follow from them."""
     from simtrain.report.catalog_tables import layer_flops
 

@@ -32,7 +32,7 @@ class Objective(StrEnum):
     COST = "cost"
 
 
-WorkloadArgument = Annotated[str, typer.Argument(help="What is trained; 'simtrain workloads' lists them.")]
+WorkloadArgument = Annotated[str, typer.Argument(help="What is trained: one of 'simtrain workloads', or capture:FILE.py:FUNCTION.")]
 ClusterOption = Annotated[
     str, typer.Option("--cluster", help="What it runs on: a preset, a .toml file, or devices such as '8x a100-sxm-80g + 4x v100-sxm-32g'.")
 ]

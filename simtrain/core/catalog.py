@@ -11,6 +11,7 @@ mapping from name to item; other distributions add theirs the same way.
 | `simtrain.compute_models` | `ComputeModel` |
 | `simtrain.workloads` | `WorkloadFactory` |
 | `simtrain.file_readers` | functions from a path to a `Device` or `Cluster`, by kind ("device", "cluster") |
+| `simtrain.workload_readers` | `WorkloadReader`, by the prefix that selects it ("capture" reads "capture:FILE.py:FUNCTION") |
 """
 
 from __future__ import annotations
@@ -34,6 +35,14 @@ class WorkloadFactory(Protocol):
 
     def __call__(self, *, seq_len: int | None = None, **options: Any) -> Workload:
         """Returns the workload; the preset's own sequence length if none is given."""
+        ...
+
+
+class WorkloadReader(Protocol):
+    """Makes a workload from what stands behind its prefix and a colon."""
+
+    def __call__(self, text: str, *, seq_len: int | None = None) -> Workload:
+        """Returns the workload; its own sequence length if none is given."""
         ...
 
 
@@ -125,7 +134,7 @@ def workload(name: str, *, seq_len: int | None = None, **options: Any) -> Worklo
     """Builds a workload by name.
 
     Args:
-        name: A preset such as "gpt2-small".
+        name: A preset such as "gpt2-small", or a prefix of a reader and what it reads, such as "capture:my_model.py:build".
         seq_len: Sequence length; the preset's own by default.
         options: The family's own (depth, width, attention, ...).
 
@@ -133,6 +142,10 @@ def workload(name: str, *, seq_len: int | None = None, **options: Any) -> Worklo
         UnknownNameError: With the nearest names.
         InputError: An option is out of range.
     """
+    prefix, colon, text = name.partition(":")
+    readers: dict[str, WorkloadReader] = _items("simtrain.workload_readers") if colon else {}
+    if prefix in readers and not options:
+        return readers[prefix](text, seq_len=seq_len)
     factory: WorkloadFactory = find("workloads", name)
     return factory(seq_len=seq_len, **options)
 

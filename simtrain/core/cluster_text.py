@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from simtrain.core import catalog
 from simtrain.core.errors import InputError, UnknownNameError, nearest
@@ -12,11 +13,11 @@ DEVICES_PER_NODE = 8
 DEFAULT_NIC = "infiniband-hdr"
 MAX_DEVICES = 1_000_000
 
-_GROUP = re.compile(r"^(?:(\d+)\s*[x×*]\s*)?(.+)$")
+_GROUP = re.compile(r"^(?:(-?\d+)\s*[x×*]\s*)?(.+)$")
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Builds a cluster from counted device names, eight devices to a node, each kind on nodes of its own.
+    """Builds a cluster from counted device names (eight devices to a node, each kind on nodes of its own) or counted presets.
 
     What the text does not say (links, hosts, network) is taken from the devices' usual surroundings and listed in `assumptions`.
 
@@ -24,21 +25,54 @@ def parse_cluster(text: str) -> Cluster:
         InputError: Empty, or a count below one or beyond `MAX_DEVICES`.
         UnknownNameError: A device that no catalog holds.
     """
+    groups = [_group(part, text) for part in text.split("+")]
+    if len(groups) == 1:
+        count, name = groups[0]
+        same = _preset(f"{count}x {_canonical(name)}")
+        if same is not None:
+            return same
     nodes: list[Node] = []
     assumptions: list[str] = []
-    for part in text.split("+"):
-        match = _GROUP.match(part.strip())
-        if match is None:
-            raise InputError(f"cannot read the cluster {text!r}: expected a preset or devices such as '8x a100-sxm-80g'")
-        count = int(match.group(1) or 1)
-        if not 1 <= count <= MAX_DEVICES:
-            raise InputError(f"{part.strip()!r}: the number of devices must be between 1 and {MAX_DEVICES}")
-        nodes += _nodes(_device(match.group(2), text), count, assumptions)
-    if len(nodes) > 1:
+    host_power_w = 0.0
+    for count, name in groups:
+        machine = _preset(name)
+        if machine is None:
+            nodes += _nodes(_device(name, text), count, assumptions)
+            continue
+        nodes += machine.nodes * count
+        assumptions += machine.assumptions
+        host_power_w = max(host_power_w, machine.host_power_w)
+    if len(nodes) > 1 and any(n.nic is None for n in nodes):
         nic = catalog.link(DEFAULT_NIC)
         assumptions.append(f"nodes are connected by one {nic.name} port per device (not stated)")
-        nodes = [Node(n.devices, n.host, n.host_link, n.peer_link, n.peer_group, nic, len(n.devices)) for n in nodes]
-    return Cluster(name=text.strip(), nodes=tuple(nodes), assumptions=tuple(dict.fromkeys(assumptions)), host_power_w=0.0)
+        nodes = [n if n.nic else replace(n, nic=nic, nics=len(n.devices)) for n in nodes]
+    return Cluster(text.strip(), tuple(nodes), tuple(dict.fromkeys(assumptions)), host_power_w=host_power_w)
+
+
+def _group(part: str, text: str) -> tuple[int, str]:
+    match = _GROUP.match(part.strip())
+    if match is None:
+        raise InputError(f"cannot read the cluster {text!r}: expected a preset or devices such as '8x a100-sxm-80g'")
+    count = int(match.group(1) or 1)
+    if not 1 <= count <= MAX_DEVICES:
+        raise InputError(f"{part.strip()!r}: the number of devices must be between 1 and {MAX_DEVICES}")
+    return count, match.group(2)
+
+
+def _canonical(name: str) -> str:
+    try:
+        return catalog.device(name).name
+    except UnknownNameError:
+        return name
+
+
+def _preset(name: str) -> Cluster | None:
+    """A cluster of the catalog under exactly this name or alias, so that `4x 3090` means the same box as `4x rtx-3090`."""
+    try:
+        found: Cluster = catalog.find("clusters", name)
+    except UnknownNameError:
+        return None
+    return found
 
 
 def _device(name: str, text: str) -> Device:

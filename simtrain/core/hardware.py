@@ -145,7 +145,7 @@ class Node:
 
     Attributes:
         devices: Devices, one per rank, in rank order; their types may differ.
-        host: The host processor, `None` if unknown (then host work is priced by the runtime's own constants).
+        host: The host processor; its memory carries traffic between devices without a peer link. `None` if unknown.
         host_link: Link of each device to the host.
         peer_link: Switch or mesh link of each device to the others; `None` if traffic goes through host memory.
         peer_group: How many neighbouring devices share a peer link (2 for bridges; 0 means all of the node).

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import DType
-from simtrain.core.workload import OperatorKind
+from simtrain.core.workload import OperatorKind, Window
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +29,8 @@ class KernelBatch:
         launches: Device kernels.
         causal: Attention over the lower triangle only.
         arithmetic: Path matrix products run on.
+        windows: Of convolutions; empty where there is none.
+        samples: Of the micro-batch.
     """
 
     names: tuple[str, ...]
@@ -43,6 +45,8 @@ class KernelBatch:
     launches: NDArray[np.int64]
     causal: NDArray[np.bool_]
     arithmetic: DType
+    windows: tuple[Window, ...] = ()
+    samples: int = 1
 
     def __len__(self) -> int:
         return len(self.names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from simtrain.core.errors import UnknownNameError
+from simtrain.core.errors import InputError, UnknownNameError, nearest
 
 MIB = 2**20
 
@@ -17,6 +17,7 @@ class Runtime:
     Attributes:
         name: As in `RUNTIMES`.
         launch_s: Host time to issue one kernel in forward or backward (assumption; hosts differ by 2x).
+        recompute_s: Host time that recomputation costs for every saved tensor (hooks around saving and restoring it).
         run_ahead_launches: How far the host may be ahead of the device; 0 means the host computes itself (CPU).
         fused_attention: Whether attention is one kernel that does not store the score matrix.
         optimizer_style: "foreach" (multi-tensor with parameter-sized temporaries), "fused" (one pass) or "single" (tensor by tensor).
@@ -25,6 +26,7 @@ class Runtime:
         gradient_as_bucket_view: Whether gradients live inside the buckets (else buckets are a second copy).
         overlap_communication: Whether buckets are reduced while backward goes on.
         allocator: "caching" (512-byte blocks, reserved segments) or "exact" (what is asked for).
+        library: Whose kernels decide what operators take while they run: "stated" by the operators (GPU kernels) or "onednn".
         context_bytes: Device memory outside the allocator (driver context, libraries).
         reserved_factor: Reserved over allocated bytes (0 where the allocator has no such thing).
         workspace_bytes: Persistent library workspaces on the device.
@@ -36,18 +38,40 @@ class Runtime:
     run_ahead_launches: int
     fused_attention: bool
     optimizer_style: Literal["foreach", "fused", "single"]
+    recompute_s: float = 60e-6
     first_bucket_bytes: int = 1 * MIB
     bucket_bytes: int = 25 * MIB
     gradient_as_bucket_view: bool = False
     overlap_communication: bool = True
     allocator: Literal["caching", "exact"] = "caching"
+    library: Literal["stated", "onednn"] = "stated"
     context_bytes: int = 0
     reserved_factor: float = 1.0
     workspace_bytes: int = 0
     sources: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        choices = {"optimizer_style": ("foreach", "fused", "single"), "allocator": ("caching", "exact")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"runtime: {name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("launch_s", "recompute_s", "run_ahead_launches", "context_bytes", "workspace_bytes"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"runtime: {name} must not be negative, not {getattr(self, name)!r}")
+        for name in ("first_bucket_bytes", "bucket_bytes", "reserved_factor"):
+            if not getattr(self, name) >= 1:
+                raise InputError(f"runtime: {name} must be at least 1, not {getattr(self, name)!r}")
+
     def with_(self, **changes: object) -> Runtime:
-        """Returns a copy with some behaviour changed, such as `with_(fused_attention=False)`."""
+        """Returns a copy with some behaviour changed, such as `with_(fused_attention=False)`.
+
+        Raises:
+            InputError: No such behaviour, or a value out of range.
+        """
+        for name in changes:
+            if name not in self.__dataclass_fields__:
+                near = nearest(name, self.__dataclass_fields__)
+                raise InputError(f"a runtime has no {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -65,6 +89,7 @@ RUNTIMES: dict[str, Runtime] = {
             workspace_bytes=2 * 8_519_680,
             sources=(
                 "PyTorch 2.13 documentation: DistributedDataParallel (bucket sizes), optim (foreach default on CUDA), CUDA semantics",
+                "recomputation: 60 us of host time per saved tensor, measured on one server core with PyTorch 2.13 on the CPU",
                 "assumption: 6 us of host time per launched kernel in eager PyTorch, 450 MiB of driver context, reserved 1.05 x allocated",
             ),
         ),
@@ -75,6 +100,7 @@ RUNTIMES: dict[str, Runtime] = {
             fused_attention=True,
             optimizer_style="single",
             allocator="exact",
+            library="onednn",
             sources=("PyTorch 2.13 on the CPU: the host computes, its cost per operator is part of the calibrated kernel times",),
         ),
     )

@@ -33,6 +33,12 @@ class OperatorKind(StrEnum):
     EMBEDDING = "embedding"
     EMBEDDING_BACKWARD = "embedding_backward"
     OPTIMIZER = "optimizer"
+    CONVOLUTION = "convolution"
+    CONVOLUTION_BACKWARD = "convolution_backward"
+    BATCH_NORM = "batch_norm"
+    BATCH_NORM_BACKWARD = "batch_norm_backward"
+    POOLING = "pooling"
+    POOLING_BACKWARD = "pooling_backward"
 
 
 class Role(StrEnum):
@@ -47,6 +53,9 @@ class Role(StrEnum):
     FFN = "ffn"
     VOCABULARY = "vocabulary"
     EXPERTS = "experts"
+    PIXELS = "pixels"
+    CHANNELS = "channels"
+    GROUPS = "groups"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,21 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """How a convolution moves over an image.
+
+    Attributes:
+        edge: Of the filter, in pixels.
+        stride: Pixels between places of the filter.
+        channels_last: Whether the channels of one pixel lie side by side in memory (NHWC); else every channel is an image (NCHW).
+    """
+
+    edge: int = 1
+    stride: int = 1
+    channels_last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Operator:
     """One device operation.
 
@@ -95,7 +119,8 @@ class Operator:
         writes: Tensors allocated and written.
         updates: Names of tensors overwritten in place.
         dims: `(batch, m, n, k)` of a matrix product that writes m x n and contracts over k; for attention
-            `(batch*heads, queries, keys, head_dim)`.
+            `(batch*heads, queries, keys, head_dim)`; for a convolution and its gradients `(groups, pixels written, channels out,
+            channels in times window)` of the forward product, per group.
         flops: Floating-point operations of matrix products as conventionally counted (attention in full, causal or not).
         launches: Kernels launched.
         causal: Attention that needs only the lower triangle.
@@ -103,6 +128,7 @@ class Operator:
         touched: Elements read or written beyond whole tensors (such as gathered rows); replaces the size of `partial` reads.
         partial: Reads that touch only `touched` elements rather than the whole tensor (the table of an embedding).
         unfused: What replaces this operator when the runtime has no fused kernel for it.
+        window: Of a convolution's filter.
     """
 
     name: str
@@ -118,6 +144,7 @@ class Operator:
     touched: Polynomial = ZERO
     partial: tuple[str, ...] = ()
     unfused: tuple[Operator, ...] = ()
+    window: Window = Window()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +183,9 @@ class Layer:
         cut_role: Number format of the crossing tensor.
         repeats: How many such layers follow each other.
         safe_to_recompute: Whether the forward pass may run twice (no batch statistics, replayable randomness).
+        inputs: Tensors of the batch (`input:...`) that are no token ids, one per token; the caller holds them.
+        buffer_bytes: What is stored beside the parameters, neither trained nor reduced (running statistics of batch norms).
+        block: Whether it is one of the blocks that a model stacks, which checkpointing may recompute.
     """
 
     name: str
@@ -166,6 +196,9 @@ class Layer:
     cut_role: DTypeRole = DTypeRole.HIGH
     repeats: int = 1
     safe_to_recompute: bool = True
+    inputs: tuple[Tensor, ...] = ()
+    buffer_bytes: int = 0
+    block: bool = False
 
     @property
     def parameter_count(self) -> int:
@@ -245,6 +278,7 @@ __all__ = [
     "Role",
     "Tensor",
     "TensorKind",
+    "Window",
     "Workload",
     "gemm_flops",
 ]

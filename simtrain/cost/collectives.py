@@ -58,19 +58,37 @@ def _ring(fabric: Fabric, ranks: Sequence[int], share: float, steps: int) -> Col
 
 
 def _tree(fabric: Fabric, ranks: Sequence[int], size_bytes: float) -> CollectiveCost:
-    """Two complementary binary trees, each for half of the data: up to the root (reduce), down again (broadcast)."""
+    """Two trees, each for half of the data: up to the root (reduce), down again (broadcast).
+
+    Inside a node a chain leads to the node's first rank, between nodes these form a binary tree; the second tree reverses the order.
+    """
     loads: dict[Resource, float] = defaultdict(float)
-    slowest = 0.0
+    latency_s = 0.0
     for order in (list(ranks), list(reversed(ranks))):
-        for child in range(1, len(order)):
-            parent = (child - 1) // 2
-            for source, target in ((order[child], order[parent]), (order[parent], order[child])):
-                hop, latency_s = fabric.hop(source, target)
-                slowest = max(slowest, latency_s)
-                for resource, weight in hop.items():
+        edges, depth_s = _tree_edges(fabric, order)
+        latency_s = max(latency_s, depth_s)
+        for child, parent in edges:
+            for source, target in ((child, parent), (parent, child)):
+                for resource, weight in fabric.hop(source, target)[0].items():
                     loads[resource] += weight * size_bytes / 2 / TREE_BANDWIDTH_SHARE
-    depth = math.ceil(math.log2(len(ranks) + 1)) - 1 if len(ranks) > 1 else 0
-    return CollectiveCost("tree", LAUNCH_LATENCY_S + 2 * max(depth, 1) * slowest, dict(loads))
+    return CollectiveCost("tree", LAUNCH_LATENCY_S + 2 * latency_s, dict(loads))
+
+
+def _tree_edges(fabric: Fabric, order: Sequence[int]) -> tuple[list[tuple[int, int]], float]:
+    """Edges (child, parent) of one tree, and the latency from its deepest leaf to its root."""
+    by_node: dict[int, list[int]] = {}
+    for rank in order:
+        by_node.setdefault(fabric.places[rank][0], []).append(rank)
+    chains = list(by_node.values())
+    if len(chains) == 1 and len(chains[0]) > 1:
+        chains = [[rank] for rank in order]  # one node: the tree is among its ranks
+    edges = [pair for chain in chains for pair in zip(chain[1:], chain, strict=False)]
+    leaders = [chain[0] for chain in chains]
+    up = [(leaders[i], leaders[(i - 1) // 2]) for i in range(1, len(leaders))]
+    inside_s = max((sum(fabric.hop(c, p)[1] for c, p in zip(chain[1:], chain, strict=False)) for chain in chains), default=0.0)
+    levels = math.ceil(math.log2(len(leaders) + 1)) - 1
+    across_s = levels * max((fabric.hop(c, p)[1] for c, p in up), default=0.0)
+    return [*edges, *up], inside_s + across_s
 
 
 def _checked(ranks: Sequence[int], size_bytes: float) -> None:

@@ -6,12 +6,11 @@ peer link is staged in host memory: it is written there and read again.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
 from simtrain.core.errors import InputError
-from simtrain.core.hardware import Cluster, Node
+from simtrain.core.hardware import Cluster, Link, Node
 from simtrain.core.program import Resource
 
 HOST_MEMORY_SHARE = 0.8
@@ -40,7 +39,7 @@ class Fabric:
             InputError: The ranks' nodes are not connected.
         """
         (a, i), (b, j) = self.places[source], self.places[target]
-        node, other = self.cluster.nodes[a], self.cluster.nodes[b]
+        node = self.cluster.nodes[a]
         if a == b and _are_peers(node, i, j):
             peer = node.peer_link
             if peer is None:
@@ -49,19 +48,42 @@ class Fabric:
                 Resource(f"rank {source} peer out", peer.sustained_bytes_per_s): 1.0,
                 Resource(f"rank {target} peer in", peer.sustained_bytes_per_s): 1.0,
             }, peer.latency_s
-        loads: dict[Resource, float] = defaultdict(float)
-        loads[Resource(f"rank {source} host link out", node.host_link.sustained_bytes_per_s)] += 1.0
-        loads[Resource(f"rank {target} host link in", other.host_link.sustained_bytes_per_s)] += 1.0
         if a == b:
-            if node.host is not None:
-                sustained = node.host.memory.bandwidth_bytes_per_s * HOST_MEMORY_SHARE
-                loads[Resource(f"node {a} host memory", sustained)] += 2.0
-            return dict(loads), node.host_link.latency_s
-        if node.nic is None or other.nic is None:
+            return self._through_host(a, source, target), node.host_link.latency_s
+        return self._between_nodes(a, b), max(x.latency_s for x in self._nics(a, b))
+
+    def _through_host(self, a: int, source: int, target: int) -> dict[Resource, float]:
+        node = self.cluster.nodes[a]
+        rate = node.host_link.sustained_bytes_per_s
+        loads = {Resource(f"rank {source} host link out", rate): 1.0, Resource(f"rank {target} host link in", rate): 1.0}
+        if node.host is not None:
+            sustained = node.host.memory.bandwidth_bytes_per_s * HOST_MEMORY_SHARE
+            loads[Resource(f"node {a} host memory", sustained)] = 2.0
+        return loads
+
+    def _between_nodes(self, a: int, b: int) -> dict[Resource, float]:
+        """Traffic between nodes is spread over rails: as many rings as ports, each leaving through a device of its own."""
+        out_nic, in_nic = self._nics(a, b)
+        node, other = self.cluster.nodes[a], self.cluster.nodes[b]
+        loads: dict[Resource, float] = {
+            Resource(f"node {a} network out", out_nic.sustained_bytes_per_s * node.nics): 1.0,
+            Resource(f"node {b} network in", in_nic.sustained_bytes_per_s * other.nics): 1.0,
+        }
+        for n, machine, direction in ((a, node, "out"), (b, other, "in")):
+            rails = min(machine.nics, len(machine.devices))
+            for rank in range(self.first_rank(n), self.first_rank(n) + rails):
+                loads[Resource(f"rank {rank} host link {direction}", machine.host_link.sustained_bytes_per_s)] = 1.0 / rails
+        return loads
+
+    def _nics(self, a: int, b: int) -> tuple[Link, Link]:
+        out_nic, in_nic = self.cluster.nodes[a].nic, self.cluster.nodes[b].nic
+        if out_nic is None or in_nic is None:
             raise InputError(f"nodes {a} and {b} of cluster {self.cluster.name!r} have no network link: give the nodes a `nic`")
-        loads[Resource(f"node {a} network out", node.nic.sustained_bytes_per_s * node.nics)] += 1.0
-        loads[Resource(f"node {b} network in", other.nic.sustained_bytes_per_s * other.nics)] += 1.0
-        return dict(loads), max(node.nic.latency_s, other.nic.latency_s)
+        return out_nic, in_nic
+
+    def first_rank(self, node: int) -> int:
+        """The first rank on a node."""
+        return sum(len(n.devices) for n in self.cluster.nodes[:node])
 
 
 def _are_peers(node: Node, i: int, j: int) -> bool:

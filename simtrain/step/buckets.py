@@ -15,12 +15,12 @@ class Bucket:
 
     Attributes:
         size_bytes: Of all its gradients.
-        elements: Number of gradients' elements.
+        gradients: Elements of each gradient in it.
         ready_after_layer: Position of the layer (repeats counted) whose backward pass completes it.
     """
 
     size_bytes: int
-    elements: int
+    gradients: tuple[int, ...]
     ready_after_layer: int
 
 
@@ -34,7 +34,8 @@ def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime)
     """
     size = precision.parameter.size_bytes
     buckets: list[Bucket] = []
-    elements, limit, last = 0, runtime.first_bucket_bytes, -1
+    gradients: list[int] = []
+    limit, last = runtime.first_bucket_bytes, -1
     position = workload.depth
     for layer in reversed(workload.layers):
         for _ in range(layer.repeats):
@@ -42,10 +43,11 @@ def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime)
             for parameter in reversed(layer.parameters):
                 if parameter.tied_to is not None:
                     continue
-                elements, last = elements + parameter.elements, position
-                if elements * size >= limit:
-                    buckets.append(Bucket(elements * size, elements, last))
-                    elements, limit = 0, runtime.bucket_bytes
-    if elements:
-        buckets.append(Bucket(elements * size, elements, last))
+                gradients.append(parameter.elements)
+                last = position
+                if sum(gradients) * size >= limit:
+                    buckets.append(Bucket(sum(gradients) * size, tuple(gradients), last))
+                    gradients, limit = [], runtime.bucket_bytes
+    if gradients:
+        buckets.append(Bucket(sum(gradients) * size, tuple(gradients), last))
     return tuple(buckets)

@@ -104,7 +104,15 @@ def layer_pass_cost(
         elements = [p.elements for p in concrete.layer.parameters if p.tied_to is None]
         parts.append(bucket_copy_kernels(elements, concrete.precision))
     costs = [pass_cost(device, kernels, runtime) for kernels in parts if len(kernels)]
+    if mode is Mode.RECOMPUTE:
+        costs.insert(0, _hooks(device, len(concrete.saved), runtime))
     return chain(costs)
+
+
+def _hooks(device: Device, saved: int, runtime: Runtime) -> PassCost:
+    """What checkpointing costs the host beside recomputation; a host that computes itself pays with its own time."""
+    seconds = saved * device.profile.get("recompute.launch_s", runtime.recompute_s)
+    return PassCost(0.0, seconds, 0.0, 0) if runtime.run_ahead_launches else PassCost(seconds, 0.0, 0.0, 0)
 
 
 def chain(costs: list[PassCost]) -> PassCost:

@@ -24,6 +24,8 @@ ADAM_PASSES = 8
 SGD_BYTES = {0: 12, 1: 32}
 """Bytes per fp32 parameter of SGD without and with momentum (`torch/optim/sgd.py`)."""
 
+CONVOLUTIONS = (OperatorKind.CONVOLUTION, OperatorKind.CONVOLUTION_BACKWARD)
+
 
 def operator_kernels(operators: Sequence[Operator], concrete: ConcreteLayer, batch: int, sequence: int) -> KernelBatch:
     """Evaluates operators at a batch and a sequence length.
@@ -45,6 +47,8 @@ def operator_kernels(operators: Sequence[Operator], concrete: ConcreteLayer, bat
         launches=np.array([n for _, n in rows], dtype=np.int64),
         causal=np.array([op.causal for op in operators], dtype=bool),
         arithmetic=concrete.precision.arithmetic,
+        windows=tuple(op.window for op in operators) if any(op.kind in CONVOLUTIONS for op in operators) else (),
+        samples=batch,
     )
 
 
@@ -52,16 +56,17 @@ def _row(op: Operator, concrete: ConcreteLayer, batch: int, sequence: int) -> tu
     sizes = [d.size(batch, sequence) for d in op.dims]
     dims = [1.0, 1.0, 1.0, 1.0]
     dims[4 - len(sizes) :] = sizes
-    moved = sum(_bytes(name, concrete, batch, sequence) for name in op.reads if name not in op.partial)
+    moved = sum(tensor_bytes(name, concrete, batch, sequence) for name in op.reads if name not in op.partial)
     moved += sum(w.elements(batch, sequence) * concrete.precision.dtype(w.role).size_bytes for w in op.writes)
-    moved += 2 * sum(_bytes(name, concrete, batch, sequence) for name in op.updates)
-    operand = op.writes[0].name if op.writes else op.reads[0]
+    moved += 2 * sum(tensor_bytes(name, concrete, batch, sequence) for name in op.updates)
+    operand = (*(w.name for w in op.writes), *op.reads, *op.updates)[0]
     size = concrete.dtype(op.reads[0] if op.reads and op.flops.terms else operand).size_bytes
     moved += op.touched(batch, sequence) * size
     return (*dims, op.flops(batch, sequence), moved, size), op.launches
 
 
-def _bytes(name: str, concrete: ConcreteLayer, batch: int, sequence: int) -> float:
+def tensor_bytes(name: str, concrete: ConcreteLayer, batch: int, sequence: int) -> float:
+    """Returns the size of a tensor, a parameter or what crosses layers."""
     size = concrete.dtype(name).size_bytes
     if name in concrete.tensors:
         return concrete.tensors[name].elements(batch, sequence) * size

@@ -6,7 +6,6 @@ else comes from replaying the operators of each pass (`occupancy`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -62,7 +61,6 @@ def ledger(workload: Workload, strategy: Strategy, precision: Precision, runtime
         replicas: Data-parallel degree (buckets and sharded states depend on it).
     """
     concrete = concrete_layers(workload, precision, runtime)
-    caching = runtime.allocator == "caching"
     base = _persistent(workload, strategy, precision, runtime, replicas)
     labels, rows, owner = ["start"], [base], [-1]
     memo: dict[tuple[object, ...], Occupancy] = {}
@@ -74,13 +72,13 @@ def ledger(workload: Workload, strategy: Strategy, precision: Precision, runtime
         casts = np.zeros(len(KINDS))
         passes = later if micro_batch else first
         for i, step in enumerate(passes):
-            replay = _replay(step, concrete, strategy.micro_batch, workload.sequence, caching, memo)
+            replay = _replay(step, concrete, strategy.micro_batch, workload.sequence, runtime, memo)
             labels += [f"{micro_batch}/{step.mode.value}/{workload.layers[step.kind].name}.{step.layer}/{name}" for name in replay.names]
             rows += list(base + replay.moments)
             owner += [index] * len(replay.names)
             base = base + replay.net
             if step.mode in FORWARD:
-                sizer = Sizer(concrete[step.kind], strategy.micro_batch, workload.sequence, caching)
+                sizer = Sizer(concrete[step.kind], strategy.micro_batch, workload.sequence, runtime)
                 casts = casts + unsaved_cast_bytes(concrete[step.kind], step.mode, sizer)
                 if passes[i + 1].mode not in FORWARD:
                     base = base - casts  # autocast is left after the loss
@@ -92,12 +90,12 @@ def ledger(workload: Workload, strategy: Strategy, precision: Precision, runtime
 
 
 def _replay(
-    step: Pass, concrete: tuple[ConcreteLayer, ...], batch: int, sequence: int, caching: bool, memo: dict[tuple[object, ...], Occupancy]
+    step: Pass, concrete: tuple[ConcreteLayer, ...], batch: int, sequence: int, runtime: Runtime, memo: dict[tuple[object, ...], Occupancy]
 ) -> Occupancy:
     key = (step.kind, step.mode, step.context)
     if key not in memo:
         layer = concrete[step.kind]
-        memo[key] = occupancy(layer, step.mode, step.context, Sizer(layer, batch, sequence, caching))
+        memo[key] = occupancy(layer, step.mode, step.context, Sizer(layer, batch, sequence, runtime))
     return memo[key]
 
 
@@ -122,11 +120,14 @@ def _persistent(workload: Workload, strategy: Strategy, precision: Precision, ru
         row[COLUMN[MemoryKind.PARAMETER]] += repeats * weights[0]
         row[COLUMN[MemoryKind.OPTIMIZER]] += repeats * (states * state[0] + STEP_COUNTER_BYTES * adam) / shards
         row[COLUMN[MemoryKind.ROUNDING]] += repeats * (weights[1] + states * state[1] / shards)
+        if precision.master is not None:  # gradients in the master's format live beside those of the weights
+            row[COLUMN[MemoryKind.GRADIENT]] += repeats * state[0]
     gradient_bytes = row[COLUMN[MemoryKind.PARAMETER]]
     if replicas > 1:
         # buckets hold a second copy of the gradients, or the gradients themselves
         column = MemoryKind.GRADIENT if runtime.gradient_as_bucket_view else MemoryKind.COMMUNICATION
         row[COLUMN[column]] += gradient_bytes
+    row[COLUMN[MemoryKind.PARAMETER]] += sum(layer.buffer_bytes * layer.repeats for layer in workload.layers)
     row[COLUMN[MemoryKind.INPUT]] += workload.input_bytes(strategy.micro_batch, workload.sequence)
     row[COLUMN[MemoryKind.WORKSPACE]] += runtime.workspace_bytes
     return row
@@ -172,9 +173,3 @@ def report(book: Ledger, device: Device, runtime: Runtime, rank_class: str, mome
         rank_class=rank_class,
         timeline=MemoryTimeline(book.labels, book.moments, times),
     )
-
-
-def largest_kind(by_kind_bytes: dict[str, float] | Sequence[tuple[str, float]]) -> str:
-    """Returns the memory kind that takes most."""
-    pairs = by_kind_bytes.items() if isinstance(by_kind_bytes, dict) else by_kind_bytes
-    return max(pairs, key=lambda p: p[1])[0]

@@ -85,7 +85,8 @@ def step_costs(setting: Setting, device: Device, buckets: tuple[Bucket, ...]) ->
     concrete = concrete_layers(workload, setting.precision, runtime)
     first = micro_batch_passes(workload, concrete, strategy.checkpoint, accumulating=False)
     later = micro_batch_passes(workload, concrete, strategy.checkpoint, accumulating=True)
-    copies = bool(buckets) and not runtime.gradient_as_bucket_view
+    # gradients are new tensors in every step, so they are copied into buckets even where they become views of them afterwards
+    copies = bool(buckets)
 
     def price(step: Pass, in_last: bool) -> PassCost:
         return layer_pass_cost(
@@ -100,7 +101,7 @@ def step_costs(setting: Setting, device: Device, buckets: tuple[Bucket, ...]) ->
         )
 
     ends = first if strategy.accumulation == 1 else later
-    back = [pass_cost(device, bucket_copy_kernels([b.elements], setting.precision), runtime) for b in buckets] if copies else []
+    back = [pass_cost(device, bucket_copy_kernels(b.gradients, setting.precision), runtime) for b in buckets]
     parameters = [p.elements for layer in workload for p in layer.parameters if p.tied_to is None]
     shards = strategy.data if strategy.zero else 1
     update = pass_cost(device, optimizer_kernels(parameters, strategy.optimizer, setting.precision, runtime, shards), runtime)
@@ -109,7 +110,7 @@ def step_costs(setting: Setting, device: Device, buckets: tuple[Bucket, ...]) ->
         later=later,
         costs=(tuple(price(p, False) for p in first), tuple(price(p, False) for p in later)),
         last=tuple(price(p, True) for p in ends),
-        copy_back=tuple(back),
+        copy_back=() if runtime.gradient_as_bucket_view else tuple(back),
         update=update,
     )
 
@@ -238,8 +239,9 @@ class _Builder:
             before = self.last.get(host)
             issue = self._term(TermKind.HOST, host, f"issue {label}", micro_batch, cost.host_s)
             self._bound_run_ahead(rank_class, issue, cost.launches)
-            if sync and self.setting.precision.loss_scaling and compute in self.last:
-                self.edges.append((issue, self.last[compute], 0.0))  # the scaler asks whether gradients overflowed
+            if sync and self.setting.precision.loss_scaling:
+                # the scaler asks whether any reduced gradient overflowed
+                self.edges += [(issue, done, 0.0) for done in (self.last[compute], *(waits or ()))]
             run = self._term(kind, compute, label, micro_batch)
             if before is None:
                 self.first[rank_class] = (run, cost.lead_s)

@@ -14,8 +14,11 @@ import numpy as np
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import DTypeRole
 from simtrain.core.result import MemoryKind
+from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Layer, Operator, OperatorKind, Tensor, TensorKind
+from simtrain.step.kernels import tensor_bytes
 from simtrain.step.specialize import ConcreteLayer, recomputed_operators
+from simtrain.step.workspace import onednn_bytes
 
 KINDS = tuple(MemoryKind)
 COLUMN = {kind: i for i, kind in enumerate(KINDS)}
@@ -43,6 +46,7 @@ class PassContext:
         recomputed: Whether what backward reads was recomputed.
         last_of_segment: Whether the layer ends a recomputed segment.
         last_layer: Whether nothing follows the layer, so that its output is its own to release.
+        releases_output: Whether this backward pass is the last to need the layer's output (it reads it after the next layer did).
     """
 
     input_kind: MemoryKind | None = None
@@ -50,6 +54,7 @@ class PassContext:
     recomputed: bool = False
     last_of_segment: bool = False
     last_layer: bool = False
+    releases_output: bool = False
 
 
 @dataclass(slots=True)
@@ -74,11 +79,12 @@ class Sizer:
         concrete: The layer.
         batch: Samples.
         sequence: Sequence length.
-        caching: Whether blocks are rounded as the caching allocator does.
+        runtime: Its allocator decides whether blocks are rounded, its library what operators take while they run.
     """
 
-    def __init__(self, concrete: ConcreteLayer, batch: int, sequence: int, caching: bool) -> None:
-        self.concrete, self.batch, self.sequence, self.caching = concrete, batch, sequence, caching
+    def __init__(self, concrete: ConcreteLayer, batch: int, sequence: int, runtime: Runtime) -> None:
+        self.concrete, self.batch, self.sequence, self.runtime = concrete, batch, sequence, runtime
+        self.caching = runtime.allocator == "caching"
 
     def row(self, kind: MemoryKind, size_bytes: float) -> FloatArray:
         """Returns a row with one tensor in its column, and what rounding adds in its own."""
@@ -94,8 +100,12 @@ class Sizer:
         return self.row(kind, tensor.elements(self.batch, self.sequence) * size)
 
     def workspace(self, op: Operator) -> FloatArray:
-        """Returns the row of what an operator needs only while it runs (stated for GPU kernels; CPU kernels take none)."""
-        return self.row(MemoryKind.WORKSPACE, 4 * op.workspace(self.batch, self.sequence) if self.caching else 0.0)
+        """Returns the row of what an operator needs only while it runs: as stated for GPU kernels, by the library's rules on a CPU."""
+        if self.runtime.library == "stated":
+            return self.row(MemoryKind.WORKSPACE, 4 * op.workspace(self.batch, self.sequence))
+        size = self.concrete.dtype(op.reads[0]).size_bytes if op.reads else 4
+        taken = onednn_bytes(op, lambda name: tensor_bytes(name, self.concrete, self.batch, self.sequence), self.batch, self.sequence, size)
+        return self.row(MemoryKind.WORKSPACE, taken)
 
     def crossing(self, layer: Layer, kind: MemoryKind) -> FloatArray:
         """Returns the row of what a layer hands to the next one."""
@@ -173,7 +183,8 @@ class _Replay:
     def may_release(self, name: str) -> bool:
         if name == "y":
             # nobody takes over the output of the last layer, nor a second copy of what ends a recomputed segment
-            return self.context.last_layer or (self.mode is Mode.RECOMPUTE and self.context.last_of_segment)
+            copy = self.mode is Mode.RECOMPUTE and self.context.last_of_segment and name not in self.keeps
+            return self.context.last_layer or self.context.releases_output or copy
         if name in self.keeps or name == "dx":
             return False
         if name.startswith("grad:") and self.concrete.tensors[name].role is DTypeRole.GRADIENT:

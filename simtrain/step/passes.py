@@ -50,7 +50,7 @@ def micro_batch_passes(workload: Workload, concrete: tuple[ConcreteLayer, ...], 
             context = PassContext(inner, output, last_of_segment=layer == segment.layers[-1], last_layer=i == depth - 1)
             forward.append(Pass(layer, kind, Mode.FORWARD_DROPPING, context))
         else:
-            dropped = i > 0 and "x" not in concrete[kind].saved
+            dropped = i > 0 and "x" not in concrete[kind].saved and not _reads_own_output(order[i - 1], concrete)
             context = PassContext(kept_as[i - 1] if dropped else None, kept_as[i], last_layer=i == depth - 1)
             forward.append(Pass(layer, kind, Mode.FORWARD, context))
     backward: list[Pass] = []
@@ -64,31 +64,46 @@ def micro_batch_passes(workload: Workload, concrete: tuple[ConcreteLayer, ...], 
                 context = PassContext(input_kind, MemoryKind.RECOMPUTED, recomputed=True, last_of_segment=layer == segment.layers[-1])
                 backward.append(Pass(layer, kind, Mode.RECOMPUTE, context))
         for layer, kind in reversed(members):
-            backward.append(Pass(layer, kind, mode, _backward_context(layer, kind, segment.recomputed, segment.layers, kept_as, concrete)))
+            backward.append(Pass(layer, kind, mode, _backward_context(layer, order, kept_as, concrete)))
     return (*forward, *backward)
 
 
 def _output_kind(i: int, order: list[tuple[int, int, Segment]], concrete: tuple[ConcreteLayer, ...], depth: int) -> MemoryKind:
-    """What the output of layer `i` counts as outside a segment: saved if the next layer needs it in backward."""
+    """What the output of layer `i` counts as outside a segment: saved if this or the next layer needs it in backward."""
     if i + 1 >= depth:
         return MemoryKind.TRANSIENT
     _, kind, segment = order[i + 1]
-    return MemoryKind.ACTIVATION if segment.recomputed or "x" in concrete[kind].saved else MemoryKind.TRANSIENT
+    own = _reads_own_output(order[i], concrete)
+    return MemoryKind.ACTIVATION if own or segment.recomputed or "x" in concrete[kind].saved else MemoryKind.TRANSIENT
+
+
+def _reads_own_output(place: tuple[int, int, Segment], concrete: tuple[ConcreteLayer, ...]) -> bool:
+    """Whether a layer's backward pass reads the output of its forward pass (and not of its recomputation)."""
+    _, kind, segment = place
+    return not segment.recomputed and "y" in concrete[kind].saved
 
 
 def _backward_context(
-    layer: int,
-    kind: int,
-    recomputed: bool,
-    members: tuple[int, ...],
+    place: int,
+    order: list[tuple[int, int, Segment]],
     kept_as: list[MemoryKind],
     concrete: tuple[ConcreteLayer, ...],
 ) -> PassContext:
-    if layer == 0 or "x" not in concrete[kind].saved:
+    """What the backward pass of a layer releases: its input, unless the layer before reads it once more, and such an output of its own."""
+    layer, kind, segment = order[place]
+    inside = segment.recomputed and layer != segment.layers[0]
+    before = order[place - 1] if place else order[place]
+    # a recomputed segment makes its own copy of its last output
+    needed_before = "y" in concrete[before[1]].saved if inside else _reads_own_output(before, concrete)
+    if place == 0 or "x" not in concrete[kind].saved or needed_before:
         input_kind = None
-    elif recomputed and layer != members[0]:
-        input_kind = MemoryKind.RECOMPUTED
     else:
-        input_kind = kept_as[layer - 1]
-    last = layer == len(kept_as) - 1
-    return PassContext(input_kind, kept_as[layer], recomputed=recomputed, last_of_segment=layer == members[-1], last_layer=last)
+        input_kind = MemoryKind.RECOMPUTED if inside else kept_as[place - 1]
+    return PassContext(
+        input_kind,
+        MemoryKind.RECOMPUTED if segment.recomputed else kept_as[place],
+        recomputed=segment.recomputed,
+        last_of_segment=layer == segment.layers[-1],
+        last_layer=place == len(order) - 1,
+        releases_output="y" in concrete[kind].saved,
+    )

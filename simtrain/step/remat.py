@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from simtrain.core.strategy import checkpoint_segment
 from simtrain.core.workload import Workload
@@ -26,21 +27,19 @@ class Segment:
 def segments(workload: Workload, checkpoint: str) -> tuple[Segment, ...]:
     """Cuts a workload into segments.
 
-    Runs of repeated layers are cut every K layers; layers that do not repeat (embedding, head) and layers that must not run twice are
+    Runs of blocks are cut every K of them; layers that are no blocks (embedding, stem, head) and layers that must not run twice are
     kept as they are.
 
     Args:
         workload: What is trained.
         checkpoint: "none", "full", "sqrt" or "every:K".
     """
+    layers = [(kind, layer.block and layer.safe_to_recompute) for kind, layer in enumerate(workload.layers) for _ in range(layer.repeats)]
     result: list[Segment] = []
-    position = 0
-    for kind, layer in enumerate(workload.layers):
-        length = checkpoint_segment(checkpoint, layer.repeats) if layer.repeats > 1 and layer.safe_to_recompute else 0
-        size = length or 1
-        for start in range(0, layer.repeats, size):
-            count = min(size, layer.repeats - start)
-            indices = tuple(range(position + start, position + start + count))
-            result.append(Segment(indices, (kind,) * count, recomputed=length > 0))
-        position += layer.repeats
+    for recomputable, run in groupby(enumerate(layers), key=lambda item: item[1][1]):
+        members = list(run)
+        length = checkpoint_segment(checkpoint, len(members)) if recomputable else 0
+        for start in range(0, len(members), length or 1):
+            part = members[start : start + (length or 1)]
+            result.append(Segment(tuple(i for i, _ in part), tuple(kind for _, (kind, _) in part), recomputed=length > 0))
     return tuple(result)

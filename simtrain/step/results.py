@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from simtrain.core.catalog import compute_model
-from simtrain.core.hardware import Device
+from simtrain.core.program import RankClass
 from simtrain.core.result import MemoryReport, Result, TraceEvent
 from simtrain.cost import energy
+from simtrain.step.kernels import CONVOLUTIONS
 from simtrain.step.ledger import Ledger, ledger, report
 from simtrain.step.setting import Setting
 
@@ -15,6 +16,12 @@ NOT_MODELLED = (
     "data loading, evaluation, snapshots and network or driver hiccups are not modelled",
     "a collective that overlaps with computation does not slow it down (no contention for multiprocessors or device memory)",
 )
+
+
+def by_rank(classes: Sequence[RankClass], values: Sequence[float]) -> list[float]:
+    """Spreads a value per rank class over ranks, in rank order."""
+    pairs = sorted((rank, value) for c, value in zip(classes, values, strict=True) for rank in c.ranks)
+    return [value for _, value in pairs]
 
 
 def memory_report(setting: Setting, book: Ledger | None = None) -> MemoryReport:
@@ -35,7 +42,7 @@ def assemble(
     *,
     events: Sequence[TraceEvent] = (),
     notes: Sequence[str] = (),
-    busy_by_device: Mapping[Device, float] | None = None,
+    busy_by_rank: Sequence[float] | None = None,
 ) -> Result:
     """Turns times into rates, utilisation, energy and money.
 
@@ -48,7 +55,7 @@ def assemble(
         memory: Of the fullest device.
         events: One steady step.
         notes: Assumptions of this reader.
-        busy_by_device: Busy time of the compute stream by device, for energy; the slowest rank's for all if not given.
+        busy_by_rank: Busy time of the compute stream of each rank, for energy; the slowest rank's for all if not given.
     """
     strategy, workload, devices = setting.strategy, setting.workload, setting.devices
     micro_batches = strategy.data * strategy.accumulation
@@ -56,7 +63,8 @@ def assemble(
     causal = workload.model_flops(strategy.micro_batch, causal_as_done=True) * micro_batches
     peak = sum(d.peak(setting.precision.arithmetic) for d in devices)
     samples_per_s = strategy.global_batch / step_time_s
-    energy_j = sum(energy.device_energy_j(d, step_time_s, (busy_by_device or {}).get(d, busy_s.get("compute", 0.0))) for d in devices)
+    busy = busy_by_rank if busy_by_rank is not None else [busy_s.get("compute", 0.0)] * len(devices)
+    energy_j = sum(energy.device_energy_j(d, step_time_s, b) for d, b in zip(devices, busy, strict=True))
     nodes_used = _nodes_used(setting)
     energy_j += setting.cluster.host_power_w * nodes_used * step_time_s
     return Result(
@@ -81,10 +89,25 @@ def assemble(
         power_w=energy_j / step_time_s,
         cost_usd=sum(energy.device_cost_usd(d, step_time_s) for d in devices),
         bound_by=max(breakdown_s, key=lambda k: breakdown_s[k]),
-        assumptions=(*setting.cluster.assumptions, *notes, *NOT_MODELLED),
+        assumptions=(*setting.cluster.assumptions, *_notes(setting), *notes, *NOT_MODELLED),
         sources=_sources(setting),
         events=tuple(events),
     )
+
+
+def _notes(setting: Setting) -> list[str]:
+    notes = []
+    idle = setting.cluster.size - len(setting.devices)
+    if idle:
+        notes.append(f"{idle} of {setting.cluster.size} devices are not used; they are neither powered nor paid")
+    if setting.strategy.zero:
+        notes.append("ZeRO stage 1 shards the optimizer evenly, as flat buffers do; whole tensors per rank would be less even")
+    layers = setting.workload.layers
+    if setting.runtime.library == "stated" and any(op.kind in CONVOLUTIONS for layer in layers for op in layer.forward):
+        notes.append("what cuDNN allocates while a convolution runs is not counted as memory")
+    if setting.strategy.checkpoint != "none" and (kept := [layer.name for layer in layers if not layer.safe_to_recompute]):
+        notes.append(f"not recomputed, because batch norms would update their running statistics twice: {', '.join(kept)}")
+    return notes
 
 
 def _nodes_used(setting: Setting) -> int:

@@ -11,14 +11,14 @@ from simtrain.step.breakdown import breakdown, busy_s
 from simtrain.step.ledger import Ledger, ledger, report
 from simtrain.step.longest_path import steady_state
 from simtrain.step.lower import Lowered, lower
-from simtrain.step.results import assemble
+from simtrain.step.results import assemble, by_rank
 from simtrain.step.setting import Setting
 
 
 def schedule_setting(setting: Setting) -> Result:
     """Predicts a step by longest path."""
     lowered = lower(setting)
-    program = lowered.program
+    program, classes = lowered.program, lowered.rank_classes
     steady = steady_state(program, program.durations_s())
     slowest = slowest_class(program, steady.start_s, steady.end_s)
     offset = first_compute_s(program, steady.start_s)
@@ -30,7 +30,7 @@ def schedule_setting(setting: Setting) -> Result:
         busy_s(program, steady.start_s, steady.end_s, slowest),
         timed_memory(setting, lowered, steady.start_s - offset, steady.end_s - offset, slowest),
         events=trace_events(program, steady.start_s - offset, steady.end_s - offset, steady.period_s),
-        busy_by_device={c.device: busy_s(program, steady.start_s, steady.end_s, i)["compute"] for i, c in enumerate(lowered.rank_classes)},
+        busy_by_rank=by_rank(classes, [busy_s(program, steady.start_s, steady.end_s, i)["compute"] for i in range(len(classes))]),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from simtrain.core import catalog
-from simtrain.core.errors import StrategyError, UnsupportedError
+from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster, Device
 from simtrain.core.precision import Precision, precision
 from simtrain.core.runtime import Runtime
@@ -55,15 +55,25 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     recipe = precision(how.precision)
     for device in set(devices):
         device.peak(recipe.arithmetic)
-    return Setting(work, machines, how, recipe, _runtime(runtime, devices), devices)
+    framework = _runtime(runtime, devices)
+    _refuse_cpu_dropout(work, framework)
+    return Setting(work, machines, how, recipe, framework, devices)
 
 
 def _runtime(given: Runtime | str | None, devices: tuple[Device, ...]) -> Runtime:
-    if isinstance(given, Runtime):
-        return given
-    if given is not None:
-        return find_runtime(given)
-    return find_runtime("torch-eager-cpu" if all(d.device_class == "cpu" for d in devices) else "torch-eager")
+    on_cpu = all(d.device_class == "cpu" for d in devices)
+    if given is None:
+        return find_runtime("torch-eager-cpu" if on_cpu else "torch-eager")
+    chosen = given if isinstance(given, Runtime) else find_runtime(given)
+    if on_cpu != (chosen.run_ahead_launches == 0):
+        where = "a CPU, where the host computes itself" if on_cpu else "an accelerator, fed by a host"
+        raise InputError(f"runtime {chosen.name!r} does not run on {devices[0].name}: it is {where}")
+    return chosen
+
+
+def _refuse_cpu_dropout(workload: Workload, runtime: Runtime) -> None:
+    if runtime.allocator == "exact" and any("dropout" in op.name for layer in workload.layers for op in layer.forward):
+        raise UnsupportedError(f"{workload.name}: dropout on a CPU is not modelled (other kernels and masks than on GPUs); use dropout=0")
 
 
 def _refuse_unmodelled(strategy: Strategy) -> None:

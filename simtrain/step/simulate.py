@@ -18,7 +18,7 @@ from simtrain.core.program import Program, TermKind
 from simtrain.core.result import Result
 from simtrain.step.breakdown import PARTS, breakdown, busy_s
 from simtrain.step.lower import lower
-from simtrain.step.results import assemble
+from simtrain.step.results import assemble, by_rank
 from simtrain.step.schedule import first_compute_s, slowest_class, timed_memory, trace_events
 from simtrain.step.setting import Setting
 
@@ -128,7 +128,7 @@ def simulate_setting(
     _check_disturbances(setting, jitter, slow)
     disturbed = jitter > 0 or bool(slow)
     lowered = lower(setting, split=disturbed)
-    program = lowered.program
+    program, classes = lowered.program, lowered.rank_classes
     measured = steps if steps is not None else (DISTURBED_STEPS if jitter > 0 else STEADY_STEPS)
     if measured < 1:
         raise InputError(f"steps must be at least 1, not {measured}")
@@ -153,7 +153,7 @@ def simulate_setting(
         timed_memory(setting, lowered, start_s[last] - offset, end_s[last] - offset, slowest),
         events=trace_events(program, start_s[last] - offset, end_s[last] - offset, period),
         notes=_notes(jitter, slow, measured, periods),
-        busy_by_device={c.device: _busy(program, start_s, end_s, i)["compute"] / measured for i, c in enumerate(lowered.rank_classes)},
+        busy_by_rank=by_rank(classes, [_busy(program, start_s, end_s, i)["compute"] / measured for i in range(len(classes))]),
     )
 
 
@@ -176,8 +176,8 @@ def _check_disturbances(setting: Setting, jitter: float, slow: Mapping[int, floa
         raise InputError(f"jitter is a relative standard deviation between 0 and 1, not {jitter!r}")
     ranks = len(setting.devices)
     for rank, factor in slow.items():
-        if not 0 <= rank < ranks:
-            raise InputError(f"straggler rank {rank} does not exist: ranks are 0 to {ranks - 1}")
+        if not isinstance(rank, int) or not 0 <= rank < ranks:
+            raise InputError(f"straggler rank {rank!r} does not exist: ranks are 0 to {ranks - 1}")
         if not (np.isfinite(factor) and factor > 0):
             raise InputError(f"straggler factor of rank {rank} must be above zero, not {factor!r}")
     if (jitter or slow) and ranks > MAX_SPLIT_RANKS:

@@ -22,7 +22,7 @@ class ConcreteLayer:
         layer: What it came from.
         forward: Operators that really run.
         backward: Operators that really run.
-        tensors: Every tensor written, by name.
+        tensors: Every tensor written, and those of the batch that it states, by name.
         saved: Names of tensors written in forward (or handed in as `x`) that backward reads.
         precision: The recipe.
         before: The layer that hands in `x` (itself where it repeats).
@@ -127,7 +127,7 @@ def _renamed(operators: tuple[Operator, ...], rename: dict[str, str], overwrite:
 def _concrete(
     layer: Layer, forward: tuple[Operator, ...], backward: tuple[Operator, ...], precision: Precision, before: Layer
 ) -> ConcreteLayer:
-    tensors = {w.name: w for op in forward + backward for w in op.writes}
+    tensors = {t.name: t for t in layer.inputs} | {w.name: w for op in forward + backward for w in op.writes}
     written = {w.name for op in forward for w in op.writes} | {"x"}
     saved = frozenset(r for op in backward for r in (*op.reads, *op.updates) if r in written)
     return ConcreteLayer(layer, forward, backward, tensors, saved, precision, before)
@@ -145,7 +145,7 @@ def recomputed_operators(concrete: ConcreteLayer, *, last_of_segment: bool) -> t
     """
     if not last_of_segment:
         return concrete.forward
-    needed = [i for i, op in enumerate(concrete.forward) if any(w.name in concrete.saved for w in op.writes)]
+    needed = [i for i, op in enumerate(concrete.forward) if concrete.saved.intersection((*(w.name for w in op.writes), *op.updates))]
     return concrete.forward[: needed[-1] + 1] if needed else ()
 
 

@@ -52,6 +52,7 @@ def test_every_command_has_help_and_takes_json(command):
 OPTIONS = {
     "predict": "cluster strategy reader runtime seq-len jitter straggler seed steps timeline memory-plot trace json",
     "plan": "memory-plot cluster global-batch objective precision checkpoint zero optimizer runtime seq-len top timeline trace json",
+    "capture": "seq-len out json",
     "devices": "json",
     "clusters": "json",
     "workloads": "seq-len json",

@@ -63,3 +63,19 @@ def test_a_device_file_of_ones_own_can_be_counted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [d.name for d in catalog.cluster("2x mine.toml").devices] == ["Mine", "Mine"]
     assert catalog.cluster("1x mine.toml + 1x rtx-3090").size == 2
+
+
+@pytest.mark.parametrize("text", ["4x rtx-3090", "4x 3090", "4x geforce rtx 3090", "box-4x-rtx3090"])
+def test_one_box_whatever_it_is_called(text):
+    assert catalog.cluster(text) is catalog.cluster("box-4x-rtx3090")
+
+
+def test_presets_can_be_counted():
+    cluster = catalog.cluster("2x dgx-h100")
+    assert cluster.size == 16
+    assert all(node.nic is not None and node.nic.name == "infiniband-ndr" for node in cluster.nodes)
+
+
+def test_a_negative_count_is_refused():
+    with pytest.raises(InputError, match="between 1"):
+        catalog.cluster("-1x h100-sxm")

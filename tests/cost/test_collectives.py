@@ -79,3 +79,36 @@ def test_nodes_without_a_network_are_refused():
 def test_bad_collectives_are_refused(ranks, size):
     with pytest.raises(InputError):
         all_reduce(switched(4), ranks, size)
+
+
+def nodes(count: int, per_node: int, nics: int) -> Fabric:
+    """Nodes of switched devices; links of 1 GB/s inside, 0.1 GB/s per port between, host links of 10 GB/s."""
+    inside, between, host = Link("inside", 1e9, 1.0, 1e-6), Link("between", 1e8, 1.0, 1e-5), Link("host", 1e10, 1.0, 1e-6)
+    node = Node((st.device("h100-sxm"),) * per_node, None, host, inside, 0, between, nics)
+    return Fabric(Cluster("test", (node,) * count))
+
+
+@pytest.mark.parametrize("nics", [1, 4, 8])
+def test_a_ring_over_nodes_uses_every_port(nics):
+    cost = all_reduce(nodes(4, 8, nics), range(32), 1e9, "ring")
+    assert cost.time_s == pytest.approx(2 * 31 / 32 * 1e9 / (nics * 1e8), rel=0.01)
+
+
+def test_host_links_bind_only_when_they_are_slower_than_the_ports():
+    link, fast = Link("slow host", 1e7, 1.0, 1e-6), Link("port", 1e8, 1.0, 1e-5)
+    node = Node((st.device("h100-sxm"),) * 8, None, link, Link("inside", 1e9, 1.0, 1e-6), 0, fast, 8)
+    cost = all_reduce(Fabric(Cluster("test", (node,) * 2)), range(16), 1e9, "ring")
+    assert cost.time_s == pytest.approx(2 * 15 / 16 * 1e9 / 8 / 1e7, rel=0.01)
+
+
+def test_trees_over_many_nodes_need_fewer_steps():
+    fabric = nodes(64, 8, 8)
+    ring, tree = (all_reduce(fabric, range(512), 1.0, algorithm) for algorithm in ("ring", "tree"))
+    assert ring.latency_s == pytest.approx(LAUNCH_LATENCY_S + 2 * 511 * 1e-5)
+    assert tree.latency_s == pytest.approx(LAUNCH_LATENCY_S + 2 * (7 * 1e-6 + 6 * 1e-5))
+
+
+def test_a_tree_crosses_each_node_boundary_once_each_way():
+    loads = all_reduce(nodes(2, 8, 1), range(16), 1e6, "tree").loads
+    crossing = sum(v for r, v in loads.items() if "network out" in r.name)
+    assert crossing * TREE_BANDWIDTH_SHARE == pytest.approx(2 * 1e6)

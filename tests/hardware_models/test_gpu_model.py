@@ -27,7 +27,8 @@ GPUS = [d for d in devices().values() if d.device_class == "gpu"]
 NAMES = st.sampled_from([d.name for d in GPUS])
 EXTENT = st.integers(min_value=1, max_value=6000)
 ALIGNED = st.integers(min_value=1, max_value=512).map(lambda x: 8 * x)
-MEMORY_KINDS = [k for k in OperatorKind if k.value not in ("gemm", "batched_gemm", "attention", "attention_backward")]
+PRODUCTS = ("gemm", "batched_gemm", "attention", "attention_backward", "convolution", "convolution_backward")
+MEMORY_KINDS = [k for k in OperatorKind if k.value not in PRODUCTS]
 
 
 def times(name, batch):

@@ -58,7 +58,8 @@ def test_progress_counts_to_the_end():
 def test_default_precisions_are_those_the_devices_have():
     small = st.workload("gpt", layers=1, hidden=64, heads=2, vocabulary=128, seq_len=32)
     result = st.plan(small, "2x v100-sxm2-16gb", 4)
-    assert {p for r in result.ranked for p in r.strategy.split(",") if p.startswith("precision")} <= {"precision=fp16-amp"}
+    found = {next((p for p in r.strategy.split(",") if p.startswith("precision")), "precision=fp32") for r in result.ranked}
+    assert found == {"precision=fp32", "precision=fp16-amp"}
 
 
 def test_bad_questions():

@@ -11,6 +11,7 @@ from simtrain.core.result import MemoryKind
 from simtrain.core.runtime import RUNTIMES
 from simtrain.step.ledger import _persistent, ledger
 from simtrain.step.occupancy import COLUMN
+from simtrain.step.remat import segments
 from simtrain.step.specialize import concrete_layers, recomputed_operators
 
 SIZES = {"layers": 5, "hidden": 64, "heads": 4, "vocabulary": 512}
@@ -84,6 +85,13 @@ def test_checkpointing_trades_saved_for_recomputed():
     assert full["total"] < root["total"] < none["total"]
     assert none["recomputed"] == 0
     assert root["recomputed"] == pytest.approx(4 * full["recomputed"], rel=0.1)
+
+
+def test_a_single_block_and_unequal_blocks_can_be_recomputed():
+    one = st.workload("gpt", layers=1, hidden=256, heads=4, vocabulary=256, seq_len=256)
+    assert st.schedule(one, "rtx-3090", "micro_batch=8,checkpoint=full").breakdown_s["recompute"] > 0
+    blocks = [s for s in segments(st.workload("resnet50", recomputable=True), "every:4") if s.recomputed]
+    assert [len(s.layers) for s in blocks] == [4, 4, 4, 4]
 
 
 def test_sharded_states_shrink_with_the_replicas():

@@ -49,12 +49,23 @@ def test_breakdown_sums_to_the_period(strategy):
         assert min(result.breakdown_s.values()) >= 0
 
 
+runtimes = some.builds(
+    st.runtime("torch-eager").with_,
+    overlap_communication=some.booleans(),
+    gradient_as_bucket_view=some.booleans(),
+    fused_attention=some.booleans(),
+    launch_s=some.sampled_from([0.0, 2e-6, 6e-6, 3e-5]),
+    optimizer_style=some.sampled_from(["foreach", "fused", "single"]),
+)
+
+
 @many
-@given(strategies)
-def test_estimate_is_close_to_the_schedule(strategy):
+@given(strategies, runtimes, some.sampled_from([BOX, "16x h100-sxm", "2x rtx-4090 + 2x a100-sxm-80g"]))
+def test_estimate_is_close_to_the_schedule(strategy, runtime, machines):
     gpt = st.workload("gpt", **SMALL)
-    estimated, scheduled = st.estimate(gpt, BOX, strategy), st.schedule(gpt, BOX, strategy)
-    assert estimated.step_time_s == pytest.approx(scheduled.step_time_s, rel=0.05)
+    estimated, scheduled = (read(gpt, machines, strategy, runtime=runtime) for read in (st.estimate, st.schedule))
+    assert estimated.step_time_s == pytest.approx(scheduled.step_time_s, rel=0.03)
+    assert estimated.energy_j == pytest.approx(scheduled.energy_j, rel=0.03)
     assert estimated.memory.allocated_bytes == scheduled.memory.allocated_bytes
 
 
@@ -71,6 +82,16 @@ def test_a_straggler_sets_the_pace_of_everybody(gpt):
     alone = st.simulate(gpt, BOX, strategy, stragglers=dict.fromkeys(range(4), 1.5))
     assert even.step_time_s < slow.step_time_s <= alone.step_time_s * (1 + 1e-9)
     assert slow.step_time_s == pytest.approx(alone.step_time_s, rel=1e-6)
+
+
+def test_energy_does_not_depend_on_which_card_is_slow(gpt):
+    energies = [st.simulate(gpt, BOX, "data=4,micro_batch=32", stragglers={rank: 1.5}).energy_j for rank in range(4)]
+    assert energies == pytest.approx([energies[0]] * 4)
+
+
+def test_unused_devices_are_named():
+    result = st.schedule(st.workload("gpt", **SMALL), "dgx-h100", "data=1")
+    assert any("7 of 8 devices are not used" in a for a in result.assumptions)
 
 
 def test_jitter_costs_more_than_it_gives_back(gpt):
@@ -102,6 +123,8 @@ def test_links_order_the_box(gpt):
         ({"strategy": "precision=fp61"}, UnknownNameError, "fp16"),
         ({"cluster": "v100-sxm2-16gb", "strategy": "precision=bf16-amp"}, UnsupportedError, "no bf16 arithmetic"),
         ({"runtime": "torch-eagre"}, UnknownNameError, "torch-eager"),
+        ({"runtime": "torch-eager-cpu"}, InputError, "fed by a host"),
+        ({"runtime": "torch-eager", "cluster": "this-cpu"}, InputError, "host computes itself"),
     ],
 )
 def test_what_cannot_be_is_refused(gpt, change, error, says):

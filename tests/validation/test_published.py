@@ -22,7 +22,7 @@ def test_batches_are_per_device():
 
 
 def test_predictions_are_sane(report):
-    assert all(0.4 < r.predicted / r.row.sequences_per_s < 2.5 for r in report.rows)
+    assert all(0.4 < r.predicted / r.row.samples_per_s < 2.5 for r in report.rows)
 
 
 def test_two_devices_are_faster_than_one_but_not_twice(report):

@@ -44,12 +44,12 @@ class Replay:
                     self._add(index, op, backward)
 
     def _add(self, index: int, op: Operator, backward: bool) -> None:
-        reads = [self._root(self._name(index, n)) for n in op.reads]
+        reads = [self._root(self._name(index, n)) for n in (*op.reads, *op.updates)]
         writes = []
         for tensor in op.writes:
             name = self._name(index, tensor.name)
             size = round(tensor.elements(self.batch, self.workload.sequence)) * self.precision.dtype(tensor.role).size_bytes
-            if op.kind is OperatorKind.CAST and size == self._size(index, op.reads[0]):
+            if op.kind is OperatorKind.CAST and self._width(index, op.reads[0]) == self.precision.dtype(tensor.role).size_bytes:
                 self.same[name] = reads[0]
                 continue
             assert name not in self.bytes, f"{name} is written twice"
@@ -77,11 +77,16 @@ class Replay:
         index, _, local = name.partition("/")
         return local in {p.name for p in self.layers[int(index)].parameters}
 
-    def _size(self, index: int, name: str) -> int:
-        parameters = {p.name: p.elements for p in self.layers[index].parameters}
-        if name in parameters:
-            return parameters[name] * self.precision.parameter.size_bytes
-        return self.bytes[self._root(self._name(index, name))]
+    def _width(self, index: int, name: str) -> int:
+        layer = self.layers[index]
+        operators = [inner for op in layer.forward + layer.backward for inner in (op, *op.unfused)]
+        tensors = {t.name: t for t in layer.inputs} | {t.name: t for op in operators for t in op.writes}
+        if name in {p.name for p in layer.parameters}:
+            return self.precision.parameter.size_bytes
+        if name in ("x", "dy"):
+            role = self.layers[index - 1].cut_role if name == "x" else layer.cut_role
+            return self.precision.dtype(role).size_bytes
+        return self.precision.dtype(tensors[name].role).size_bytes
 
     def moments(self) -> list[Moment]:
         """Returns what every allocating operator allocates, and the bytes alive when it is done.

@@ -34,7 +34,7 @@ class AllocationRecorder(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.live and storage._cdata not in self.known:
+                if storage.nbytes() and storage._cdata not in self.live and storage._cdata not in self.known:
                     self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                     fresh.append(storage.nbytes())
         if fresh:
@@ -68,7 +68,7 @@ def record_saved(module: nn.Module, batch: tuple[Tensor, ...], autocast: torch.d
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
+        if storage._cdata not in known and storage.nbytes():
             kept.append(tensor)
             sizes[storage._cdata] = storage.nbytes()
         return tensor

@@ -19,6 +19,15 @@ PUBLISHED = {
     "llama3-70b": 70_553_706_496,
     "bert-base": 108_891_648 + 6 * 768 + 2 * 769,
     "bert-large": 334_092_288 + 6 * 1024 + 2 * 1025,
+    # torchvision's documentation of its weights, and timm's table of results
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "vit-tiny": 5_717_416,
+    "vit-small": 22_050_664,
+    "vit-base": 86_567_656,
 }
 
 
@@ -43,13 +52,69 @@ def test_every_preset_says_where_it_comes_from(name: str) -> None:
     work = catalog.workload(name)
     assert work.source
     assert work.name == name
-    assert [layer.name for layer in work.layers] == ["embedding", "block", "head"]
+    first = "stem" if work.name.startswith("resnet") else "embedding"
+    assert (work.layers[0].name, work.layers[-1].name) == (first, "head")
     assert work.input_bytes(2, work.sequence) > 0
+
+
+FORWARD_GMACS = {"resnet18": 1.82, "resnet34": 3.67, "resnet50": 4.11, "vit-tiny": 1.26, "vit-small": 4.61, "vit-base": 17.58}
+"""Products of a forward pass of one image, counted by fvcore (timm's table of results; pooling and norms are in it)."""
+
+
+@pytest.mark.parametrize("name", FORWARD_GMACS)
+def test_forward_flops_of_image_models_are_the_published_ones(name: str) -> None:
+    work = catalog.workload(name)
+    forward = sum(op.flops(1, work.sequence) for layer in work for op in layer.forward)
+    assert forward / 2e9 == pytest.approx(FORWARD_GMACS[name], rel=0.015)
+
+
+def test_layers_of_a_residual_network_are_its_distinct_blocks() -> None:
+    layers = {layer.name: layer for layer in catalog.workload("resnet50").layers}
+    assert {name: layer.repeats for name, layer in layers.items() if layer.repeats > 1} == {
+        "stage1.rest": 2,
+        "stage2.rest": 3,
+        "stage3.rest": 5,
+        "stage4.rest": 2,
+    }
+    assert [name for name in layers if name.startswith("stage1")] == ["stage1.first", "stage1.rest"]
+    assert [layer.name for layer in catalog.workload("resnet18").layers][1:3] == ["stage1", "stage2.first"]
+    assert not layers["stage1.rest"].safe_to_recompute
+    assert catalog.workload("resnet50", recomputable=True).layers[1].safe_to_recompute
+
+
+def test_images_have_the_length_of_their_patches_and_no_other() -> None:
+    assert (catalog.workload("vit-base").sequence, catalog.workload("resnet50").sequence) == (197, 1)
+    assert catalog.workload("vit-base", image_size=384).sequence == 577
+    assert catalog.workload("resnet50", seq_len=1).sample_unit == "image"
+    with pytest.raises(InputError, match="197 tokens per image, not 128: give image_size"):
+        catalog.workload("vit-base", seq_len=128)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet50", {"depth": 49}, "depth 49 is unknown"),
+        ("resnet50", {"stem": "cifa"}, "did you mean 'cifar'"),
+        ("resnet50", {"layers": 3}, "a convolutional network has no option 'layers'"),
+        ("resnet", {"width": 0}, "width must be at least 1, not 0"),
+        ("vit-base", {"patch": 15}, "patches of 15 pixels do not divide an image of 224"),
+        ("vit-base", {"heads": 5}, "5 heads do not divide"),
+    ],
+)
+def test_image_models_refuse_what_they_cannot_be(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        catalog.workload(name, **options)
+
+
+def test_input_bytes_of_images_are_fp32_pixels_and_a_class() -> None:
+    assert catalog.workload("resnet50").input_bytes(2, 1) == 2 * (4 * 3 * 224 * 224 + 8)
 
 
 def test_aliases_and_spellings() -> None:
     for text in ("gpt2", "GPT-2 Small", "gpt2-124m"):
         assert catalog.workload(text).name == "gpt2-small"
+    assert catalog.workload("ResNet-50").name == "resnet50"
+    assert catalog.workload("vit_base_patch16_224").name == "vit-base"
     with pytest.raises(UnknownNameError, match="llama3-8b"):
         catalog.workload("lama3-8b")
 
@@ -75,5 +140,8 @@ def test_bert_span_targets_are_two_numbers_per_sample() -> None:
 
 
 def test_the_catalog_does_not_import_torch() -> None:
-    code = "import sys, workloads.catalog, workloads.transformer; workloads.catalog.workloads(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, workloads.catalog, workloads.transformer, workloads.convnet, workloads.vit; "
+        "workloads.catalog.workloads(); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from simtrain.core.polynomial import ZERO, B, Polynomial, S, as_polynomial
 from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor
-from workloads.transformer.pieces import FP32, LOW, Axis, linear
+from workloads.common.pieces import FP32, LOW, Axis, linear
+from workloads.common.tape import Tape
 from workloads.transformer.spec import TransformerSpec
-from workloads.transformer.tape import Tape
 from workloads.transformer.unfused import Operand, unfused_product
 
 TOKENS = B * S

@@ -1,16 +1,16 @@
-"""The last layer: projection to logits, and cross-entropy as eager PyTorch computes it.
+"""The last layer: projection to logits, and the losses.
 
-The module converts logits to fp32 before the loss (as Megatron-LM and Hugging Face Transformers do). Log-softmax keeps its result for the
-backward pass; both halves of the loss write a gradient as large as the logits.
+The module converts logits to fp32 before the loss (as Megatron-LM and Hugging Face Transformers do).
 """
 
 from __future__ import annotations
 
-from simtrain.core.polynomial import ONE, B, Polynomial, S, as_polynomial
-from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor, TensorKind
-from workloads.transformer.pieces import FP32, Axis, linear
+from simtrain.core.polynomial import ONE, B, S, as_polynomial
+from simtrain.core.workload import Operator, OperatorKind, Role, Tensor, TensorKind
+from workloads.common.loss import cross_entropy, start_backward
+from workloads.common.pieces import FP32, Axis, linear
+from workloads.common.tape import Tape
 from workloads.transformer.spec import TransformerSpec
-from workloads.transformer.tape import Tape
 
 TOKENS = B * S
 
@@ -23,7 +23,7 @@ def lm_head(tape: Tape, x: str, spec: TransformerSpec) -> None:
     linear(tape, x, "linear", "logits", tokens=TOKENS, inner=inner, outer=outer, bias=False, weight=weight, kind=TensorKind.LOGITS)
     high = tape.cast("logits", FP32)
     cross_entropy(tape, high, "", "y", rows=TOKENS, classes=as_polynomial(spec.vocabulary), holds=(high, "x"))
-    _start_backward(tape)
+    start_backward(tape)
 
 
 def span_head(tape: Tape, x: str, spec: TransformerSpec) -> None:
@@ -36,49 +36,7 @@ def span_head(tape: Tape, x: str, spec: TransformerSpec) -> None:
         tape.tensors[f"{half}.logits"] = Tensor(f"{half}.logits", TOKENS, FP32, TensorKind.LOGITS)
         cross_entropy(tape, high, f"{half}.", f"{half}.loss", rows=B, classes=S, holds=(high,), logits=f"{half}.logits")
     _average(tape, high)
-    _start_backward(tape)
-
-
-def cross_entropy(
-    tape: Tape, x: str, prefix: str, out: str, *, rows: Polynomial, classes: Polynomial, holds: tuple[str, ...], logits: str | None = None
-) -> None:
-    """Log-softmax and negative log-likelihood.
-
-    Args:
-        tape: Where it is written.
-        x: The tensor that holds the logits.
-        prefix: Of the names of what it writes.
-        out: Name of the loss.
-        rows: Predictions.
-        classes: Choices each.
-        holds: Tensors that Python names keep alive until it returns.
-        logits: Name of the view of `x` that gets the gradient; `x` itself by default.
-    """
-    view, likelihoods, weight = logits or x, f"{prefix}log_probabilities", f"{prefix}total_weight"
-    one = Dim(Role.BATCH, ONE)
-    dims = (one, Dim(Role.TOKENS, rows), one, Dim(Role.SEQUENCE if logits else Role.VOCABULARY, classes))
-    written = Tensor(likelihoods, rows * classes, FP32, TensorKind.LOGITS)
-    tape.run(Operator(f"{prefix}log_softmax", OperatorKind.SOFTMAX, (x,), (written,), dims=dims))
-    scalars = (Tensor(out, ONE, FP32), Tensor(weight, ONE, FP32))
-    pick = Operator(
-        f"{prefix}nll_loss", OperatorKind.REDUCTION, (likelihoods, "input:targets"), scalars, partial=(likelihoods,), touched=rows
-    )
-    tape.run(pick, holds=holds)
-
-    def softmax_node() -> None:
-        dlogits = tape.gradient_tensor(view)
-        reads = (tape.gradient(likelihoods), likelihoods)
-        tape.run_backward(Operator(f"{prefix}log_softmax.backward", OperatorKind.SOFTMAX_BACKWARD, reads, (dlogits,), dims=dims))
-        tape.give(view, dlogits.name)
-
-    def loss_node() -> None:
-        gradient = tape.gradient_tensor(likelihoods)
-        reads = (tape.gradient(out), likelihoods, "input:targets", weight)
-        tape.run_backward(Operator(f"{prefix}nll_loss.backward", OperatorKind.ELEMENTWISE, reads, (gradient,), partial=(likelihoods,)))
-        tape.give(likelihoods, gradient.name)
-
-    tape.node(softmax_node)
-    tape.node(loss_node)
+    start_backward(tape)
 
 
 def _unbind_later(tape: Tape, x: str) -> None:
@@ -103,8 +61,3 @@ def _average(tape: Tape, held: str) -> None:
         tape.give("end.loss", half.name)
 
     tape.node(node)
-
-
-def _start_backward(tape: Tape) -> None:
-    """The gradient of the loss, one, that `loss.backward()` starts from."""
-    tape.node(lambda: tape.run_backward(Operator("loss.one", OperatorKind.ELEMENTWISE, (), (Tensor("dloss", ONE, FP32),))))

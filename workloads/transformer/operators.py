@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from simtrain.core.polynomial import ONE, B, Polynomial, S
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import Layer, Operator, OperatorKind, Role, Tensor, TensorKind, Workload
+from workloads.common.pieces import HIGH, Axis, add, dropout, linear, multiply, norm, unary
+from workloads.common.tape import Tape
 from workloads.transformer.attention import attention
 from workloads.transformer.loss import lm_head, span_head
-from workloads.transformer.pieces import HIGH, Axis, add, dropout, linear, multiply, norm, unary
 from workloads.transformer.spec import TransformerSpec
-from workloads.transformer.tape import Tape
 
 TOKENS = B * S
 
@@ -71,7 +71,7 @@ def block(spec: TransformerSpec) -> Layer:
         feed_forward(tape, "x1", "m", spec)
         add(tape, "x1", dropout(tape, "m", "m.dropped", spec.dropout), "r2")
         _normalize(tape, "r2", "norm_2", "y", spec, holds=("x", "x1"))
-    return tape.layer("block", out="y", cut=TOKENS * spec.hidden, repeats=spec.layers)
+    return tape.layer("block", out="y", cut=TOKENS * spec.hidden, repeats=spec.layers, block=True)
 
 
 def feed_forward(tape: Tape, x: str, out: str, spec: TransformerSpec) -> str:

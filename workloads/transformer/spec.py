@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from simtrain.core.errors import InputError, nearest
+from simtrain.core.errors import InputError
+from workloads.common.options import check_at_least, check_types, merged
 
 Positions = Literal["learned", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -67,15 +68,9 @@ class TransformerSpec:
     rotary_base: float = 10_000.0
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), hints[field.name])
-        for name in ("layers", "hidden", "heads", "vocabulary", "max_positions", "sequence"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("kv_heads", "head_dim", "ffn", "token_types"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
+        check_types(self)
+        check_at_least(self, 1, ("layers", "hidden", "heads", "vocabulary", "max_positions", "sequence"))
+        check_at_least(self, 0, ("kv_heads", "head_dim", "ffn", "token_types"))
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must lie in [0, 1), not {self.dropout}")
         self._check_heads()
@@ -129,29 +124,7 @@ class TransformerSpec:
         Raises:
             InputError: An unknown option (the nearest is suggested), a missing one, or one out of range.
         """
-        known = {f.name for f in fields(cls)}
-        for name in options:
-            if name not in known:
-                near = nearest(name, known)
-                hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(sorted(known))}"
-                raise InputError(f"a transformer has no option {name!r}: {hint}")
-        values = defaults | options
-        missing = [n for n in ("layers", "hidden", "heads", "vocabulary", "max_positions") if n not in values]
-        if missing:
-            raise InputError(f"a transformer needs {', '.join(missing)}")
+        values = merged(cls, "a transformer", defaults, options, ("layers", "hidden", "heads", "vocabulary", "max_positions"))
         if "sequence" not in options:
             values["sequence"] = min(values.get("sequence", values["max_positions"]), values["max_positions"])
         return cls(**values)
-
-
-def _check_type(name: str, value: object, hint: Any) -> None:
-    if choices := get_args(hint):
-        if value not in choices:
-            near = nearest(str(value), choices)
-            hint_text = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(choices)}"
-            raise InputError(f"{name} {value!r} is unknown: {hint_text}")
-        return
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise InputError(f"{name} must be {'a whole number' if hint is int else f'of type {hint.__name__}'}, not {value!r}")

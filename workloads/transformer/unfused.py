@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from simtrain.core.polynomial import ONE, B, Polynomial, S, as_polynomial
 from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor, gemm_flops
-from workloads.transformer.pieces import HIGH, LOW, MASK, dropout
+from workloads.common.pieces import HIGH, LOW, MASK, dropout
+from workloads.common.tape import Tape, rename
 from workloads.transformer.spec import TransformerSpec
-from workloads.transformer.tape import Tape, rename
 
 TOKENS = B * S
 

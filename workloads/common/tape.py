@@ -1,6 +1,6 @@
 """Writes the two operator lists of a layer the way autograd runs them.
 
-A piece of a model (`pieces`, `attention`) states its forward operators and, beside them, the node that autograd would run for them.
+A piece of a model (`workloads.common.pieces`) states its forward operators and, beside them, the node that autograd would run for them.
 Nodes run in reverse order; gradients of a tensor with several readers are added as they arrive. Two rules of PyTorch decide lifetimes:
 
 * A node keeps what it reads (its saved tensors and incoming gradients) until its last operator is done.
@@ -38,6 +38,8 @@ class Tape:
         self._gradients: dict[str, str] = {}
         self._arrivals: dict[str, int] = {}
         self._targets: dict[str, str] = {}
+        self._inputs = tuple(t for t in given if t.name.startswith("input:"))
+        self._buffer_bytes = 0
 
     def parameter(self, name: str, *shape: int, tied_to: str | None = None, gradient: str | None = None) -> str:
         """Registers a parameter and returns its name.
@@ -53,6 +55,10 @@ class Tape:
         self.tensors[name] = Tensor(name, as_polynomial(parameter.elements), DTypeRole.PARAMETER)
         self._targets[name] = gradient or f"grad:{name}"
         return name
+
+    def buffer(self, size_bytes: int) -> None:
+        """Counts what a layer stores beside its parameters (running statistics)."""
+        self._buffer_bytes += size_bytes
 
     def run(self, operator: Operator, *, holds: Iterable[str] = ()) -> None:
         """Appends a forward operator."""
@@ -73,6 +79,10 @@ class Tape:
     def gradient(self, name: str) -> str:
         """Returns the name of the gradient that arrived for a tensor."""
         return self._gradients[name]
+
+    def take(self, name: str) -> str:
+        """Returns the gradient that arrived for a tensor after it was overwritten in place; the next one is that of its old value."""
+        return self._gradients.pop(name)
 
     def gradient_tensor(self, name: str) -> Tensor:
         """Describes a new (partial) gradient of a tensor or parameter."""
@@ -104,6 +114,8 @@ class Tape:
         kind = TensorKind.CAST if name in self._targets else source.kind
         target = Tensor(self._fresh(f"{name}.{role.value}"), source.elements, role, kind)
         self.run(Operator(f"{target.name}.cast", OperatorKind.CAST, reads=(name,), writes=(target,)), holds=holds)
+        if name.startswith("input:"):
+            return target.name
 
         def node() -> None:
             written = self.gradient_tensor(name)
@@ -120,23 +132,50 @@ class Tape:
         number = sum(t == name or t.startswith(f"{name}#") for t in self.tensors)
         return f"{name}#{number + 1}" if number else name
 
-    def layer(self, name: str, *, out: str, cut: Polynomial, repeats: int = 1, inputs: bool = True, seed: str = "dy") -> Layer:
+    def layer(
+        self,
+        name: str,
+        *,
+        out: str,
+        cut: Polynomial,
+        cut_role: DTypeRole = DTypeRole.HIGH,
+        repeats: int = 1,
+        inputs: bool = True,
+        seed: str = "dy",
+        safe_to_recompute: bool = True,
+        block: bool = False,
+    ) -> Layer:
         """Runs the nodes in reverse and returns the layer.
 
         Args:
             name: Of the layer.
             out: What it hands on; named `y` in the lists.
             cut: Elements handed to the next layer.
+            cut_role: Their number format.
             repeats: Equal layers in a row.
             inputs: Whether the layer's input `x` gets a gradient `dx`.
             seed: Name of the gradient of its output.
+            safe_to_recompute: Whether the forward pass may run twice.
+            block: Whether it is one of the blocks that the model stacks.
         """
         forward, backward = self.finish(out, seed)
         names = {out: "y"}
         if inputs and (last := self._gradients["x"]) != "dx":
             names |= {"dx": "dx.part", last: "dx"}
         forward, backward = (tuple(rename(op, names) for op in ops) for ops in (forward, backward))
-        return Layer(name, forward, backward, tuple(self.parameters), cut, repeats=repeats)
+        return Layer(
+            name,
+            forward,
+            backward,
+            tuple(self.parameters),
+            cut,
+            cut_role,
+            repeats,
+            safe_to_recompute,
+            inputs=self._inputs,
+            buffer_bytes=self._buffer_bytes,
+            block=block,
+        )
 
     def finish(self, out: str, seed: str) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
         """Runs the nodes in reverse and returns both operator lists.
@@ -162,6 +201,7 @@ def rename(operator: Operator, names: dict[str, str]) -> Operator:
     return replace(
         operator,
         reads=tuple(names.get(n, n) for n in operator.reads),
+        updates=tuple(names.get(n, n) for n in operator.updates),
         partial=tuple(names.get(n, n) for n in operator.partial),
         writes=tuple(replace(t, name=names.get(t.name, t.name)) for t in operator.writes),
         unfused=tuple(rename(op, names) for op in operator.unfused),

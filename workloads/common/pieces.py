@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from simtrain.core.polynomial import ONE, Polynomial, as_polynomial
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor, TensorKind, gemm_flops
-from workloads.transformer.tape import Tape
+from workloads.common.tape import Tape
 
 LOW, HIGH, FP32, MASK = DTypeRole.LOW, DTypeRole.HIGH, DTypeRole.FP32, DTypeRole.MASK
 

@@ -1,0 +1,128 @@
+"""Convolutions on GPUs: implicit matrix products over windows, and Winograd's algorithm without tensor cores.
+
+A convolution is the product of (pixels written) x (channels in times window) with (channels in times window) x (channels out); the left
+operand is never formed, so the image is read at its stored size. Its gradients are products of the same work: that of the input has a
+row for every pixel read, that of the filter contracts over all pixels and is split into many parts to fill the device.
+
+Tensor cores take images with their channels last. Where they come channels first, cuDNN converts the images of every product and
+converts the result back, each a read and a write (NVIDIA, Convolutional Layers User's Guide, section on tensor layouts).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hardware_models.gpu_constants import GpuConstants
+from hardware_models.gpu_products import (
+    BATCHED_SPLITS,
+    BATCHED_TILES,
+    LINEAR_SPLITS,
+    TENSOR_PATHS,
+    Product,
+    bandwidth_bytes_per_s,
+    linear_tiles,
+    misalignment,
+    product_times_s,
+    sustained_flops,
+)
+from simtrain.core.hardware import Device
+from simtrain.core.kernels import KernelBatch
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.workload import Window
+from simtrain.cost.roofline import join, soft_minimum
+
+FILTER_SPLITS = (1, 4, 16, 64)
+"""Assumption: parts of the contraction over pixels that the filter's gradient is split into; its result is too small to fill a device."""
+
+WINOGRAD_PRODUCTS = 36
+WINOGRAD_PIXELS = 16
+"""F(4x4, 3x3): tiles of 16 pixels, each transformed into 36 values that are multiplied apart (Lavin and Gray 2016)."""
+
+
+def convolution_times_s(
+    device: Device, kernels: KernelBatch, chosen: NDArray[np.bool_], constants: GpuConstants, *, backward: bool
+) -> FloatArray:
+    """Times of convolutions or of their gradients; a network's first layer has no gradient of its input."""
+    if kernels.arithmetic in TENSOR_PATHS:
+        best = _on_tensor_cores(device, kernels, chosen, constants, backward=backward)
+    else:
+        best = _on_vector_units(device, kernels, chosen, constants, backward=backward)
+    floor_s = np.asarray(constants.launch_s * kernels.launches[chosen], dtype=np.float64)
+    return join(best, floor_s, constants.gemm_floor_exponent)
+
+
+def _on_tensor_cores(
+    device: Device, kernels: KernelBatch, chosen: NDArray[np.bool_], constants: GpuConstants, *, backward: bool
+) -> FloatArray:
+    groups, m, n, k = kernels.batch[chosen], kernels.m[chosen], kernels.n[chosen], kernels.k[chosen]
+    width = kernels.element_bytes[chosen]
+    taps, area, stored, first = _windows(kernels, chosen)
+    inner = k / taps
+    image = m * area * inner
+    rate = sustained_flops(device, kernels.arithmetic, constants)
+    slowdown = misalignment(device, kernels.arithmetic, (inner, n, n), width, constants)
+    tiles = linear_tiles(kernels.arithmetic)
+    moved = width * groups * (m * stored * inner + m * n + k * n)
+    converted_s = np.where(first, 2.0 * width * groups * (image + m * n) / bandwidth_bytes_per_s(device, constants), 0.0)
+    if not backward:
+        product = Product(groups, m, n, k, image, k * n, width, np.maximum(moved, kernels.bytes_moved[chosen]), slowdown)
+        forward = product_times_s(device, product, constants, rate_flops=rate, tiles=tiles, splits=LINEAR_SPLITS)
+        return forward + converted_s
+    to_filter = Product(groups, n, k, m, m * n, image, width, moved, slowdown)
+    to_input = Product(groups, m * area, inner, n * taps / area, m * n, k * n, width, moved, slowdown)
+    filter_s = product_times_s(device, to_filter, constants, rate_flops=rate, tiles=tiles, splits=FILTER_SPLITS)
+    input_s = product_times_s(device, to_input, constants, rate_flops=rate, tiles=tiles, splits=LINEAR_SPLITS)
+    return filter_s + converted_s + np.where(_has_input_gradient(kernels, chosen), input_s + converted_s, 0.0)
+
+
+def _on_vector_units(
+    device: Device, kernels: KernelBatch, chosen: NDArray[np.bool_], constants: GpuConstants, *, backward: bool
+) -> FloatArray:
+    """The better of a direct product and Winograd's algorithm; gradients are multiples of the forward time, as measured."""
+    groups, m, n, k = kernels.batch[chosen], kernels.m[chosen], kernels.n[chosen], kernels.k[chosen]
+    width = kernels.element_bytes[chosen]
+    taps, area, *_ = _windows(kernels, chosen)
+    inner, image = k / taps, m * area * k / taps
+    bandwidth = device.memory.bandwidth_bytes_per_s
+    rate = sustained_flops(device, kernels.arithmetic, constants) / constants.gemm_efficiency_simt * constants.convolution_efficiency_simt
+    none, one = np.zeros_like(m), np.ones_like(m)
+    activations, filters = width * groups * (image + m * n), width * groups * k * n
+    direct = product_times_s(
+        device,
+        Product(groups, m, n, k, none, none, none, none, one),
+        constants,
+        rate_flops=rate,
+        tiles=linear_tiles(kernels.arithmetic),
+        splits=LINEAR_SPLITS,
+    )
+    direct = direct + constants.convolution_direct_traffic * (activations + filters) / bandwidth
+    tiles_of_image = np.ceil(m / WINOGRAD_PIXELS)
+    winograd = product_times_s(
+        device,
+        Product(WINOGRAD_PRODUCTS * groups, tiles_of_image, n, inner, none, none, none, none, one),
+        constants,
+        rate_flops=rate,
+        tiles=BATCHED_TILES,
+        splits=BATCHED_SPLITS,
+    )
+    winograd = winograd + (constants.winograd_activations * activations + constants.winograd_filters * filters) / bandwidth
+    times = np.where((taps == 9) & (area == 1), soft_minimum(direct, winograd, 4.0), direct)
+    if not backward:
+        return times
+    to_input = np.where(_has_input_gradient(kernels, chosen), constants.convolution_to_input, 0.0)
+    return times * (constants.convolution_to_filter + to_input)
+
+
+def _windows(kernels: KernelBatch, chosen: NDArray[np.bool_]) -> tuple[FloatArray, FloatArray, FloatArray, NDArray[np.bool_]]:
+    """Returns taps of each filter, pixels read and pixels stored per pixel written, and whether channels come first."""
+    windows = [kernels.windows[i] if kernels.windows else Window() for i in np.flatnonzero(chosen)]
+    taps = np.array([w.edge**2 for w in windows], dtype=np.float64)
+    area = np.array([min(w.stride, w.edge) ** 2 for w in windows], dtype=np.float64)
+    stored = np.array([w.stride**2 for w in windows], dtype=np.float64)
+    return taps, area, stored, np.array([not w.channels_last for w in windows], dtype=bool)
+
+
+def _has_input_gradient(kernels: KernelBatch, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    one = 2.0 * kernels.batch[chosen] * kernels.m[chosen] * kernels.n[chosen] * kernels.k[chosen]
+    return np.asarray(kernels.flops[chosen] > 1.5 * one)

@@ -1,0 +1,83 @@
+"""Memory that library kernels take only while they run, on top of an operator's tensors.
+
+oneDNN computes convolutions in blocked layouts. For tensors in the ordinary layout (channels before pixels) it copies operands into
+blocked ones, computes, and copies results back; PyTorch's allocator sees these copies, its dispatcher does not. The rules below follow
+the order in which the copies come and go, read from allocator events of PyTorch 2.13 (oneDNN 3.12, one thread, AVX-512) for single
+convolutions; with channels last only filters are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from simtrain.core.workload import Operator, OperatorKind
+from simtrain.cost.onednn import convolves_natively
+
+Bytes = Callable[[str], float]
+"""Bytes of a tensor by name."""
+
+BLOCK_CHANNELS = 16
+"""Channels of one block of oneDNN's layouts with AVX-512; fewer than a block are padded to it."""
+
+PLAIN_CHANNELS = 3
+"""Images of at most so many channels are read as they are."""
+
+
+def onednn_bytes(op: Operator, bytes_of: Bytes, batch: int, sequence: int, element_bytes: int) -> float:
+    """Returns what an operator allocates besides its results, at most.
+
+    Args:
+        op: The operator.
+        bytes_of: Bytes of a tensor by name.
+        batch: Samples.
+        sequence: Sequence length.
+        element_bytes: Of an operand.
+    """
+    if op.kind is OperatorKind.CONVOLUTION:
+        x, w = (bytes_of(name) for name in op.reads[:2])
+        return _forward(op, (x, w, bytes_of(op.writes[0].name)), batch, sequence, element_bytes)
+    if op.kind is OperatorKind.CONVOLUTION_BACKWARD:
+        dy, x, w = (bytes_of(name) for name in op.reads[:3])
+        return _backward(op, (x, w, dy), batch, sequence, element_bytes)
+    if op.kind is OperatorKind.BATCH_NORM_BACKWARD:
+        return bytes_of(op.writes[0].name)
+    return 0.0
+
+
+def _forward(op: Operator, sizes: tuple[float, float, float], batch: int, sequence: int, element_bytes: int) -> float:
+    if convolves_natively(op.window, batch, element_bytes):
+        return 0.0
+    if op.window.channels_last:
+        return sizes[1]
+    x, w, y_blocked = _blocked(op, sizes, batch, sequence)
+    y = sizes[2]
+    return max(x + w + y_blocked, y_blocked + y) - y
+
+
+def _backward(op: Operator, sizes: tuple[float, float, float], batch: int, sequence: int, element_bytes: int) -> float:
+    if convolves_natively(op.window, batch, element_bytes):
+        return 0.0
+    x, w, _ = sizes
+    # 16-bit products of the filter's gradient are summed in fp32
+    scratch = w * 4 / element_bytes if element_bytes < 4 else 0.0
+    if op.window.channels_last:
+        return 2 * w + scratch
+    x_blocked, w_blocked, dy_blocked = _blocked(op, sizes, batch, sequence)
+    to_filter = max(dy_blocked + x_blocked + w_blocked + scratch, w_blocked + w)
+    if len(op.writes) == 1:  # the first layer of a network: images get no gradient
+        return to_filter - w
+    # first the gradient of the input, which a stride makes oneDNN copy once more, then that of the filter
+    to_input = max(dy_blocked + w_blocked + x_blocked, x_blocked + x + (x if op.window.stride > 1 else 0.0))
+    return max(to_input, x + to_filter) - x - w
+
+
+def _blocked(op: Operator, sizes: tuple[float, float, float], batch: int, sequence: int) -> tuple[float, float, float]:
+    """Sizes of input, filter and result in blocked layouts."""
+    x, w, y = sizes
+    inner = op.dims[3].size(batch, sequence) / op.window.edge**2
+    outer = op.dims[2].size(batch, sequence)
+    wider = -(-outer // BLOCK_CHANNELS) * BLOCK_CHANNELS / outer
+    if inner <= PLAIN_CHANNELS:
+        return 0.0, w * wider, y * wider
+    deeper = -(-inner // BLOCK_CHANNELS) * BLOCK_CHANNELS / inner
+    return x * deeper, w * wider * deeper, y * wider

@@ -1,0 +1,59 @@
+"""The bridge to PyTorch: record what a training step really does, and capture a module of yours as a workload.
+
+torch is imported when something of this package is used, never by `import simtrain`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from simtrain.core.catalog import WorkloadReader
+from simtrain.core.errors import InputError
+
+if TYPE_CHECKING:
+    from simtrain.core.workload import Workload
+    from simtrain.torch.capture import capture
+    from simtrain.torch.files import capture_file
+    from simtrain.torch.recorder import Recorder, record_step
+    from simtrain.torch.recording import Call, Phase, Recording, View
+
+_HOME = {
+    "Call": "recording",
+    "Phase": "recording",
+    "Recorder": "recorder",
+    "Recording": "recording",
+    "View": "recording",
+    "capture": "capture",
+    "capture_file": "files",
+    "record_step": "recorder",
+}
+
+__all__ = ["Call", "Phase", "Recorder", "Recording", "View", "capture", "capture_file", "record_step", "workload_readers"]
+
+
+def workload_readers() -> dict[str, WorkloadReader]:
+    """Returns the readers that this package adds to the catalog of workloads; torch is imported when one is used."""
+
+    def read(text: str, *, seq_len: int | None = None) -> Workload:
+        reader: WorkloadReader = __getattr__("capture_file")
+        return reader(text, seq_len=seq_len)
+
+    return {"capture": read}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'simtrain.torch' has no attribute {name!r}")
+    try:
+        value = getattr(import_module(f"simtrain.torch.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise InputError(f"simtrain.torch.{name} needs PyTorch, which is not installed: pip install 'simtrain[torch]'") from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

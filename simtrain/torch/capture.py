@@ -1,0 +1,149 @@
+"""Captures a module of yours as a workload: the operators it really runs, at every batch size and sequence length at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from simtrain.core.errors import SimtrainError
+from simtrain.core.polynomial import ZERO, Polynomial
+from simtrain.core.workload import Workload
+from simtrain.torch.layers import layers_of
+from simtrain.torch.pieces import block_paths, chain
+from simtrain.torch.program import ROLE_BYTES, Program
+from simtrain.torch.recorder import batch_tensors
+from simtrain.torch.recording import Recording
+from simtrain.torch.sizes import BatchShape, Fitter, Point, batch_shape
+from simtrain.torch.subject import Loss, NeedsValuesError, Subject
+from simtrain.torch.writer import Writer
+
+SMALL_BATCH, SMALL_SEQUENCE = 2, 64
+"""Sizes of the example, at most, where it has to be computed."""
+
+
+def capture(
+    model: nn.Module | Callable[[], nn.Module],
+    example_batch: Any,
+    *,
+    loss: Loss | None = None,
+    sequence_dim: int | str | None = "auto",
+    values: bool = False,
+    name: str | None = None,
+) -> Workload:
+    """Captures a module as a workload, which predictions take like one from the catalog.
+
+    ```python
+    workload = st.torch.capture(my_module, (ids, targets))                        # its forward returns the loss
+    workload = st.torch.capture(lambda: BigModel(config), batch)                  # built without memory
+    workload = st.torch.capture(net, (images, labels), loss=lambda output, batch: F.cross_entropy(output, batch[1]))
+    ```
+
+    Forward and backward run on tensors that have shapes but no values, at five sizes (three where nothing is a sequence). From four of
+    them follow polynomials in batch and sequence length for every count, and the fifth must agree with them exactly. Batches of one
+    sample are left out, because PyTorch takes shortcuts there.
+
+    What is listed is what a GPU runs under autocast: matrix products on 16-bit casts, norms, softmax and losses in fp32, dropout and RMS
+    norm as one operator. Every precision follows from that list; in plain fp32 or bf16 the casts are left out. Conversions that a model
+    does only where its input is 16 bit wide stay unseen, so `precision="bf16"` may lack some. Activation checkpointing belongs to the
+    strategy; a model that checkpoints itself is captured with its recomputation, which then counts as work of its own.
+
+    Args:
+        model: A module, which is left as it is, or a function without arguments that builds one. Parameters in fp32, on the CPU.
+        example_batch: What the module is called with: a tensor, a tuple in order, or a dict by name, the samples along dimension 0. A
+            tuple or dict may hold more than the module takes (labels for `loss`).
+        loss: Makes the loss from what the model returned and the batch. By default the model returns it, or something with a `loss`.
+        sequence_dim: Which dimension is the sequence: dimensions of that extent are resized. "auto" takes dimension 1 of the first
+            tensor of whole numbers with two dimensions or more; `None` says that nothing is a sequence.
+        values: Run on real tensors, small ones, from the start. By default only a model that asks for values gets them. Some libraries
+            take other paths on tensors without values (Hugging Face builds masks that it skips otherwise).
+        name: Of the workload; the module's class by default.
+
+    Returns:
+        The workload. Equal blocks in a row are one layer that repeats, if exactly one activation crosses between them; a model without
+        such a chain is one layer.
+
+    Raises:
+        InputError: The model cannot be built, copied or run, or gives no loss.
+        UnsupportedError: An operator without a cost formula, operators or counts that change irregularly with the size, frozen parameters.
+    """
+    shape = batch_shape(batch_tensors(example_batch), sequence_dim)
+    module, recordings, points, notes = _record(model, example_batch, shape, loss, values=values)
+    fitter = Fitter(points)
+    program = Program(recordings, chain(recordings[0], block_paths(module)), fitter)
+    writer = Writer(program, {n: tuple(p.shape) for n, p in module.named_parameters()})
+    layers = layers_of(writer, module)
+    notes += _notes(program, module, len(layers))
+    return Workload(
+        name or type(module).__name__.lower(),
+        layers,
+        shape.sequence or 1,
+        sample_unit="sequence" if shape.sequence else "sample",
+        input_bytes=_input_bytes(writer, example_batch, shape),
+        description="; ".join(notes),
+        source=f"captured from {type(module).__module__}.{type(module).__qualname__} with PyTorch {torch.__version__}",
+    )
+
+
+def _record(
+    model: Any, batch: Any, shape: BatchShape, loss: Loss | None, *, values: bool
+) -> tuple[nn.Module, list[Recording], tuple[Point, ...], list[str]]:
+    """Records at all sizes, on shapes alone if that suffices; the first run only lets the model make what it makes once."""
+    reason = "asked for"
+    if not values:
+        try:
+            points = shape.points()
+            return *_record_at(points, model, batch, shape, loss, fake=True), points, []
+        except NeedsValuesError as error:
+            reason = f"because what it does depends on values ({error}); other values may give other operators"
+    sequence = SMALL_SEQUENCE if shape.sequence % SMALL_SEQUENCE == 0 else shape.sequence
+    points = BatchShape(min(shape.batch, SMALL_BATCH), min(shape.sequence, sequence)).points()
+    try:
+        note = f"captured on real tensors, {reason}"
+        return *_record_at(points, model, batch, shape, loss, fake=False), points, [note]
+    except SimtrainError as error:
+        if values:
+            raise
+        raise type(error)(f"captured on real tensors, {reason}. These did not help: {error}") from error
+
+
+def _record_at(
+    points: tuple[Point, ...], model: Any, batch: Any, shape: BatchShape, loss: Loss | None, *, fake: bool
+) -> tuple[nn.Module, list[Recording]]:
+    subject = Subject(model, loss, fake=fake)
+    subject.record(shape.resize(batch, points[0]), points[0])
+    return subject.module, [subject.record(shape.resize(batch, point), point) for point in points]
+
+
+def _notes(program: Program, module: nn.Module, depth: int) -> list[str]:
+    base = program.base
+    notes = []
+    recomputed = len(base.recomputed)
+    unused = [n for n, _ in module.named_parameters() if n not in base.gradients]
+    waits = sum(c.short_name in ("_local_scalar_dense", "equal") for c in base.calls)
+    if depth == 1:
+        notes.append("one layer: no chain of blocks with one activation between them")
+    if recomputed:
+        notes.append(f"checkpoints itself: {recomputed} operators run a second time in backward")
+    if unused:
+        notes.append(f"{len(unused)} parameters get no gradient and are only held ({unused[0]}{', ...' if len(unused) > 1 else ''})")
+    if waits:
+        notes.append(f"waits {waits} times for a value from the device, which is not priced")
+    return notes
+
+
+def _input_bytes(writer: Writer, batch: Any, shape: BatchShape) -> Polynomial:
+    """Bytes of the batch, and of what the model makes once for several layers (masks, tables of positions)."""
+    fitter, total = writer.program.fitter, ZERO
+    for _, tensor in batch_tensors(batch):
+        sizes = [shape.extents(tensor.shape, point) for point in fitter.points]
+        total = total + fitter.product(sizes) * tensor.element_size()
+    held = {name: t for layer in writer.inputs for name, t in layer.items() if name.startswith(("input:held.", "input:constant."))}
+    for constant in held.values():
+        total = total + constant.elements * ROLE_BYTES.get(constant.role, 4)
+    return total
+
+
+__all__ = ["capture"]

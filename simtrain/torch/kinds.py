@@ -1,0 +1,325 @@
+"""From PyTorch's operators to kinds that have a cost formula: what each reads, its dimensions, and how it is counted.
+
+Sizes stay factored (`(batch, heads, sequence)` rather than their product), because each factor is linear in batch and in sequence
+length, which the product is not. An operator that no rule names is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from simtrain.core.errors import UnsupportedError
+from simtrain.core.workload import OperatorKind, Role, Window
+from simtrain.torch.recording import Call, View
+
+Factors = tuple[int, ...]
+"""A count as the product of extents."""
+
+
+NO_WINDOW = Window()
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """An operator at one size.
+
+    Attributes:
+        kind: Cost formula.
+        reads: Inputs it reads, in the order that counts.
+        dims: As `Operator.dims`, factored.
+        flops_each: FLOPs are this times the product of all dims.
+        launches: Kernels.
+        causal: Attention over the lower triangle.
+        partial: Positions in `reads` of which only `touched` elements are read.
+        touched: Sum of products: elements read beyond whole tensors.
+        workspace: Sum of products: fp32 elements that a GPU kernel needs while it runs.
+        statistics: Positions of outputs that are fp32 whatever the format (statistics of norms and softmax).
+        window: Of a convolution (channels as separate images, which is PyTorch's default).
+    """
+
+    kind: OperatorKind
+    reads: tuple[View, ...]
+    dims: tuple[tuple[Role | None, Factors], ...] = ()
+    flops_each: int = 0
+    launches: int = 1
+    causal: bool = False
+    partial: tuple[int, ...] = ()
+    touched: tuple[Factors, ...] = ()
+    workspace: tuple[Factors, ...] = ()
+    statistics: tuple[int, ...] = ()
+    window: Window = NO_WINDOW
+
+
+Rule = Callable[[Call], Sketch]
+_ONE: tuple[Role | None, Factors] = (Role.BATCH, ())
+
+
+def sketch(call: Call) -> Sketch:
+    """Describes an operator.
+
+    Raises:
+        UnsupportedError: No rule names it.
+    """
+    name = call.short_name
+    if name in _RULES:
+        try:
+            return _RULES[name](call)
+        except (IndexError, KeyError, ValueError):
+            where = call.module or "backward"
+            raise UnsupportedError(f"the operator {call.name} (in {where}) is not modelled in this form (on empty tensors?)") from None
+    if call.pointwise:
+        return _plain(OperatorKind.ELEMENTWISE)(call)
+    raise UnsupportedError(f"the operator {call.name} (in {call.module or 'backward'}) is not modelled: no cost formula stands for it")
+
+
+def _plain(kind: OperatorKind) -> Rule:
+    def rule(call: Call) -> Sketch:
+        return Sketch(kind, tuple(v for v in call.inputs if v.storage not in call.updates))
+
+    return rule
+
+
+def _fill(call: Call) -> Sketch:
+    """Writes constants: what it is made like is not read."""
+    del call
+    return Sketch(OperatorKind.ELEMENTWISE, ())
+
+
+def _copy(call: Call) -> Sketch:
+    *_, source = call.inputs
+    target = call.outputs[0]
+    kind = OperatorKind.COPY if source.dtype == target.dtype else OperatorKind.CAST
+    return Sketch(kind, () if source.storage in call.updates else (source,))
+
+
+def _product(call: Call, a: View, b: View, *others: View) -> Sketch:
+    m, k = a.shape[-2:]
+    n = b.shape[-1]
+    batched = len(a.shape) > 2
+    kind = OperatorKind.BATCHED_GEMM if batched else OperatorKind.GEMM
+    dims = ((Role.HEADS if batched else Role.BATCH, a.shape[:-2]), (None, (m,)), (None, (n,)), (None, (k,)))
+    return Sketch(kind, tuple(v for v in (a, b, *others) if v.storage not in call.updates), dims, flops_each=2)
+
+
+def _matrix_product(call: Call) -> Sketch:
+    return _product(call, call.inputs[0], call.inputs[1])
+
+
+def _added_product(call: Call) -> Sketch:
+    bias, a, b = call.inputs
+    return _product(call, a, b, bias)
+
+
+def _matrix_vector(call: Call) -> Sketch:
+    a, b = call.inputs
+    return _product(call, a, replace(b, shape=(*b.shape, 1)))
+
+
+def _attention(call: Call) -> Sketch:
+    query, key, *_ = call.inputs
+    kind = OperatorKind.ATTENTION
+    return Sketch(kind, call.inputs, _attention_dims(query, key), flops_each=4, causal=_causal(call), statistics=(1,))
+
+
+def _attention_backward(call: Call) -> Sketch:
+    """Workspace as FlashAttention-2 on CUDA: query gradients gathered in fp32, a row sum, and expanded key and value gradients."""
+    _, query, key, *_ = call.inputs
+    workspace = [query.shape, query.shape[:3]] + ([query.shape] if key.shape[1] != query.shape[1] else [])
+    return Sketch(
+        OperatorKind.ATTENTION_BACKWARD,
+        call.inputs,
+        _attention_dims(query, key),
+        flops_each=10,
+        launches=3,
+        causal=_causal(call),
+        workspace=tuple(workspace),
+    )
+
+
+def _attention_dims(query: View, key: View) -> tuple[tuple[Role | None, Factors], ...]:
+    batch, heads, queries, head = query.shape
+    return (Role.HEADS, (batch, heads)), (Role.SEQUENCE, (queries,)), (Role.SEQUENCE, (key.shape[2],)), (Role.HEAD_DIM, (head,))
+
+
+def _causal(call: Call) -> bool:
+    return bool(call.options.get("is_causal", False))
+
+
+def _rows(rows: Factors, width: Factors) -> tuple[tuple[Role | None, Factors], ...]:
+    return _ONE, (None, rows), _ONE, (None, width)
+
+
+def _layer_norm(call: Call) -> Sketch:
+    shape, ndim = call.inputs[0].shape, len(call.options["normalized_shape"])
+    return Sketch(OperatorKind.NORM, call.inputs, _rows(shape[:-ndim], shape[-ndim:]), statistics=(1, 2))
+
+
+def _layer_norm_backward(call: Call) -> Sketch:
+    shape, ndim = call.inputs[1].shape, len(call.options["normalized_shape"])
+    return Sketch(OperatorKind.NORM_BACKWARD, call.inputs, _rows(shape[:-ndim], shape[-ndim:]))
+
+
+def _rms_norm(call: Call) -> Sketch:
+    shape = call.inputs[0].shape
+    return Sketch(OperatorKind.NORM, call.inputs, _rows(shape[:-1], shape[-1:]), statistics=(1,))
+
+
+def _rms_norm_backward(call: Call) -> Sketch:
+    shape = call.inputs[1].shape
+    return Sketch(OperatorKind.NORM_BACKWARD, call.inputs, _rows(shape[:-1], shape[-1:]))
+
+
+def _group_norm(call: Call) -> Sketch:
+    batch, channels, *pixels = call.inputs[0].shape
+    groups = call.options["group"]
+    dims = _rows((batch, groups), (channels // groups, *pixels))
+    return Sketch(OperatorKind.NORM, call.inputs, dims, statistics=(1, 2))
+
+
+def _group_norm_backward(call: Call) -> Sketch:
+    batch, channels, *pixels = call.inputs[1].shape
+    groups = call.options["group"]
+    return Sketch(OperatorKind.NORM_BACKWARD, call.inputs, _rows((batch, groups), (channels // groups, *pixels)))
+
+
+def _batch_norm(call: Call) -> Sketch:
+    read = tuple(v for v in call.inputs if v.storage not in call.updates)
+    return Sketch(OperatorKind.BATCH_NORM, read, statistics=(1, 2))
+
+
+def _softmax(kind: OperatorKind) -> Rule:
+    def rule(call: Call) -> Sketch:
+        shape = call.inputs[0].shape
+        dim = call.options["dim"] % max(len(shape), 1)
+        return Sketch(kind, call.inputs, _rows((*shape[:dim], *shape[dim + 1 :]), shape[dim : dim + 1]))
+
+    return rule
+
+
+def _pick_losses(call: Call) -> Sketch:
+    """One likelihood of every row."""
+    return Sketch(OperatorKind.REDUCTION, call.inputs, partial=(0,), touched=(call.inputs[1].extents,))
+
+
+def _spread_losses(call: Call) -> Sketch:
+    """Writes the gradient of the likelihoods; of these only the shape is used."""
+    return Sketch(OperatorKind.ELEMENTWISE, call.inputs, partial=(1,))
+
+
+def _gather(call: Call) -> Sketch:
+    """Rows or elements of a table."""
+    table, *indices = call.inputs
+    return Sketch(OperatorKind.EMBEDDING, (*indices, table), partial=(len(indices),), touched=(call.outputs[0].extents,))
+
+
+def _scatter(call: Call) -> Sketch:
+    return Sketch(OperatorKind.EMBEDDING_BACKWARD, tuple(v for v in call.inputs if v.storage not in call.updates))
+
+
+def _convolution(call: Call) -> Sketch:
+    _, weight, *_ = call.inputs
+    dims, each = _convolution_dims(call, weight, call.outputs[0])
+    return Sketch(OperatorKind.CONVOLUTION, call.inputs, dims, flops_each=each, window=_window(call, weight))
+
+
+def _convolution_backward(call: Call) -> Sketch:
+    """Gradients of input and weight: as many products as it returns of the two."""
+    gradient, _, weight, *_ = call.inputs
+    dims, each = _convolution_dims(call, weight, gradient)
+    wanted = sum(call.options["output_mask"][:2])
+    return Sketch(
+        OperatorKind.CONVOLUTION_BACKWARD, call.inputs, dims, flops_each=each * wanted, launches=wanted, window=_window(call, weight)
+    )
+
+
+def _convolution_dims(call: Call, weight: View, y: View) -> tuple[tuple[tuple[Role | None, Factors], ...], int]:
+    if call.options.get("transposed"):
+        raise UnsupportedError(f"transposed convolutions are not modelled ({call.module or 'backward'})")
+    groups = call.options["groups"]
+    out, per_group, *window = weight.shape
+    batch, _, *pixels = y.shape
+    dims = (
+        (Role.GROUPS, (groups,)),
+        (Role.PIXELS, (batch, *pixels)),
+        (Role.CHANNELS, (out // groups,)),
+        (Role.CHANNELS, (per_group, *window)),
+    )
+    return dims, 2
+
+
+def _window(call: Call, weight: View) -> Window:
+    return Window(int(weight.shape[-1]), int(call.options["stride"][-1]))
+
+
+def _by_name(kind: OperatorKind, names: str) -> dict[str, Rule]:
+    return _by_rule(_plain(kind), names)
+
+
+def _by_rule(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+_RULES: dict[str, Rule] = {
+    **_by_name(
+        OperatorKind.REDUCTION,
+        "sum mean amax amin max min var var_mean std std_mean prod norm linalg_vector_norm argmax argmin any all logsumexp cumsum cumprod "
+        "mse_loss smooth_l1_loss huber_loss binary_cross_entropy dot aminmax",
+    ),
+    **_by_name(
+        OperatorKind.COPY,
+        "clone cat stack repeat constant_pad_nd slice_backward select_backward slice_scatter select_scatter flip roll unfold_backward "
+        "diagonal_backward reflection_pad1d reflection_pad2d replication_pad2d repeat_interleave as_strided_scatter pixel_shuffle "
+        "pixel_unshuffle split_copy expand_copy view_copy index_select",
+    ),
+    **_by_name(
+        OperatorKind.ELEMENTWISE,
+        "native_dropout native_dropout_backward bernoulli bernoulli_ rand_like randn_like normal_ uniform_ exponential_ triu tril triu_ "
+        "tril_ mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward glu glu_backward complex polar "
+        "isin bucketize _fused_dropout hardtanh_backward leaky_relu_backward elu_backward softplus_backward prelu _prelu_kernel "
+        "_prelu_kernel_backward",
+    ),
+    **_by_name(
+        OperatorKind.POOLING,
+        "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d avg_pool1d upsample_nearest2d upsample_bilinear2d max_pool1d",
+    ),
+    **_by_name(
+        OperatorKind.POOLING_BACKWARD,
+        "max_pool2d_with_indices_backward avg_pool2d_backward _adaptive_avg_pool2d_backward upsample_nearest2d_backward "
+        "upsample_bilinear2d_backward",
+    ),
+    **_by_name(OperatorKind.BATCH_NORM_BACKWARD, "native_batch_norm_backward batch_norm_backward"),
+    **_by_rule(
+        _fill,
+        "ones_like zeros_like full_like ones zeros full new_ones new_zeros new_full arange linspace scalar_tensor fill_ zero_ eye "
+        "rand randn randint randperm empty_like empty empty_strided new_empty new_empty_strided",
+    ),
+    **_by_rule(_batch_norm, "native_batch_norm _native_batch_norm_legit batch_norm_with_update"),
+    **_by_rule(_copy, "_to_copy copy_ copy contiguous"),
+    **_by_rule(_matrix_product, "mm bmm"),
+    **_by_rule(_added_product, "addmm baddbmm addmm_"),
+    **_by_rule(_gather, "embedding index gather take masked_select"),
+    **_by_rule(_scatter, "embedding_dense_backward scatter scatter_ scatter_add scatter_add_ index_add index_add_"),
+    **_by_rule(_scatter, "index_put index_put_ _index_put_impl_"),
+    **_by_rule(_pick_losses, "nll_loss_forward nll_loss2d_forward"),
+    **_by_rule(_spread_losses, "nll_loss_backward nll_loss2d_backward"),
+    **_by_rule(_softmax(OperatorKind.SOFTMAX), "_softmax _log_softmax _safe_softmax"),
+    **_by_rule(_softmax(OperatorKind.SOFTMAX_BACKWARD), "_softmax_backward_data _log_softmax_backward_data"),
+    "mv": _matrix_vector,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "native_layer_norm": _layer_norm,
+    "native_layer_norm_backward": _layer_norm_backward,
+    "native_group_norm": _group_norm,
+    "native_group_norm_backward": _group_norm_backward,
+    "rms_norm": _rms_norm,
+    "rms_norm_backward": _rms_norm_backward,
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+}
+
+EMPTY = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
+"""Operators that allocate without running anything; what first overwrites the tensor is taken as its writer."""
+
+HOST_ONLY = frozenset(("_local_scalar_dense", "equal", "is_same_size", "_assert_async", "_assert_scalar", "item", "is_nonzero"))
+"""Operators that hand a value to Python."""

@@ -1,0 +1,188 @@
+"""The module under capture: built without memory (or, where its control flow needs values, with it), run, and recorded."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._pytree import tree_map
+
+from simtrain.core.errors import InputError, SimtrainError, UnsupportedError
+from simtrain.torch.gpu_forms import gpu_forms
+from simtrain.torch.recorder import Recorder, describe, given_tensors, record_step
+from simtrain.torch.recording import Recording
+from simtrain.torch.sizes import Point
+
+Loss = Callable[[Any, Any], Tensor]
+"""Takes what the model returned, and the batch; returns the loss."""
+
+_NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+
+
+class NeedsValuesError(Exception):
+    """The model's control flow depends on the values of tensors, not only on their shapes."""
+
+
+class Subject:
+    """A module being captured.
+
+    Args:
+        model: A module, which is copied and left as it is, or a function without arguments that builds one.
+        loss: Makes a loss from what the model returns, where that is not the loss itself.
+        fake: Whether tensors have shapes only.
+
+    Raises:
+        InputError: The function fails or builds no module; the module is not on the CPU or not in fp32.
+        UnsupportedError: Frozen parameters.
+    """
+
+    def __init__(self, model: nn.Module | Callable[[], nn.Module], loss: Loss | None, *, fake: bool) -> None:
+        self.loss = loss
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+        self.module = self._copy(model) if isinstance(model, nn.Module) else self._build(model)
+        _check(self.module)
+        if not self.module.training:
+            self.module.train()
+
+    def record(self, batch: Any, point: Point) -> Recording:
+        """Records forward and backward of one batch.
+
+        Args:
+            batch: Real tensors.
+            point: Its size, for messages.
+
+        Raises:
+            NeedsValuesError: Shapes alone do not decide what the model does.
+            InputError: The model fails, or returns no loss.
+        """
+        with self._active(), _quiet():
+            given = self._prepare(batch)
+            recorder = Recorder(self.module, given_tensors(self.module, given))
+            try:
+                return record_step(self.module, lambda: self._run(given, recorder), given, recorder=recorder)
+            except _NEEDS_VALUES as error:
+                raise NeedsValuesError(str(error)) from error
+            except SimtrainError:
+                raise
+            except Exception as error:
+                raise _explain(error, point) from error
+
+    def _run(self, batch: Any, recorder: Recorder) -> Tensor:
+        with gpu_forms(recorder, autocast=True):
+            output = call_model(self.module, batch)
+            return self.loss(output, batch) if self.loss is not None else find_loss(output)
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        with self.mode or nullcontext(), torch.random.fork_rng(devices=[]):
+            yield
+
+    def _prepare(self, batch: Any) -> Any:
+        def one(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return self.mode.from_tensor(value.detach()) if self.mode else value.detach().clone()
+
+        return tree_map(one, batch)
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        _check(module)
+        with FakeCopyMode(self.mode) if self.mode else nullcontext():
+            try:
+                return copy.deepcopy(module)
+            except Exception as error:
+                raise InputError(
+                    f"the module cannot be copied ({type(error).__name__}: {error}); give a function that builds it instead"
+                ) from error
+
+    def _build(self, factory: Callable[[], nn.Module]) -> nn.Module:
+        if not callable(factory):
+            raise InputError(f"capture takes a module or a function that builds one, not {describe(factory)}")
+        with self._active():
+            try:
+                module = factory()
+            except _NEEDS_VALUES as error:
+                raise NeedsValuesError(str(error)) from error
+            except Exception as error:
+                raise InputError(f"the function that builds the model failed: {type(error).__name__}: {error}") from error
+        if not isinstance(module, nn.Module):
+            raise InputError(f"the function that builds the model returned {describe(module)}, not a torch.nn.Module")
+        return module
+
+
+def call_model(module: nn.Module, batch: Any) -> Any:
+    """Calls a module with a batch: a mapping by name, a sequence in order (as much of either as it takes), a tensor alone."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if isinstance(batch, Mapping):
+        names = {p.name for p in parameters}
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        return module(**{k: v for k, v in batch.items() if takes_all or k in names})
+    if isinstance(batch, tuple | list):
+        places = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+        takes_all = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        return module(*(batch if takes_all else batch[:places]))
+    return module(batch)
+
+
+def find_loss(output: Any) -> Tensor:
+    """Finds the loss in what a model returned: the tensor itself, its `loss`, or the first of a tuple if that is one number.
+
+    Raises:
+        InputError: There is none.
+    """
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if found is None and isinstance(output, tuple | list) and output and isinstance(output[0], Tensor) and output[0].numel() == 1:
+        found = output[0]
+    if found is None and isinstance(output, Tensor):
+        found = output
+    if not isinstance(found, Tensor):
+        hint = " (a Hugging Face model returns a loss if the batch holds labels)" if hasattr(output, "logits") else ""
+        raise InputError(f"the model returned {describe(output)}, not a loss{hint}: give loss=function(output, batch)")
+    return found
+
+
+def _check(module: nn.Module) -> None:
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.device.type not in ("cpu", "meta"):
+            raise InputError(f"{name} is on {tensor.device}: give a model on the CPU, or a function that builds it there")
+    for name, parameter in module.named_parameters():
+        if parameter.dtype is not torch.float32:
+            raise InputError(f"parameter {name} is in {parameter.dtype}: give the model in fp32; the strategy chooses the precision")
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    if frozen:
+        more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
+        raise UnsupportedError(f"frozen parameters are not modelled: {frozen[0]}{more}")
+    if not any(True for _ in module.parameters()):
+        raise InputError("the model has no parameters")
+
+
+def _explain(error: Exception, point: Point) -> InputError:
+    first = str(error).strip().split("\n")[0]
+    size = f"a batch of {point[0]}" + (f" with sequence length {point[1]}" if point[1] > 1 else "")
+    if "modified by an inplace operation" in str(error):
+        return InputError(f"backward needs a tensor that the model has overwritten in place: {first}")
+    return InputError(f"the model failed on {size}: {type(error).__name__}: {first}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Fake tensors log what they raise; the error says it already."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

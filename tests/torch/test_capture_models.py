@@ -1,0 +1,124 @@
+"""Captured modules of other shapes: their peak memory and FLOPs are those of a recorded step."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import simtrain as st
+from simtrain.core.workload import OperatorKind
+from tests.torch.small_models import (
+    Checkpointed,
+    OwnAttention,
+    Perceptron,
+    SharedWeights,
+    Skips,
+    cross_entropy,
+    fake_step,
+    image_network,
+    peaks,
+    samples,
+    tower,
+)
+
+IDS = (torch.zeros(8, 32, dtype=torch.long),) * 2
+CASES = {
+    "perceptron": (Perceptron, samples(10), cross_entropy),
+    "shared weights": (SharedWeights, samples(10), cross_entropy),
+    "skips": (Skips, samples(10), cross_entropy),
+    "tower": (tower, samples(10), cross_entropy),
+    "checkpointed": (Checkpointed, samples(10), cross_entropy),
+    "own attention": (OwnAttention, IDS, None),
+    "own attention in a list": (lambda: OwnAttention(in_a_list=True), IDS, None),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-amp"])
+@pytest.mark.parametrize("case", CASES)
+def test_peak_memory_is_that_of_a_recorded_step(case: str, precision: str) -> None:
+    build, batch, loss = CASES[case]
+    ours, recorded = peaks(st.torch.capture(build, batch, loss=loss), build, batch, loss, precision)
+    assert ours == pytest.approx(recorded, rel=5e-3)
+
+
+@pytest.mark.parametrize("case", [*CASES, "images"])
+def test_flops_are_those_of_a_recorded_step(case: str) -> None:
+    build, batch, loss = CASES.get(case, (image_network, samples(3, 16, 16), cross_entropy))
+    workload = st.torch.capture(build, batch, loss=loss)
+    counted = sum(op.flops(len(batch[0]), workload.sequence) for layer in workload for op in layer.forward + layer.backward)
+    assert counted == fake_step(build, batch, loss, "fp32").flops
+
+
+def test_a_model_without_blocks_is_one_layer_and_says_so() -> None:
+    workload = st.torch.capture(Perceptron(), samples(10), loss=cross_entropy)
+    assert workload.depth == 1
+    assert "one layer" in workload.description
+    assert workload.parameter_count == sum(p.numel() for p in Perceptron().parameters())
+
+
+def test_equal_blocks_become_one_layer_that_repeats() -> None:
+    workload = st.torch.capture(tower, samples(10), loss=cross_entropy)
+    assert 4 in [layer.repeats for layer in workload.layers]
+    assert workload.parameter_count == sum(p.numel() for p in tower().parameters())
+
+
+def test_what_crosses_twice_joins_layers() -> None:
+    assert all(layer.repeats == 1 for layer in st.torch.capture(Skips, samples(10), loss=cross_entropy).layers)
+
+
+def test_a_model_that_checkpoints_itself_says_so() -> None:
+    assert "run a second time in backward" in st.torch.capture(Checkpointed, samples(10), loss=cross_entropy).description
+
+
+def test_images_have_statistics_and_cannot_run_twice() -> None:
+    workload = st.torch.capture(image_network, samples(3, 16, 16), loss=cross_entropy)
+    kinds = {op.kind for layer in workload for op in layer.forward}
+    assert {OperatorKind.CONVOLUTION, OperatorKind.BATCH_NORM, OperatorKind.POOLING} <= kinds
+    assert sum(layer.buffer_bytes for layer in workload) == sum(b.numel() * b.element_size() for b in image_network().buffers())
+    assert not all(layer.safe_to_recompute for layer in workload)
+    assert workload.input_bytes(4, 1) == 4 * (3 * 16 * 16 * 4 + 8)
+    assert st.schedule(workload, "1x rtx-3090", "micro_batch=16,precision=fp16-amp").step_time_s > 0
+
+
+def test_the_module_is_left_untouched() -> None:
+    module = Perceptron().eval()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    st.torch.capture(module, samples(10), loss=cross_entropy)
+    assert not module.training
+    assert all(torch.equal(before[name], p) and p.grad is None for name, p in module.named_parameters())
+    assert type(module.a.weight) is nn.Parameter
+    module(samples(10)[0])
+
+
+def test_outputs_with_a_loss_inside() -> None:
+    class Says(Perceptron):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.how = how
+
+        def forward(self, x: Tensor, targets: Tensor):
+            loss = F.cross_entropy(super().forward(x), targets)
+            return {"dict": {"loss": loss}, "tuple": (loss, x), "tensor": loss}[self.how]
+
+    flops = {st.torch.capture(Says(how), samples(10)).model_flops(1) for how in ("dict", "tuple", "tensor")}
+    assert len(flops) == 1
+
+
+def test_control_flow_on_values_is_captured_on_real_tensors() -> None:
+    class Branches(Perceptron):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y * 2 if y.sum().item() > 1e9 else y
+
+    workload = st.torch.capture(Branches, samples(10), loss=cross_entropy)
+    assert "real tensors" in workload.description
+    assert "waits 1 times" in workload.description
+    assert workload.parameter_count == 703
+
+
+def test_a_mask_for_all_blocks_is_held_like_the_batch() -> None:
+    workload = st.torch.capture(lambda: OwnAttention(in_a_list=True), IDS)
+    assert 2 in [layer.repeats for layer in workload.layers]
+    held = {t.name for layer in workload for t in layer.inputs if t.name.startswith("input:held.")}
+    assert held
+    assert workload.input_bytes(1, 32) > 2 * 32 * 8

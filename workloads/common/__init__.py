@@ -1,0 +1,1 @@
+"""What model families share: the tape that writes operator lists, common pieces of networks, losses, presets and options."""

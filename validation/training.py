@@ -13,13 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from simtrain.core.errors import UnsupportedError
 from simtrain.core.strategy import Strategy, checkpoint_segment
 from validation.steps import TrainingStep
-import workloads.convnet.module
-import workloads.convnet.presets
-import workloads.transformer.module
-import workloads.transformer.presets
-import workloads.vit.module
-import workloads.vit.presets
-from workloads import convnet, transformer, vit
+from workloads.convnet import module as convnet
+from workloads.convnet import presets as convnets
+from workloads.transformer import module as transformer
+from workloads.transformer import presets as transformers
+from workloads.vit import module as vit
+from workloads.vit import presets as vits
 
 LEARNING_RATE = 1e-4
 
@@ -86,15 +85,15 @@ def build(step: TrainingStep, seed: int = 0) -> tuple[nn.Module, tuple[torch.Ten
         seed: Of the random numbers of the batch.
     """
     samples = step.parsed().micro_batch
-    if step.workload in convnet.presets.factories():
-        network = convnet.presets.spec(step.workload, **step.options)
-        return convnet.module.ResNet(network), convnet.module.example_batch(network, samples, seed=seed)
-    if step.workload in vit.presets.factories():
-        images = vit.presets.spec(step.workload, **step.options)
-        return vit.module.VisionTransformer(images), vit.module.example_batch(images, samples, seed=seed)
-    text = transformer.presets.spec(step.workload, **step.options)
-    batch = transformer.module.example_batch(text, samples, step.sequence, seed=seed)
-    return transformer.module.Transformer(text), batch
+    if step.workload in convnets.factories():
+        network = convnets.spec(step.workload, **step.options)
+        return convnet.ResNet(network), convnet.example_batch(network, samples, seed=seed)
+    if step.workload in vits.factories():
+        images = vits.spec(step.workload, **step.options)
+        return vit.VisionTransformer(images), vit.example_batch(images, samples, seed=seed)
+    text = transformers.spec(step.workload, **step.options)
+    batch = transformer.example_batch(text, samples, step.sequence, seed=seed)
+    return transformer.Transformer(text), batch
 
 
 def apply_checkpointing(model: nn.Module, strategy: Strategy) -> None:

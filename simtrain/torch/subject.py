@@ -111,16 +111,23 @@ class Subject:
     def _build(self, factory: Callable[[], nn.Module]) -> nn.Module:
         if not callable(factory):
             raise InputError(f"capture takes a module or a function that builds one, not {describe(factory)}")
-        with self._active():
-            try:
+        try:
+            with self._active(), _quiet():
                 module = factory()
-            except _NEEDS_VALUES as error:
-                raise NeedsValuesError(str(error)) from error
+        except _NEEDS_VALUES:
+            return self._copy(self._built(factory))  # building needs values (rates made by a tensor, say); running may not
+        except Exception as error:
+            raise _failed_to_build(error) from error
+        return _is_module(module)
+
+    def _built(self, factory: Callable[[], Any]) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            try:
+                return _is_module(factory())
+            except SimtrainError:
+                raise
             except Exception as error:
-                raise InputError(f"the function that builds the model failed: {type(error).__name__}: {error}") from error
-        if not isinstance(module, nn.Module):
-            raise InputError(f"the function that builds the model returned {describe(module)}, not a torch.nn.Module")
-        return module
+                raise _failed_to_build(error) from error
 
 
 def call_model(module: nn.Module, batch: Any) -> Any:
@@ -152,6 +159,16 @@ def find_loss(output: Any) -> Tensor:
         hint = " (a Hugging Face model returns a loss if the batch holds labels)" if hasattr(output, "logits") else ""
         raise InputError(f"the model returned {describe(output)}, not a loss{hint}: give loss=function(output, batch)")
     return found
+
+
+def _is_module(built: Any) -> nn.Module:
+    if not isinstance(built, nn.Module):
+        raise InputError(f"the function that builds the model returned {describe(built)}, not a torch.nn.Module")
+    return built
+
+
+def _failed_to_build(error: Exception) -> InputError:
+    return InputError(f"the function that builds the model failed: {type(error).__name__}: {error}")
 
 
 def _check(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simtrain.cli.output import write_json
+from simtrain.core.errors import InputError
 
 if TYPE_CHECKING:
     from validation.compare import ComparisonReport
@@ -106,7 +107,10 @@ def _profile(path: Path | None) -> MachineProfile:
     if path is not None:
         return load(path, environment())
     if default_path().exists():
-        return load(default_path(), environment())
+        try:
+            return load(default_path(), environment())
+        except InputError as error:
+            typer.echo(f"{error}; doing so", err=True)
     _progress("no profile of this machine yet: calibrating")
     profile = _calibrate()
     save(profile, default_path())

@@ -147,6 +147,10 @@ def _write(report: ComparisonReport, folder: Path) -> None:
     names = {row.measurement.step.workload for row in report.rows}
     kind = "torch_cpu" if names == {"gpt"} else "torch_cpu_families"
     name = f"{kind}_{environment.date_utc[:10]}.json"
+    number = 1
+    while (folder / name).exists():  # a run is never overwritten
+        number += 1
+        name = f"{kind}_{environment.date_utc[:10]}_{number}.json"
     data = {"command": "simtrain validate torch", "profile": json.loads(report.profile.to_json())} | report.to_dict()
     (folder / name).write_text(json.dumps(data, indent=1) + "\n")
     _progress(f"written to {folder / name}")

@@ -13,7 +13,7 @@ from simtrain.core.errors import InputError
 
 if TYPE_CHECKING:
     from simtrain.core.workload import Workload
-    from simtrain.torch.capture import capture
+    from simtrain.torch.captured import capture
     from simtrain.torch.files import capture_file
     from simtrain.torch.recorder import Recorder, record_step
     from simtrain.torch.recording import Call, Phase, Recording, View
@@ -24,7 +24,7 @@ _HOME = {
     "Recorder": "recorder",
     "Recording": "recording",
     "View": "recording",
-    "capture": "capture",
+    "capture": "captured",
     "capture_file": "files",
     "record_step": "recorder",
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 from simtrain.core.errors import InputError, SimtrainError, nearest
 from simtrain.core.workload import Workload
-from simtrain.torch.capture import capture
+from simtrain.torch.captured import capture
 from simtrain.torch.recorder import describe
 
 FIELDS = ("model", "batch", "loss", "sequence_dim", "values", "name")

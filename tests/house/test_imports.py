@@ -43,3 +43,11 @@ def test_no_public_function_shares_a_name_with_a_subpackage() -> None:
 
     subpackages = {m.name for m in pkgutil.iter_modules(simtrain.__path__)}
     assert not {n for n in simtrain.__all__ if callable(getattr(simtrain, n))} & subpackages
+
+
+def test_no_public_name_of_the_bridge_shares_a_name_with_one_of_its_modules() -> None:
+    import pkgutil
+
+    import simtrain.torch as bridge
+
+    assert not set(bridge.__all__) & {m.name for m in pkgutil.iter_modules(bridge.__path__)}

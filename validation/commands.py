@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from simtrain.core.errors import InputError
 if TYPE_CHECKING:
     from validation.compare import ComparisonReport
     from validation.machine_profile import MachineProfile
+    from validation.steps import TrainingStep
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -55,7 +57,7 @@ def validate_torch(
     from validation.compare import QUICK_SETTINGS, TEST_SETTINGS, compare
     from validation.steps import MATCHED_STEPS, TEST_STEPS, quick_test_steps
 
-    constants = _profile(profile)
+    constants = _profile(profile, quick=quick)
     steps, settings = (quick_test_steps(), QUICK_SETTINGS) if quick else (MATCHED_STEPS if families else TEST_STEPS, TEST_SETTINGS)
     report = compare(constants, steps, settings, _progress)
     if save:
@@ -100,7 +102,7 @@ def validate_decisions(
         typer.echo(decisions.describe(decided))
 
 
-def _profile(path: Path | None) -> MachineProfile:
+def _profile(path: Path | None, *, quick: bool = False) -> MachineProfile:
     from validation.machine_profile import default_path, load, save
     from validation.measure import environment
 
@@ -112,15 +114,20 @@ def _profile(path: Path | None) -> MachineProfile:
         except InputError as error:
             typer.echo(f"{error}; doing so", err=True)
     _progress("no profile of this machine yet: calibrating")
+    if quick:  # only what the quick steps need, so it is not kept
+        from validation.steps import quick_calibration_steps
+
+        return _calibrate(quick_calibration_steps())
     profile = _calibrate()
     save(profile, default_path())
     return profile
 
 
-def _calibrate() -> MachineProfile:
+def _calibrate(steps: Sequence[TrainingStep] | None = None) -> MachineProfile:
     from validation.calibrate import calibrate as run
+    from validation.steps import CALIBRATION_STEPS
 
-    return run(progress=_progress)
+    return run(steps or CALIBRATION_STEPS, progress=_progress)
 
 
 def _describe(profile: MachineProfile) -> str:

@@ -172,3 +172,8 @@ QUICK_TEST_NAMES = ("test-small", "test-deep", "test-head", "test-checkpoint-ful
 def quick_test_steps() -> tuple[TrainingStep, ...]:
     """Returns the subset of the test list that `--quick` runs."""
     return tuple(step for step in TEST_STEPS if step.name in QUICK_TEST_NAMES)
+
+
+def quick_calibration_steps() -> tuple[TrainingStep, ...]:
+    """Returns the calibration steps that `--quick` needs: GPTs in fp32, with and without checkpointing."""
+    return tuple(s for s in CALIBRATION_STEPS if s.workload == "gpt" and s.parsed().precision == "fp32")

@@ -16,8 +16,8 @@ from simtrain.core.precision import precision as find_precision
 OPTIMIZERS: dict[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1}
 """State tensors per parameter of each optimizer."""
 
-SCHEDULES = ("none",)
-"""Pipeline schedules that are modelled."""
+CONTEXT_STYLES = ("ring", "ring-contiguous", "ulysses")
+"""How attention is computed over a sequence that several ranks share; see `simtrain.core.workload.Form`."""
 
 _SUGAR = ("data", "micro_batch", "accumulation", "tensor", "pipeline", "context", "expert")
 
@@ -75,14 +75,18 @@ class Strategy:
         accumulation: Micro-batches per replica and step.
         precision: A recipe of `simtrain.core.precision`.
         optimizer: "adamw", "adam", "sgd" or "sgd-momentum".
-        checkpoint: Activation checkpointing: "none", "full" (every layer), "sqrt" (segments of about the square root of the depth) or
-            "every:K".
-        zero: ZeRO stage (0 replicates everything, 1 shards the optimizer state).
+        checkpoint: Activation checkpointing: "none", "full" (every layer), "sqrt" (segments of about the square root of the depth),
+            "every:K", or "selective" (attention scores and probabilities only).
+        zero: ZeRO stage: 0 replicates everything, 1 shards the optimizer state, 2 also gradients, 3 also parameters (FSDP).
+        shard: Ranks over which ZeRO shards; 0 for all that hold the same part of the model, fewer for hybrid sharding.
         tensor: Tensor-parallel degree.
+        sequence_parallel: Whether tensor-parallel ranks split what lies between their products along the sequence.
         pipeline: Pipeline stages.
+        schedule: Pipeline schedule, a name of `simtrain.step.schedules`; matters only with more than one stage.
+        chunks: Model chunks per pipeline rank, for schedules that interleave; 0 for what the schedule takes by itself.
         context: Context-parallel degree.
-        expert: Expert-parallel degree.
-        schedule: Pipeline schedule.
+        context_style: A name of `CONTEXT_STYLES`.
+        expert: Expert-parallel degree; expert-parallel ranks are taken from the data- and context-parallel ones.
         plan: Replica groups in full; overrides the sugar above.
     """
 
@@ -93,11 +97,15 @@ class Strategy:
     optimizer: str = "adamw"
     checkpoint: str = "none"
     zero: int = 0
+    shard: int = 0
     tensor: int = 1
+    sequence_parallel: bool = False
     pipeline: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 0
     context: int = 1
+    context_style: str = "ring"
     expert: int = 1
-    schedule: str = "none"
     plan: tuple[ReplicaGroup, ...] = ()
 
     def __post_init__(self) -> None:
@@ -107,14 +115,20 @@ class Strategy:
                 raise StrategyError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.zero not in (0, 1, 2, 3) or type(self.zero) is not int:
             raise StrategyError(f"zero must be 0, 1, 2 or 3, not {self.zero!r}")
-        for name in ("precision", "optimizer", "checkpoint", "schedule"):
+        for name, what in (("shard", "ranks, or 0 for all"), ("chunks", "model chunks, or 0 for what the schedule takes")):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise StrategyError(f"{name} must be a whole number of {what}, not {value!r}")
+        if not isinstance(self.sequence_parallel, bool):
+            raise StrategyError(f"sequence_parallel must be true or false, not {self.sequence_parallel!r}")
+        for name in ("precision", "optimizer", "checkpoint", "schedule", "context_style"):
             if not isinstance(getattr(self, name), str):
                 raise StrategyError(f"{name} must be text, not {getattr(self, name)!r}")
         find_precision(self.precision)
         if self.optimizer not in OPTIMIZERS:
             raise UnknownNameError("optimizer", self.optimizer, OPTIMIZERS)
-        if self.schedule not in SCHEDULES:
-            raise UnknownNameError("schedule", self.schedule, SCHEDULES)
+        if self.context_style not in CONTEXT_STYLES:
+            raise UnknownNameError("context style", self.context_style, CONTEXT_STYLES)
         checkpoint_segment(self.checkpoint, 1)
 
     @property
@@ -179,7 +193,9 @@ class Strategy:
                 near = nearest(name, defaults)
                 hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(defaults)}"
                 raise StrategyError(f"a strategy has no field {name!r}: {hint}")
-            if isinstance(defaults[name], int) and isinstance(value, str):
+            if isinstance(defaults[name], bool) and isinstance(value, str):
+                values[name] = _truth(name, value)
+            elif isinstance(defaults[name], int) and isinstance(value, str):
                 values[name] = _whole_number(name, value)
             else:
                 values[name] = value
@@ -190,7 +206,7 @@ class Strategy:
         if self.plan:
             raise StrategyError("a strategy with an explicit plan of replicas has no TOML form yet")
         pairs = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "plan")
-        return "".join(f'{n} = "{v}"\n' if isinstance(v, str) else f"{n} = {v}\n" for n, v in pairs)
+        return "".join(f'{n} = "{v}"\n' if isinstance(v, str) else f"{n} = {str(v).lower()}\n" for n, v in pairs)
 
     @classmethod
     def from_toml(cls, text: str) -> Strategy:
@@ -205,6 +221,14 @@ class Strategy:
             raise StrategyError(f"strategy is not valid TOML: {error}") from None
 
 
+def _truth(name: str, text: str) -> bool:
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise StrategyError(f"{name} must be true or false, not {text!r}")
+
+
 def _whole_number(name: str, text: str) -> int:
     try:
         return int(text)
@@ -216,13 +240,13 @@ def checkpoint_segment(checkpoint: str, depth: int) -> int:
     """Layers per recomputed segment; 0 means that nothing is recomputed.
 
     Args:
-        checkpoint: "none", "full", "sqrt" or "every:K".
+        checkpoint: "none", "full", "sqrt", "selective" (no whole layer) or "every:K".
         depth: Layers that can be checkpointed.
 
     Raises:
         StrategyError: Anything else.
     """
-    if checkpoint == "none":
+    if checkpoint in ("none", "selective"):
         return 0
     if checkpoint == "full":
         return 1
@@ -231,4 +255,4 @@ def checkpoint_segment(checkpoint: str, depth: int) -> int:
     head, colon, tail = checkpoint.partition(":")
     if head == "every" and colon and tail.isdecimal() and int(tail) >= 1:
         return int(tail)
-    raise StrategyError(f"checkpoint must be none, full, sqrt or every:K with K at least 1, not {checkpoint!r}")
+    raise StrategyError(f"checkpoint must be none, full, sqrt, selective or every:K with K at least 1, not {checkpoint!r}")

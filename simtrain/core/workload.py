@@ -7,9 +7,10 @@ closed forms and for captured models alike. Counts are polynomials in batch and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 from simtrain.core.polynomial import ONE, ZERO, Polynomial
 from simtrain.core.precision import DTypeRole
@@ -39,6 +40,7 @@ class OperatorKind(StrEnum):
     BATCH_NORM_BACKWARD = "batch_norm_backward"
     POOLING = "pooling"
     POOLING_BACKWARD = "pooling_backward"
+    COLLECTIVE = "collective"
 
 
 class Role(StrEnum):
@@ -108,6 +110,19 @@ class Window:
     channels_last: bool = False
 
 
+class Collective(StrEnum):
+    """What ranks do together."""
+
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_TO_ALL = "all_to_all"
+    BROADCAST = "broadcast"
+
+
+GroupName = Literal["", "tensor", "context", "expert"]
+
+
 @dataclass(frozen=True, slots=True)
 class Operator:
     """One device operation.
@@ -129,6 +144,10 @@ class Operator:
         partial: Reads that touch only `touched` elements rather than the whole tensor (the table of an embedding).
         unfused: What replaces this operator when the runtime has no fused kernel for it.
         window: Of a convolution's filter.
+        collective: What ranks do together, for operators of kind COLLECTIVE. Its payload is what it writes (all-gather) or reads or
+            updates (the others), or `touched` elements where these are given.
+        group: With whom: the ranks that share a layer ("tensor"), a sequence ("context") or a set of experts ("expert").
+        overlaps: Whether the operator after it runs at the same time.
     """
 
     name: str
@@ -145,6 +164,9 @@ class Operator:
     partial: tuple[str, ...] = ()
     unfused: tuple[Operator, ...] = ()
     window: Window = Window()
+    collective: Collective | None = None
+    group: GroupName = ""
+    overlaps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +177,13 @@ class Parameter:
         name: Unique in its layer.
         shape: As stored by the real module.
         tied_to: `layer.parameter` of the parameter whose storage this one shares (it adds no memory, and its gradient adds up there).
+        expert: Whether it belongs to an expert, which fewer ranks replicate than the rest of the layer.
     """
 
     name: str
     shape: tuple[int, ...]
     tied_to: str | None = None
+    expert: bool = False
 
     @property
     def elements(self) -> int:
@@ -207,6 +231,37 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """How a workload is to be written for one rank: its share of every layer, and what the framework's modules do differently.
+
+    The default is the whole model as its real PyTorch module runs it.
+
+    Attributes:
+        tensor: Ranks that share every layer.
+        sequence_parallel: Whether what lies between the shared products is split along the sequence over them.
+        context: Ranks that share every sequence.
+        context_style: "ring" passes keys and values around, each rank holding an early and a late piece of the sequence; with
+            "ring-contiguous" it holds one piece, so that the last one has most to do; "ulysses" splits attention by heads.
+        expert: Ranks that share the experts.
+        loss: "torch" keeps logarithms of all probabilities beside the logits; "in-place" turns fp32 logits into their gradient where
+            they are (Megatron-LM).
+        regather: Whether what sequence parallelism gathered is dropped and gathered again in backward (Megatron-LM).
+        overlap: Whether the reduction of an input's gradient runs beside the product that makes the weight's gradient.
+        vocabulary_multiple: The vocabulary is padded to a multiple of this many rows per rank.
+    """
+
+    tensor: int = 1
+    sequence_parallel: bool = False
+    context: int = 1
+    context_style: Literal["ring", "ring-contiguous", "ulysses"] = "ring"
+    expert: int = 1
+    loss: Literal["torch", "in-place"] = "torch"
+    regather: bool = False
+    overlap: bool = False
+    vocabulary_multiple: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """What is trained.
 
@@ -218,6 +273,7 @@ class Workload:
         input_bytes: Bytes of one batch of inputs and targets.
         description: One line.
         source: Where the architecture's numbers come from.
+        reform: Writes it in another form; `None` where only the whole model is known. Raises `StrategyError` for an impossible one.
     """
 
     name: str
@@ -227,6 +283,7 @@ class Workload:
     input_bytes: Polynomial = ZERO
     description: str = ""
     source: str = ""
+    reform: Callable[[Form], Workload] | None = field(default=None, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Layer]:
         """Iterates over the layers, each repeat on its own."""
@@ -270,7 +327,9 @@ def gemm_flops(batch: Polynomial, m: Polynomial, n: Polynomial, k: Polynomial) -
 
 __all__ = [
     "ONE",
+    "Collective",
     "Dim",
+    "Form",
     "Layer",
     "Operator",
     "OperatorKind",

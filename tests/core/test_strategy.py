@@ -69,8 +69,8 @@ def test_spaces_and_trailing_commas_do_not_matter():
         ("data=-1", "data must be a whole number of at least 1, not -1"),
         ("zero=4", "zero must be 0, 1, 2 or 3, not 4"),
         ("data=2,data=4", "data is given twice: 2 and 4"),
-        ("checkpoint=every:0", "checkpoint must be none, full, sqrt or every:K"),
-        ("checkpoint=every:²", "checkpoint must be none, full, sqrt or every:K"),
+        ("checkpoint=every:0", "checkpoint must be none, full, sqrt, selective or every:K"),
+        ("checkpoint=every:²", "checkpoint must be none, full, sqrt, selective or every:K"),
         ("checkpoint=some", "not 'some'"),
     ],
 )
@@ -85,7 +85,7 @@ def test_a_mistyped_strategy_says_what_is_wrong(text, message):
     [
         ("precision=fp16", "unknown precision 'fp16': did you mean 'fp16-amp' or"),
         ("optimizer=adamv", "unknown optimizer 'adamv': did you mean 'adam"),
-        ("schedule=zigzag", "unknown schedule 'zigzag'"),
+        ("context_style=zigzag", "unknown context style 'zigzag'"),
     ],
 )
 def test_unknown_names_in_a_strategy_suggest_the_nearest(text, message):

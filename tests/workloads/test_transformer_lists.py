@@ -5,13 +5,19 @@ from collections import Counter
 import pytest
 
 from simtrain.core.precision import DTypeRole, precision
-from simtrain.core.workload import Layer, Operator, OperatorKind, Role, TensorKind
+from simtrain.core.workload import Form, Layer, Operator, OperatorKind, Role, TensorKind
 from tests.workloads.list_replay import Replay, unfuse
 from workloads.transformer.operators import block, embedding, head, workload
+from workloads.transformer.part import Part
 from workloads.transformer.presets import factories, spec
+from workloads.transformer.spec import TransformerSpec
 
 SMALL = {"layers": 2, "hidden": 64, "heads": 4, "vocabulary": 96, "max_positions": 32}
 VARIANTS = {name: factories()[name] for name in ("gpt2-small", "llama3-8b", "bert-large", "gpt", "llama", "bert")}
+
+
+def part(whole: TransformerSpec) -> Part:
+    return Part(whole, Form())
 
 
 def passes(layer: Layer) -> list[tuple[Operator, ...]]:
@@ -49,33 +55,37 @@ def test_partial_reads_are_reads(name: str) -> None:
 
 
 def test_first_layer_hands_no_gradient_down_and_the_others_do() -> None:
-    layers = (embedding(spec("gpt")), block(spec("gpt")), head(spec("gpt")))
+    layers = (
+        embedding(part(spec("gpt"))),
+        block(part(spec("gpt"))),
+        head(part(spec("gpt"))),
+    )
     written = [{t.name for op in layer.backward for t in op.writes} for layer in layers]
     assert ["dx" in names for names in written] == [False, True, True]
 
 
 def test_weights_are_cast_once_and_activations_where_they_enter_a_matrix_product() -> None:
-    casts = [op.reads[0] for op in block(spec("llama")).forward if op.kind is OperatorKind.CAST]
+    casts = [op.reads[0] for op in block(part(spec("llama"))).forward if op.kind is OperatorKind.CAST]
     assert casts.count("n1") == 3  # one for each projection: autocast keeps casts of parameters only
     assert casts.count("n2") == 2
     assert casts.count("attention.q.weight") == 1
 
 
 def test_dropout_writes_a_mask_of_one_byte_per_element() -> None:
-    with_dropout = block(spec("gpt", dropout=0.1))
+    with_dropout = block(part(spec("gpt", dropout=0.1)))
     masks = [t for op in with_dropout.forward for t in op.writes if t.role is DTypeRole.MASK]
     assert [m.name for m in masks] == ["a.dropped.mask", "m.dropped.mask"]
     assert all(m.elements(3, 5) == 3 * 5 * 256 for m in masks)
-    assert not [t for op in block(spec("gpt")).forward for t in op.writes if t.role is DTypeRole.MASK]
+    assert not [t for op in block(part(spec("gpt"))).forward for t in op.writes if t.role is DTypeRole.MASK]
 
 
 def test_unfused_attention_drops_out_probabilities() -> None:
-    written = {t.name: t for op in unfuse(block(spec("bert")).forward) for t in op.writes}
+    written = {t.name: t for op in unfuse(block(part(spec("bert"))).forward) for t in op.writes}
     assert written["weights.dropped.mask"].elements(2, 8) == 2 * 4 * 8 * 8
 
 
 def test_attention_flops_are_two_products_forward_and_five_backward() -> None:
-    layer = block(spec("gpt", **SMALL))
+    layer = block(part(spec("gpt", **SMALL)))
     forward = next(op for op in layer.forward if op.kind is OperatorKind.ATTENTION)
     backward = next(op for op in layer.backward if op.kind is OperatorKind.ATTENTION_BACKWARD)
     product = 2 * 3 * 32 * 32 * 64
@@ -85,7 +95,7 @@ def test_attention_flops_are_two_products_forward_and_five_backward() -> None:
 
 
 def test_dimensions_say_what_is_sharded() -> None:
-    layer = block(spec("gpt"))
+    layer = block(part(spec("gpt")))
     gemms = {op.name: [d.role for d in op.dims] for op in layer.forward if op.kind is OperatorKind.GEMM}
     assert gemms["attention.qkv"] == [Role.BATCH, Role.TOKENS, Role.HEADS, Role.HIDDEN]
     assert gemms["attention.proj"] == [Role.BATCH, Role.TOKENS, Role.HIDDEN, Role.HEADS]
@@ -103,7 +113,7 @@ def test_flops_of_a_matrix_product_follow_from_its_dimensions(name: str) -> None
 
 
 def test_logits_are_counted_as_logits() -> None:
-    kinds = {t.name: t.kind for op in head(spec("gpt")).forward + head(spec("gpt")).backward for t in op.writes}
+    kinds = {t.name: t.kind for op in head(part(spec("gpt"))).forward + head(part(spec("gpt"))).backward for t in op.writes}
     logits = {"logits", "logits.fp32", "log_probabilities", "dlog_probabilities", "dlogits.fp32", "dlogits"}
     assert {n for n, kind in kinds.items() if kind is TensorKind.LOGITS} == logits
 

@@ -1,18 +1,28 @@
-"""Cross-entropy as eager PyTorch computes it.
+"""Cross-entropy as eager PyTorch computes it, and as Megatron-LM does.
 
-Log-softmax keeps its result for the backward pass; both halves of the loss write a gradient as large as the logits.
+PyTorch's log-softmax keeps its result for the backward pass; both halves of the loss write a gradient as large as the logits.
+Megatron-LM turns the fp32 logits into probabilities and these into the gradient where they are.
 """
 
 from __future__ import annotations
 
 from simtrain.core.polynomial import ONE, Polynomial
-from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor, TensorKind
+from simtrain.core.workload import Collective, Dim, Operator, OperatorKind, Role, Tensor, TensorKind
 from workloads.common.pieces import FP32
 from workloads.common.tape import Tape
 
 
 def cross_entropy(
-    tape: Tape, x: str, prefix: str, out: str, *, rows: Polynomial, classes: Polynomial, holds: tuple[str, ...], logits: str | None = None
+    tape: Tape,
+    x: str,
+    prefix: str,
+    out: str,
+    *,
+    rows: Polynomial,
+    classes: Polynomial,
+    holds: tuple[str, ...],
+    logits: str | None = None,
+    shared: bool = False,
 ) -> None:
     """Log-softmax and negative log-likelihood.
 
@@ -25,12 +35,16 @@ def cross_entropy(
         classes: Choices each.
         holds: Tensors that Python names keep alive until it returns.
         logits: Name of the view of `x` that gets the gradient; `x` itself by default.
+        shared: Whether ranks hold different classes, so that maxima, sums and the chosen logits are reduced over them.
     """
     view, likelihoods, weight = logits or x, f"{prefix}log_probabilities", f"{prefix}total_weight"
     one = Dim(Role.BATCH, ONE)
     dims = (one, Dim(Role.TOKENS, rows), one, Dim(Role.SEQUENCE if logits else Role.VOCABULARY, classes))
     written = Tensor(likelihoods, rows * classes, FP32, TensorKind.LOGITS)
     tape.run(Operator(f"{prefix}log_softmax", OperatorKind.SOFTMAX, (x,), (written,), dims=dims))
+    if shared:
+        for what in ("maxima", "sums", "chosen"):
+            _reduce_rows(tape, what, x, rows)
     scalars = (Tensor(out, ONE, FP32), Tensor(weight, ONE, FP32))
     pick = Operator(
         f"{prefix}nll_loss", OperatorKind.REDUCTION, (likelihoods, "input:targets"), scalars, partial=(likelihoods,), touched=rows
@@ -51,6 +65,50 @@ def cross_entropy(
 
     tape.node(softmax_node)
     tape.node(loss_node)
+
+
+def cross_entropy_in_place(tape: Tape, x: str, out: str, *, rows: Polynomial, holds: tuple[str, ...], shared: bool) -> None:
+    """Cross-entropy that overwrites its fp32 logits: less their maxima, exponentials, probabilities, in backward the gradient.
+
+    Source: Megatron-LM, `core/tensor_parallel/cross_entropy.py`.
+
+    Args:
+        tape: Where it is written.
+        x: The fp32 logits.
+        out: Name of the loss.
+        rows: Predictions.
+        holds: Tensors that Python names keep alive until it returns.
+        shared: Whether ranks hold different classes.
+    """
+
+    def per_row(name: str, reads: tuple[str, ...], partial: tuple[str, ...] = ()) -> None:
+        tape.run(Operator(name, OperatorKind.REDUCTION, reads, (Tensor(name, rows, FP32),), partial=partial))
+        if shared:
+            _reduce_rows(tape, f"{name}.all_reduce", name, rows)
+
+    per_row("maxima", (x,))
+    tape.run(Operator("less_maxima", OperatorKind.ELEMENTWISE, ("maxima",), updates=(x,)))
+    per_row("chosen", (x, "input:targets"), (x,))
+    tape.run(Operator("exponentials", OperatorKind.ELEMENTWISE, updates=(x,)))
+    per_row("sums", (x,))
+    tape.run(Operator("losses", OperatorKind.ELEMENTWISE, ("sums", "chosen"), (Tensor("losses", rows, FP32),)))
+    tape.run(Operator("probabilities", OperatorKind.ELEMENTWISE, ("sums",), updates=(x,)))
+    tape.run(Operator("mean", OperatorKind.REDUCTION, ("losses",), (Tensor(out, ONE, FP32),)), holds=holds)
+
+    def node() -> None:
+        tape.run_backward(Operator("less_chosen", OperatorKind.ELEMENTWISE, ("input:targets", x), partial=(x,), touched=rows))
+        tape.run_backward(Operator("loss.backward", OperatorKind.ELEMENTWISE, (tape.gradient(out),), updates=(x,)))
+        tape.give(x, x)
+
+    tape.node(node)
+
+
+def _reduce_rows(tape: Tape, name: str, near: str, rows: Polynomial) -> None:
+    """All-reduces one fp32 number per row over the tensor-parallel ranks."""
+    small = Operator(
+        name, OperatorKind.COLLECTIVE, (near,), partial=(near,), touched=rows, collective=Collective.ALL_REDUCE, group="tensor"
+    )
+    tape.run(small)
 
 
 def start_backward(tape: Tape) -> None:

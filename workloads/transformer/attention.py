@@ -6,48 +6,100 @@ anew. The unfused form (`unfused`) keeps the probabilities and needs four.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from simtrain.core.polynomial import ZERO, B, Polynomial, S, as_polynomial
-from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor
+from simtrain.core.workload import Collective, Dim, Operator, OperatorKind, Role, Tensor
+from workloads.common.parallel import Product, column_parallel, row_parallel
 from workloads.common.pieces import FP32, LOW, Axis, linear
 from workloads.common.tape import Tape
-from workloads.transformer.spec import TransformerSpec
+from workloads.transformer.part import Part
 from workloads.transformer.unfused import Operand, unfused_product
 
-TOKENS = B * S
 
-
-def attention(tape: Tape, x: str, out: str, spec: TransformerSpec) -> str:
+def attention(tape: Tape, x: str, out: str, part: Part) -> str:
     """Self-attention with its projections.
 
     One matrix for queries, keys and values is split by views, so that its gradient is one concatenation of three.
     """
-    hidden = Axis(Role.HIDDEN, spec.hidden)
-    widths = (spec.query_width, spec.kv_width, spec.kv_width)
-    if spec.fused_qkv:
-        linear(tape, x, "attention.qkv", "qkv", tokens=TOKENS, inner=hidden, outer=Axis(Role.HEADS, sum(widths)), bias=spec.bias)
-        q = k = v = "qkv"
-    else:
-        q, k, v = (
-            linear(tape, x, f"attention.{n}", n, tokens=TOKENS, inner=hidden, outer=Axis(Role.HEADS, width), bias=spec.bias)
-            for n, width in zip("qkv", widths, strict=True)
-        )
+    spec = part.spec
+    q, k, v = _project(tape, x, part)
     if spec.positions == "rotary":
-        q, k = rotate(tape, q, spec), rotate(tape, k, spec)
-    product(tape, (q, k, v), "attended", spec)
-    inner = Axis(Role.HEADS, spec.query_width)
-    return linear(tape, "attended", "attention.proj", out, tokens=TOKENS, inner=inner, outer=hidden, bias=spec.bias, holds=(x, q, k, v))
+        q, k = rotate(tape, q, part), rotate(tape, k, part)
+    if part.form.context > 1 and part.form.context_style == "ulysses":
+        inside = tuple(exchange(tape, n, f"{n}.by_head") for n in dict.fromkeys((q, k, v)))
+        product(tape, inside * 3 if len(inside) == 1 else inside, "attended.by_head", part)
+        exchange(tape, "attended.by_head", "attended")
+    else:
+        product(tape, (q, k, v), "attended", part)
+    return leave(tape, "attended", "attention.proj", out, Axis(Role.HEADS, part.query_width), part, holds=(x, q, k, v))
 
 
-def rotate(tape: Tape, x: str, spec: TransformerSpec) -> str:
+def _project(tape: Tape, x: str, part: Part) -> tuple[str, str, str]:
+    spec = part.spec
+    hidden = Axis(Role.HIDDEN, spec.hidden)
+    widths = (part.query_width, part.kv_width, part.kv_width)
+    names = ("qkv",) if spec.fused_qkv else ("q", "k", "v")
+    outs = (Axis(Role.HEADS, sum(widths)),) if spec.fused_qkv else tuple(Axis(Role.HEADS, w) for w in widths)
+    if part.whole:
+        for name, outer in zip(names, outs, strict=True):
+            linear(tape, x, f"attention.{name}", name, tokens=part.tokens, inner=hidden, outer=outer, bias=spec.bias)
+    else:
+        products = [Product(f"attention.{name}", name, outer, spec.bias) for name, outer in zip(names, outs, strict=True)]
+        column_parallel(tape, x, products, tokens=part.tokens, inner=hidden, form=part.form)
+    return ("qkv", "qkv", "qkv") if spec.fused_qkv else ("q", "k", "v")
+
+
+def leave(tape: Tape, x: str, name: str, out: str, inner: Axis, part: Part, *, holds: Iterable[str] = ()) -> str:
+    """The product that leads from heads, or from the inner width of the feed-forward part, back to the residual stream."""
+    hidden, bias = Axis(Role.HIDDEN, part.spec.hidden), part.spec.bias
+    if part.whole:
+        return linear(tape, x, name, out, tokens=part.tokens, inner=inner, outer=hidden, bias=bias, holds=holds)
+    return row_parallel(tape, x, name, out, tokens=part.tokens, inner=inner, outer=hidden, bias=bias, form=part.form, holds=holds)
+
+
+def exchange(tape: Tape, x: str, out: str) -> str:
+    """Exchanges a piece of the sequence with all heads for the whole sequence with some of them, or back (DeepSpeed Ulysses)."""
+    like = tape.tensors[x]
+    tape.run(_all_to_all(x, Tensor(out, like.elements, like.role)))
+
+    def node() -> None:
+        dx = tape.gradient_tensor(x)
+        tape.run_backward(_all_to_all(tape.gradient(out), dx))
+        tape.give(x, dx.name)
+
+    tape.node(node)
+    return out
+
+
+def _all_to_all(source: str, target: Tensor) -> Operator:
+    name = f"{target.name}.all_to_all"
+    return Operator(name, OperatorKind.COLLECTIVE, (source,), (target,), collective=Collective.ALL_TO_ALL, group="context")
+
+
+def _pass_around(name: str, reads: tuple[str, ...], elements: Polynomial) -> Operator:
+    """Keys and values (in backward also their gradients) of all ranks come by while attention runs (Ring Attention)."""
+    return Operator(
+        name,
+        OperatorKind.COLLECTIVE,
+        reads,
+        partial=reads,
+        touched=elements,
+        collective=Collective.ALL_GATHER,
+        group="context",
+        overlaps=True,
+    )
+
+
+def rotate(tape: Tape, x: str, part: Part) -> str:
     """Rotary position embedding: pairs of neighbours as complex numbers (in fp32) times a table of rotations."""
     high = tape.cast(x, FP32)
     turned = Tensor(f"{x}.turned", tape.tensors[x].elements, FP32)
     tape.run(Operator(f"{x}.rotate", OperatorKind.ELEMENTWISE, (high,), (turned,)))
 
     def node() -> None:
-        dx, back = tape.gradient_tensor(high), Tensor(f"{x}.rotation_back", S * spec.size_of_head, FP32)
+        dx, back = tape.gradient_tensor(high), Tensor(f"{x}.rotation_back", part.sequence * part.spec.size_of_head, FP32)
         tape.run_backward(
             Operator(f"{x}.rotation_back", OperatorKind.ELEMENTWISE, (), (back,)),
             Operator(f"{x}.rotate.backward", OperatorKind.ELEMENTWISE, (tape.gradient(turned.name), back.name), (dx,)),
@@ -58,25 +110,34 @@ def rotate(tape: Tape, x: str, spec: TransformerSpec) -> str:
     return tape.cast(turned.name, LOW, holds=(x, high))
 
 
-def product(tape: Tape, sources: tuple[str, str, str], out: str, spec: TransformerSpec) -> str:
+def product(tape: Tape, sources: tuple[str, ...], out: str, part: Part) -> str:
     """`softmax(Q K^T / sqrt(d)) V` as one kernel that keeps only the log-sum-exp of every row of scores."""
-    width, kv_width, head = spec.query_width, spec.kv_width, as_polynomial(spec.size_of_head)
+    spec, form = part.spec, part.form
+    width, kv_width, head = part.query_width, part.kv_width, as_polynomial(spec.size_of_head)
+    tokens = part.tokens
+    heads, queries, keys, causal = _shape(part)
+    around = form.context > 1 and form.context_style != "ulysses"
     split = len(set(sources)) == 1
     gradients = (
-        (Tensor("dq", TOKENS * width), Tensor("dk", TOKENS * kv_width), Tensor("dv", TOKENS * kv_width))
+        (Tensor("dq", tokens * width), Tensor("dk", tokens * kv_width), Tensor("dv", tokens * kv_width))
         if split
         else tuple(tape.gradient_tensor(n) for n in sources)
     )
     operands = {n: Operand(s, g.name, g.elements) for n, s, g in zip("qkv", sources, gradients, strict=True)}
-    forward, backward = unfused_product(spec, operands, out, f"d{out}")
-    dims = (Dim(Role.HEADS, B * spec.heads), Dim(Role.SEQUENCE, S), Dim(Role.SEQUENCE, S), Dim(Role.HEAD_DIM, head))
-    matrix_product: Polynomial = 2 * (B * spec.heads * S * S * head)
-    written = (Tensor(out, TOKENS * width, LOW), Tensor(f"{out}.log_sum_exp", B * spec.heads * S, FP32))
+    forward, backward = ((), ()) if form.context > 1 else unfused_product(part, operands, out, f"d{out}")
+    dims = (Dim(Role.HEADS, heads), Dim(Role.SEQUENCE, queries), Dim(Role.SEQUENCE, keys), Dim(Role.HEAD_DIM, head))
+    matrix_product: Polynomial = 2 * (heads * queries * keys * head)
+    written = (Tensor(out, tokens * width, LOW), Tensor(f"{out}.log_sum_exp", heads * queries, FP32))
     reads = tuple(dict.fromkeys(sources))
-    operator = Operator("attention", OperatorKind.ATTENTION, reads, written, dims=dims, flops=2 * matrix_product, causal=spec.causal)
+    passed = 2 * kv_width * tokens * form.context
+    if around:
+        tape.run(_pass_around("attention.keys", reads, passed))
+    operator = Operator("attention", OperatorKind.ATTENTION, reads, written, dims=dims, flops=2 * matrix_product, causal=causal)
     tape.run(replace(operator, unfused=forward))
 
     def node() -> None:
+        if around:
+            tape.run_backward(_pass_around("attention.keys.backward", reads, 2 * passed))
         operator = Operator(
             "attention.backward",
             OperatorKind.ATTENTION_BACKWARD,
@@ -84,9 +145,9 @@ def product(tape: Tape, sources: tuple[str, str, str], out: str, spec: Transform
             gradients,
             dims=dims,
             flops=5 * matrix_product,
-            causal=spec.causal,
+            causal=causal,
             launches=3,
-            workspace=_workspace(spec),
+            workspace=_workspace(part, heads, queries),
             unfused=backward,
         )
         tape.run_backward(operator)
@@ -102,12 +163,28 @@ def product(tape: Tape, sources: tuple[str, str, str], out: str, spec: Transform
     return out
 
 
-def _workspace(spec: TransformerSpec) -> Polynomial:
+def _shape(part: Part) -> tuple[Polynomial, Polynomial, Polynomial, bool]:
+    """Heads of all samples, queries and keys of each, and whether only a triangle of the scores is needed.
+
+    A ring whose ranks hold an early and a late piece of each sequence gives all the same share of the triangle. With one piece each, the
+    last rank needs all keys up to its own piece, a triangle of which it needs half: `S (1 - 1/(2 c))` keys for every query.
+    """
+    context, causal = part.form.context, part.spec.causal
+    if context == 1:
+        return B * part.heads, S, S, causal
+    if part.form.context_style == "ulysses":
+        return B * (part.heads // context), S, S, causal
+    if part.form.context_style == "ring-contiguous" and causal:
+        return B * part.heads, part.sequence, S * (1 - 1 / (2 * context)), False
+    return B * part.heads, part.sequence, S, causal
+
+
+def _workspace(part: Part, heads: Polynomial, queries: Polynomial) -> Polynomial:
     """What FlashAttention-2 allocates in its backward pass on CUDA, in fp32 elements.
 
     The gradient of the queries gathered in fp32 and one row sum per query; where several queries share a key also the gradients of keys
     and values for every query head, in 16 bit. The CPU kernel needs none of it. Source: Dao (2023), FlashAttention-2, and its
     implementation `flash_api.cpp` (`dq_accum`, `softmax_d`, `dk_expanded`), without their padding.
     """
-    shared = TOKENS * spec.query_width if spec.kv_width != spec.query_width else ZERO
-    return TOKENS * spec.query_width + B * spec.heads * S + shared
+    shared = part.tokens * part.query_width if part.kv_width != part.query_width else ZERO
+    return part.tokens * part.query_width + heads * queries + shared

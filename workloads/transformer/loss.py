@@ -7,33 +7,43 @@ from __future__ import annotations
 
 from simtrain.core.polynomial import ONE, B, S, as_polynomial
 from simtrain.core.workload import Operator, OperatorKind, Role, Tensor, TensorKind
-from workloads.common.loss import cross_entropy, start_backward
+from workloads.common.loss import cross_entropy, cross_entropy_in_place, start_backward
+from workloads.common.parallel import Product, column_parallel
 from workloads.common.pieces import FP32, Axis, linear
 from workloads.common.tape import Tape
-from workloads.transformer.spec import TransformerSpec
-
-TOKENS = B * S
+from workloads.transformer.part import Part
 
 
-def lm_head(tape: Tape, x: str, spec: TransformerSpec) -> None:
+def lm_head(tape: Tape, x: str, part: Part) -> None:
     """Next-token prediction; a tied head hands its part of the table's gradient to the embedding as `shared:dwte`."""
+    spec, form = part.spec, part.form
     tied = {"tied_to": "embedding.wte.weight", "gradient": "shared:dwte"} if spec.tied_head else {}
-    weight = tape.parameter("linear.weight", spec.vocabulary, spec.hidden, **tied)
-    inner, outer = Axis(Role.HIDDEN, spec.hidden), Axis(Role.VOCABULARY, spec.vocabulary)
-    linear(tape, x, "linear", "logits", tokens=TOKENS, inner=inner, outer=outer, bias=False, weight=weight, kind=TensorKind.LOGITS)
+    weight = tape.parameter("linear.weight", part.vocabulary, spec.hidden, **tied)
+    inner, outer = Axis(Role.HIDDEN, spec.hidden), Axis(Role.VOCABULARY, part.vocabulary)
+    kind = TensorKind.LOGITS
+    if part.whole:
+        linear(tape, x, "linear", "logits", tokens=part.tokens, inner=inner, outer=outer, bias=False, weight=weight, kind=kind)
+    else:
+        scores = Product("linear", "logits", outer, bias=False, weight=weight, kind=kind)
+        column_parallel(tape, x, [scores], tokens=part.tokens, inner=inner, form=form)
     high = tape.cast("logits", FP32)
-    cross_entropy(tape, high, "", "y", rows=TOKENS, classes=as_polynomial(spec.vocabulary), holds=(high, "x"))
+    classes = as_polynomial(part.vocabulary)
+    if form.loss == "torch":
+        cross_entropy(tape, high, "", "y", rows=part.tokens, classes=classes, holds=(high, "x"), shared=not part.whole)
+    else:
+        cross_entropy_in_place(tape, high, "y", rows=part.tokens, holds=("logits", "x"), shared=not part.whole)
     start_backward(tape)
 
 
-def span_head(tape: Tape, x: str, spec: TransformerSpec) -> None:
+def span_head(tape: Tape, x: str, part: Part) -> None:
     """Start and end of an answer: two scores per position, two losses over positions, averaged."""
+    spec, tokens = part.spec, part.tokens
     inner, outer = Axis(Role.HIDDEN, spec.hidden), Axis(Role.HIDDEN, 2)
-    linear(tape, x, "linear", "logits", tokens=TOKENS, inner=inner, outer=outer, bias=spec.bias, kind=TensorKind.LOGITS)
+    linear(tape, x, "linear", "logits", tokens=tokens, inner=inner, outer=outer, bias=spec.bias, kind=TensorKind.LOGITS)
     high = tape.cast("logits", FP32)
     _unbind_later(tape, high)
     for half in ("start", "end"):
-        tape.tensors[f"{half}.logits"] = Tensor(f"{half}.logits", TOKENS, FP32, TensorKind.LOGITS)
+        tape.tensors[f"{half}.logits"] = Tensor(f"{half}.logits", tokens, FP32, TensorKind.LOGITS)
         cross_entropy(tape, high, f"{half}.", f"{half}.loss", rows=B, classes=S, holds=(high,), logits=f"{half}.logits")
     _average(tape, high)
     start_backward(tape)

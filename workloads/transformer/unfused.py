@@ -12,9 +12,7 @@ from simtrain.core.polynomial import ONE, B, Polynomial, S, as_polynomial
 from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor, gemm_flops
 from workloads.common.pieces import HIGH, LOW, MASK, dropout
 from workloads.common.tape import Tape, rename
-from workloads.transformer.spec import TransformerSpec
-
-TOKENS = B * S
+from workloads.transformer.part import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +30,18 @@ class Operand:
     elements: Polynomial
 
 
-def unfused_product(
-    spec: TransformerSpec, operands: dict[str, Operand], out: str, seed: str
-) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
+def unfused_product(part: Part, operands: dict[str, Operand], out: str, seed: str) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
     """Returns the forward and backward operators that replace the fused attention product.
 
     Args:
-        spec: Of the model.
+        part: What this rank holds.
         operands: Queries, keys and values by the names "q", "k" and "v".
         out: Name of the result.
         seed: Name of its gradient.
     """
-    tape = Tape()
-    width, square = TOKENS * spec.query_width, B * spec.heads * S * S
-    heads, sequence, head = Dim(Role.HEADS, B * spec.heads), Dim(Role.SEQUENCE, S), Dim(Role.HEAD_DIM, as_polynomial(spec.size_of_head))
+    spec, tape = part.spec, Tape()
+    width, square = part.tokens * part.query_width, B * part.heads * S * S
+    heads, sequence, head = Dim(Role.HEADS, B * part.heads), Dim(Role.SEQUENCE, S), Dim(Role.HEAD_DIM, as_polynomial(spec.size_of_head))
     repeated = operands["k"].elements != width
     as_is = operands["k"].source == operands["q"].source and not repeated
     for name, operand in operands.items():

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from simtrain.core.errors import StrategyError
 from simtrain.core.polynomial import ONE, B, Polynomial, S, as_polynomial
-from simtrain.core.workload import Layer, Operator, OperatorKind, Role, Tensor, Workload
+from simtrain.core.workload import Form, Layer, Operator, OperatorKind, Role, Tensor, Workload
 from workloads.common.images import Filter, convolution, images
 from workloads.common.loss import cross_entropy, start_backward
 from workloads.common.pieces import FP32, HIGH, Axis, linear, norm
 from workloads.common.tape import Tape
 from workloads.transformer.operators import block
+from workloads.transformer.part import Part
 from workloads.vit.spec import VitSpec
 
 TOKENS = B * S
 
 
-def workload(spec: VitSpec, *, name: str = "vit", description: str = "", source: str = "") -> Workload:
+def workload(spec: VitSpec, *, name: str = "vit", description: str = "", source: str = "", form: Form | None = None) -> Workload:
     """Returns the workload of a spec.
 
     Args:
@@ -28,10 +30,25 @@ def workload(spec: VitSpec, *, name: str = "vit", description: str = "", source:
         name: Of the workload.
         description: One line.
         source: Where the numbers come from.
+        form: One rank's part of it; the whole model by default. Tensor parallelism divides the blocks and nothing else.
+
+    Raises:
+        StrategyError: The model cannot be divided so.
     """
-    layers = (embedding(spec), block(spec.transformer), head(spec))
-    input_bytes = B * (4 * 3 * spec.image_size**2 + 8)
-    return Workload(name, layers, spec.tokens, "image", input_bytes, description, source)
+    form = form or Form()
+    if form.sequence_parallel or form.context > 1:
+        raise StrategyError(f"{name}: the tokens of an image are not divided: use context=1 and sequence_parallel=false")
+    blocks = block(Part(replace(spec.transformer, head="lm"), form))
+    return Workload(
+        name,
+        (embedding(spec), blocks, head(spec)),
+        spec.tokens,
+        "image",
+        B * (4 * 3 * spec.image_size**2 + 8),
+        description,
+        source,
+        reform=lambda form: workload(spec, name=name, description=description, source=source, form=form),
+    )
 
 
 def embedding(spec: VitSpec) -> Layer:

@@ -1,0 +1,90 @@
+"""The part of a transformer that one rank holds and computes: widths and tokens divided as a form says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simtrain.core.errors import StrategyError
+from simtrain.core.polynomial import B, Polynomial, S
+from simtrain.core.workload import Form
+from workloads.transformer.spec import TransformerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One rank's part: attention by heads, the feed-forward part by its inner width, the vocabulary by rows, sequences by tokens.
+
+    Sources: Shoeybi et al. 2019, Megatron-LM, section 3 (tensor parallel); Korthikanti et al. 2022, section 4.2 (sequence parallel);
+    Liu et al. 2023, Ring Attention, and Jacobs et al. 2023, DeepSpeed Ulysses (context parallel).
+
+    Attributes:
+        spec: The whole model.
+        form: How it is divided.
+    """
+
+    spec: TransformerSpec
+    form: Form
+
+    def __post_init__(self) -> None:
+        self._divides("heads", self.spec.heads, self.form.tensor, "tensor")
+        self._divides("ffn width", self.spec.ffn_width, self.form.tensor, "tensor")
+        if self.form.expert != 1:
+            raise StrategyError("expert=1 is all that a model without experts allows")
+        if self.form.sequence_parallel and self.form.tensor == 1:
+            raise StrategyError("sequence_parallel splits tokens over tensor-parallel ranks: with tensor=1 leave it off")
+        if self.form.context > 1 and self.form.context_style == "ulysses":
+            self._divides("heads per tensor-parallel rank", self.heads, self.form.context, "context")
+        if self.form.tensor > 1 and self.spec.head != "lm":
+            raise StrategyError("tensor parallelism is known for language model heads, not for a span head: use tensor=1")
+
+    def _divides(self, what: str, size: int, degree: int, field: str) -> None:
+        if size % degree:
+            near = max(d for d in range(1, degree) if size % d == 0)
+            raise StrategyError(f"{field}={degree} does not divide the model's {size} {what}: the next degree below that does is {near}")
+
+    @property
+    def whole(self) -> bool:
+        """Whether one rank has all of every layer."""
+        return self.form.tensor == 1
+
+    @property
+    def tokens(self) -> Polynomial:
+        """Tokens that matrix products see."""
+        return B * S * (1 / self.form.context) if self.form.context > 1 else B * S
+
+    @property
+    def resident(self) -> Polynomial:
+        """Tokens between the products: fewer under sequence parallelism."""
+        return self.tokens * (1 / self.form.tensor) if self.form.sequence_parallel else self.tokens
+
+    @property
+    def sequence(self) -> Polynomial:
+        """Positions of one sequence that a rank holds."""
+        return S * (1 / self.form.context) if self.form.context > 1 else S
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.spec.heads // self.form.tensor
+
+    @property
+    def query_width(self) -> int:
+        """Width of its query heads together."""
+        return self.spec.query_width // self.form.tensor
+
+    @property
+    def kv_width(self) -> int:
+        """Width of its key heads together; with fewer heads than ranks, several ranks hold the same one."""
+        heads = self.spec.kv_heads or self.spec.heads
+        return max(heads // self.form.tensor, 1) * self.spec.size_of_head
+
+    @property
+    def ffn_width(self) -> int:
+        """Inner width of the feed-forward part."""
+        return self.spec.ffn_width // self.form.tensor
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token table and of the head, padded as the framework pads."""
+        step = self.form.vocabulary_multiple
+        return -(-self.spec.vocabulary // (step * self.form.tensor)) * step

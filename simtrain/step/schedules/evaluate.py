@@ -56,7 +56,8 @@ def in_flight(plan: SchedulePlan) -> InFlight:
 
 
 def _change(action: IntArray, begins: Action, ends: tuple[Action, ...]) -> IntArray:
-    return (action == begins).astype(np.int64) - np.isin(action, ends)
+    change: IntArray = (action == begins).astype(np.int64) - np.isin(action, ends)
+    return change
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -70,6 +70,8 @@ class Schedule(Protocol):
         """Chunks per rank where the user states none."""
         ...
 
+    def __hash__(self) -> int: ...
+
     def placement(self, stages: int, chunks: int) -> Placement:
         """Returns the positions that each rank holds.
 

@@ -8,7 +8,6 @@ from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-
 from numpy.typing import NDArray
 
 from simtrain.core.errors import StrategyError
@@ -192,7 +191,7 @@ def _list(name: str, placement: Placement, orders: Sequence[Sequence[Instruction
     if not known.all():
         wrong = int(np.argmin(known))
         raise listed.refuse(f"asks for {listed.place(wrong)}, but there are {chunks} chunks and {micro_batches} micro-batches, from 0")
-    alone = with_next & np.append(with_next[1:] | (rank[1:] != rank[:-1]), True)  # noqa: FBT003
+    alone = with_next & np.append(with_next[1:] | (rank[1:] != rank[:-1]), True)
     if alone.any():
         wrong = int(np.argmax(alone))
         raise listed.refuse(f"runs the {listed.place(wrong)} together with the next, which does not exist or goes with its own next")
@@ -323,8 +322,23 @@ def _renumbered(listed: _Listed, waits: IntArray, order: IntArray, head: tuple[s
     before = np.full(count, -1, dtype=np.int64)
     for start, end in pairwise(rank_pointer.tolist()):
         before[number[start + 1 : end]] = number[start : end - 1]
-    fields = (listed.action, listed.rank, listed.index, listed.chunk, listed.position, listed.micro_batch, listed.with_next)
-    arrays = (*(a[order] for a in fields), before, pointer, predecessor, rank_pointer, number[:-1].copy())
-    for array in arrays:
-        array.setflags(write=False)  # plans are shared by the cache
-    return SchedulePlan(*head, *arrays)
+    laid_out = SchedulePlan(
+        *head,
+        action=listed.action[order],
+        rank=listed.rank[order],
+        index=listed.index[order],
+        chunk=listed.chunk[order],
+        position=listed.position[order],
+        micro_batch=listed.micro_batch[order],
+        with_next=listed.with_next[order],
+        before=before,
+        pointer=pointer,
+        predecessor=predecessor,
+        rank_pointer=rank_pointer,
+        rank_order=number[:-1].copy(),
+    )
+    for name in laid_out.__slots__:
+        array = getattr(laid_out, name)
+        if isinstance(array, np.ndarray):
+            array.setflags(write=False)  # plans are shared by the cache
+    return laid_out

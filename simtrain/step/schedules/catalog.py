@@ -20,7 +20,7 @@ _registered: dict[str, Schedule] = {}
 
 
 def register(schedule: Schedule) -> Schedule:
-    """Adds a schedule to the catalog of this process; returns it, so that it can decorate nothing and be named at once.
+    """Adds a schedule to the catalog of this process and returns it.
 
     Raises:
         StrategyError: Another schedule has the name.

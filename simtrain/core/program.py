@@ -28,6 +28,7 @@ class TermKind(IntEnum):
     GRADIENT_COPY = 4
     COLLECTIVE = 5
     OPTIMIZER = 6
+    SEND = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,14 @@ class RankClass:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """An in-order queue of a rank class: "host", "compute" or "communication" (class -1 is shared by all)."""
+    """An in-order queue.
 
-    rank_class: int
+    Attributes:
+        rank_classes: Who works it off: one class for its host, its device or what it sends, several for collectives among them.
+        name: "host", "compute", "communication", "send forward", ...
+    """
+
+    rank_classes: tuple[int, ...]
     name: str
 
 
@@ -81,6 +87,8 @@ class Program:
         stream: Stream of each term.
         label: Label of each term.
         micro_batch: Micro-batch of each term (-1 for none).
+        recompute_s: Part of each term's work that recomputes.
+        wire_s: Part of each term's work that is communication inside layers.
         latency_s: Part of a term's duration that no resource speeds up.
         demand_pointer: CSR pointer into the demands.
         demand_resource: Resource demanded.
@@ -101,6 +109,8 @@ class Program:
     stream: IntArray
     label: IntArray
     micro_batch: IntArray
+    recompute_s: FloatArray
+    wire_s: FloatArray
     latency_s: FloatArray
     demand_pointer: IntArray
     demand_resource: IntArray

@@ -30,6 +30,18 @@ class Runtime:
         context_bytes: Device memory outside the allocator (driver context, libraries).
         reserved_factor: Reserved over allocated bytes (0 where the allocator has no such thing).
         workspace_bytes: Persistent library workspaces on the device.
+        loss: How cross-entropy is computed; see `simtrain.core.workload.Form`.
+        regather: Whether backward gathers sequence-parallel inputs anew; see `Form`.
+        overlap_tensor: Whether tensor-parallel reductions of backward run beside the product of the weight's gradient.
+        vocabulary_multiple: Rows that the vocabulary is padded to a multiple of, per tensor-parallel rank.
+        main_gradients: Whether gradients add up in a persistent fp32 buffer while weights are 16-bit (Megatron-LM).
+        scatter_gradients: Whether sharded states (ZeRO 1 and up) get gradients by reduce-scatter rather than all-reduce.
+        reduce_every: Whether ZeRO 2 reduces gradients in every micro-batch rather than in the last.
+        overlap_gather: Whether gathering updated parameters runs beside the forward pass.
+        blocking_sends: Whether a pipeline stage waits until what it sends has left.
+        global_norm: Whether no rank updates before all ranks' gradients are there (clipping by their common norm).
+        prefetch: Layers whose sharded parameters are gathered ahead (ZeRO 3).
+        communicator_bytes: Device memory of each communicator's buffers, outside the allocator.
         sources: What these constants rest on.
     """
 
@@ -48,6 +60,18 @@ class Runtime:
     context_bytes: int = 0
     reserved_factor: float = 1.0
     workspace_bytes: int = 0
+    loss: Literal["torch", "in-place"] = "torch"
+    regather: bool = False
+    overlap_tensor: bool = False
+    vocabulary_multiple: int = 1
+    main_gradients: bool = False
+    scatter_gradients: bool = False
+    reduce_every: bool = False
+    overlap_gather: bool = False
+    blocking_sends: bool = False
+    global_norm: bool = False
+    prefetch: int = 1
+    communicator_bytes: int = 0
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -91,6 +115,72 @@ RUNTIMES: dict[str, Runtime] = {
                 "PyTorch 2.13 documentation: DistributedDataParallel (bucket sizes), optim (foreach default on CUDA), CUDA semantics",
                 "recomputation: 60 us of host time per saved tensor, measured on one server core with PyTorch 2.13 on the CPU",
                 "assumption: 6 us of host time per launched kernel in eager PyTorch, 450 MiB of driver context, reserved 1.05 x allocated",
+            ),
+        ),
+        Runtime(
+            name="fsdp2",
+            launch_s=6e-6,
+            run_ahead_launches=1000,
+            fused_attention=True,
+            optimizer_style="foreach",
+            scatter_gradients=True,
+            global_norm=True,
+            context_bytes=450 * MIB,
+            reserved_factor=1.05,
+            workspace_bytes=2 * 8_519_680,
+            sources=(
+                "PyTorch 2.13, torch/distributed/fsdp/_fully_shard: one layer prefetched, gradients scattered after every backward pass",
+                "assumption: 6 us of host time per launched kernel in eager PyTorch, 450 MiB of driver context, reserved 1.05 x allocated",
+            ),
+        ),
+        Runtime(
+            name="megatron",
+            launch_s=6e-6,
+            run_ahead_launches=1000,
+            fused_attention=True,
+            optimizer_style="fused",
+            first_bucket_bytes=160_000_000,
+            bucket_bytes=160_000_000,
+            gradient_as_bucket_view=True,
+            loss="in-place",
+            regather=True,
+            overlap_tensor=True,
+            vocabulary_multiple=128,
+            main_gradients=True,
+            scatter_gradients=True,
+            global_norm=True,
+            context_bytes=450 * MIB,
+            reserved_factor=1.05,
+            workspace_bytes=68 * MIB,
+            sources=(
+                "Megatron-LM, core/distributed (fp32 gradient buffer, buckets of 40 million elements), core/tensor_parallel (vocabulary "
+                "padded to 128 rows per rank, in-place cross-entropy, gradients reduced beside the weight's product)",
+                "measured: 68 MiB of library workspaces on A100 (cuBLAS 2 x 32 MiB and Transformer Engine 4 MiB)",
+                "assumption: 6 us of host time per launched kernel, 450 MiB of driver context, reserved 1.05 x allocated",
+            ),
+        ),
+        Runtime(
+            name="deepspeed",
+            launch_s=6e-6,
+            run_ahead_launches=1000,
+            fused_attention=False,
+            optimizer_style="fused",
+            first_bucket_bytes=500_000_000,
+            bucket_bytes=500_000_000,
+            gradient_as_bucket_view=True,
+            overlap_communication=False,
+            loss="in-place",
+            vocabulary_multiple=128,
+            scatter_gradients=True,
+            reduce_every=True,
+            global_norm=True,
+            context_bytes=450 * MIB,
+            reserved_factor=1.05,
+            workspace_bytes=2 * 8_519_680,
+            sources=(
+                "Megatron-DeepSpeed with DeepSpeed's ZeRO: buckets of 500 million bytes reduced after backward, unfused attention "
+                "(configurations of the BLOOM and vTrain runs)",
+                "assumption: 6 us of host time per launched kernel, 450 MiB of driver context, reserved 1.05 x allocated",
             ),
         ),
         Runtime(

@@ -248,6 +248,7 @@ class Form:
         regather: Whether what sequence parallelism gathered is dropped and gathered again in backward (Megatron-LM).
         overlap: Whether the reduction of an input's gradient runs beside the product that makes the weight's gradient.
         vocabulary_multiple: The vocabulary is padded to a multiple of this many rows per rank.
+        untied: Whether a weight that two layers share is held twice, because the layers are on different ranks.
     """
 
     tensor: int = 1
@@ -259,6 +260,7 @@ class Form:
     regather: bool = False
     overlap: bool = False
     vocabulary_multiple: int = 1
+    untied: bool = False
 
 
 @dataclass(frozen=True, slots=True)

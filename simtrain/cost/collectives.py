@@ -15,6 +15,7 @@ from typing import Literal
 
 from simtrain.core.errors import InputError
 from simtrain.core.program import Resource
+from simtrain.core.workload import Collective
 from simtrain.cost.fabric import Fabric
 
 Algorithm = Literal["auto", "ring", "tree"]
@@ -139,3 +140,31 @@ def all_gather(fabric: Fabric, ranks: Sequence[int], size_bytes: float) -> Colle
 
 reduce_scatter = all_gather
 """Sums a buffer and leaves each rank its shard: the same messages as an all-gather, in the other direction."""
+
+
+def collective(
+    fabric: Fabric, kind: Collective, ranks: Sequence[int], size_bytes: float, *, concurrent: Sequence[Sequence[int]] = ()
+) -> CollectiveCost:
+    if kind is Collective.ALL_REDUCE:
+        one = lambda r: all_reduce(fabric, r, size_bytes)
+    else:
+        one = lambda r: all_gather(fabric, r, size_bytes)
+    base = one(ranks)
+    loads = dict(base.loads)
+    for other in concurrent[:16]:
+        for resource, amount in one(other).loads.items():
+            if resource in loads:
+                loads[resource] += amount
+    return CollectiveCost(base.algorithm, base.latency_s, loads)
+
+
+def point_to_point(
+    fabric: Fabric, source: int, target: int, size_bytes: float, *, concurrent: Sequence[Sequence[int]] = ()
+) -> CollectiveCost:
+    hop, latency_s = fabric.hop(source, target)
+    loads = {r: w * size_bytes for r, w in hop.items()}
+    for a, b in concurrent:
+        for r, w in fabric.hop(a, b)[0].items():
+            if r in loads:
+                loads[r] += w * size_bytes
+    return CollectiveCost("send", LAUNCH_LATENCY_S + latency_s, loads)

@@ -14,9 +14,9 @@ BUSY_PARTS = {
     TermKind.GRADIENT_COPY: "communication",
     TermKind.OPTIMIZER: "optimizer",
 }
-PARTS = ("compute", "recompute", "optimizer", "communication", "host", "wait")
-"""Parts of a breakdown: busy with the model's own work, recomputing, updating, copying and waiting for gradients, waiting for the host
-to issue, waiting for slower ranks."""
+PARTS = ("compute", "recompute", "optimizer", "communication", "host", "bubble", "wait")
+"""Parts of a breakdown: busy with the model's own work, recomputing, updating, communicating (inside layers, copying and waiting for
+gradients and parameters), waiting for the host to issue, for other pipeline stages, for slower ranks."""
 
 
 def breakdown(program: Program, start_s: FloatArray, end_s: FloatArray, period_s: float, rank_class: int) -> dict[str, float]:
@@ -30,18 +30,29 @@ def breakdown(program: Program, start_s: FloatArray, end_s: FloatArray, period_s
         rank_class: Whose compute stream.
     """
     parts = dict.fromkeys(PARTS, 0.0)
-    stream = next(i for i, s in enumerate(program.streams) if s.rank_class == rank_class and s.name == "compute")
+    stream = next(i for i, s in enumerate(program.streams) if s.rank_classes == (rank_class,) and s.name == "compute")
     terms = np.flatnonzero(program.stream == stream)
-    collectives = np.flatnonzero(program.kind == TermKind.COLLECTIVE)
+    own = [i for i, s in enumerate(program.streams) if rank_class in s.rank_classes]
+    collectives = np.flatnonzero((program.kind == TermKind.COLLECTIVE) & np.isin(program.stream, own))
     # one period: from the end of the last term of the step before to the end of the last term of this one
     previous_end = float(end_s[terms[-1]]) - period_s
     for term in terms:
-        parts[BUSY_PARTS[TermKind(int(program.kind[term]))]] += float(end_s[term] - start_s[term])
+        _work(parts, program, int(term), float(end_s[term] - start_s[term]))
         gap = float(start_s[term]) - previous_end
         if gap > 0:
             _attribute(parts, program, int(term), previous_end, gap, start_s, end_s, period_s, collectives)
         previous_end = float(end_s[term])
     return parts
+
+
+def _work(parts: dict[str, float], program: Program, term: int, duration_s: float) -> None:
+    """Splits a term's work; slowed down, all its parts take longer alike."""
+    asked = float(program.demand_amount[program.demand_pointer[term] : program.demand_pointer[term + 1]].sum())
+    pace = duration_s / asked if asked else 1.0
+    recompute, wire = pace * float(program.recompute_s[term]), pace * float(program.wire_s[term])
+    parts["recompute"] += recompute
+    parts["communication"] += wire
+    parts[BUSY_PARTS[TermKind(int(program.kind[term]))]] += duration_s - recompute - wire
 
 
 def _attribute(
@@ -58,6 +69,9 @@ def _attribute(
     binding = _binding(program, term, end_s, period_s)
     if binding is None or program.kind[binding] == TermKind.HOST:
         parts["host"] += gap
+        return
+    if program.kind[binding] == TermKind.SEND:
+        parts["bubble"] += gap
         return
     # the collective that ends the gap may itself have waited for slower ranks: only its transfers count as communication
     moving = 0.0
@@ -87,10 +101,10 @@ def _binding(program: Program, term: int, end_s: FloatArray, period_s: float) ->
 
 
 def busy_s(program: Program, start_s: FloatArray, end_s: FloatArray, rank_class: int) -> dict[str, float]:
-    """Seconds in a step that each stream of a rank class is busy (the shared communication stream included)."""
-    result = {}
+    """Seconds in a step that each stream of a rank class is busy (those that it shares included)."""
+    result: dict[str, float] = {}
     for i, stream in enumerate(program.streams):
-        if stream.rank_class in (rank_class, -1):
+        if rank_class in stream.rank_classes:
             chosen = program.stream == i
-            result[stream.name] = float((end_s[chosen] - start_s[chosen]).sum())
+            result[stream.name] = result.get(stream.name, 0.0) + float((end_s[chosen] - start_s[chosen]).sum())
     return result

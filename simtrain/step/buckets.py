@@ -24,15 +24,26 @@ class Bucket:
     ready_after_layer: int
 
 
-def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime) -> tuple[Bucket, ...]:
+def gradient_bytes(precision: Precision, runtime: Runtime) -> int:
+    """Bytes of one gradient as it is reduced: fp32 where the framework keeps such a buffer, else the format of the weights."""
+    return 4 if runtime.main_gradients else precision.parameter.size_bytes
+
+
+def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime, *, expert: bool = False) -> tuple[Bucket, ...]:
     """Fills buckets in the order in which gradients become ready, as DistributedDataParallel does after its first step.
 
     A bucket is closed once it has reached its limit; the first one is small, so that communication starts early. A tied weight is
     complete only when the layer that owns it has run.
 
+    Args:
+        workload: The layers that a rank holds.
+        precision: Format of the gradients.
+        runtime: Sizes of buckets.
+        expert: Take the gradients of experts, which other ranks reduce; those of everything else by default.
+
     Source: PyTorch, `torch/csrc/distributed/c10d/reducer.cpp` (`compute_bucket_assignment_by_size`, `rebuildBuckets`).
     """
-    size = precision.parameter.size_bytes
+    size = gradient_bytes(precision, runtime)
     buckets: list[Bucket] = []
     gradients: list[int] = []
     limit, last = runtime.first_bucket_bytes, -1
@@ -41,7 +52,7 @@ def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime)
         for _ in range(layer.repeats):
             position -= 1
             for parameter in reversed(layer.parameters):
-                if parameter.tied_to is not None:
+                if parameter.tied_to is not None or parameter.expert is not expert:
                     continue
                 gradients.append(parameter.elements)
                 last = position

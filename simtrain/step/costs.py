@@ -5,19 +5,23 @@ All three readers use these arrays; they differ only in how they compose them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from simtrain.core.catalog import compute_model
+from simtrain.core.errors import InternalError
 from simtrain.core.hardware import Device
 from simtrain.core.kernels import KernelBatch
 from simtrain.core.program import TermKind
 from simtrain.core.runtime import Runtime
-from simtrain.step.kernels import accumulation_kernels, bucket_copy_kernels, operator_kernels
-from simtrain.step.occupancy import Mode
-from simtrain.step.specialize import ConcreteLayer, recomputed_operators
+from simtrain.core.workload import Operator, OperatorKind
+from simtrain.step.kernels import accumulation_kernels, bucket_copy_kernels, operator_kernels, payload_bytes
+from simtrain.step.network import Wire
+from simtrain.step.occupancy import Mode, mode_operators
+from simtrain.step.specialize import ConcreteLayer
 
 TERM_KINDS = {
     Mode.FORWARD: TermKind.FORWARD,
@@ -25,7 +29,11 @@ TERM_KINDS = {
     Mode.RECOMPUTE: TermKind.RECOMPUTE,
     Mode.BACKWARD: TermKind.BACKWARD,
     Mode.BACKWARD_ACCUMULATING: TermKind.BACKWARD,
+    Mode.INPUT_GRADIENT: TermKind.BACKWARD,
+    Mode.WEIGHT_GRADIENT: TermKind.BACKWARD,
 }
+ADDS_GRADIENTS = (Mode.BACKWARD, Mode.BACKWARD_ACCUMULATING, Mode.WEIGHT_GRADIENT)
+"""Modes that make gradients of parameters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +48,16 @@ class PassCost:
         host_s: Time the host needs to issue them.
         lead_s: How long after the host starts issuing the device must start, so that it never waits inside the pass.
         launches: Kernels issued.
+        wire_s: Part of the device time that is communication inside the layer.
+        recompute_s: Part of the device time that recomputes.
     """
 
     device_s: float
     host_s: float
     lead_s: float
     launches: int
+    wire_s: float = 0.0
+    recompute_s: float = 0.0
 
 
 def pass_cost(device: Device, kernels: KernelBatch, runtime: Runtime) -> PassCost:
@@ -68,45 +80,77 @@ def interlock(device_times_s: np.ndarray, host_times_s: np.ndarray, launches: in
     return PassCost(total, float(issued[-1]), max(end - total, 0.0), launches)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where and how passes run.
+
+    Attributes:
+        device: What computes.
+        batch: Samples of a micro-batch.
+        sequence: Sequence length.
+        runtime: What launches the kernels.
+        wire: Collectives inside layers; `None` where nobody shares a layer.
+    """
+
+    device: Device
+    batch: int
+    sequence: int
+    runtime: Runtime
+    wire: Wire | None = None
+
+
+def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place: Place) -> PassCost:
+    """Prices operators in order; collectives among them take the device's turn, less what the operator beside them hides.
+
+    Raises:
+        InternalError: A layer communicates where nobody shares it.
+    """
+    local = [op for op in operators if op.kind is not OperatorKind.COLLECTIVE]
+    kernels = operator_kernels(local, concrete, place.batch, place.sequence)
+    local_s = compute_model(place.device.compute_model).kernel_times_s(place.device, kernels)
+    if len(local) == len(operators):
+        return interlock(local_s, kernels.launches * place.runtime.launch_s, int(kernels.launches.sum()))
+    if place.wire is None:
+        raise InternalError(f"layer {concrete.layer.name!r} communicates, but nobody shares it")
+    times, launches, wired = np.zeros(len(operators)), np.ones(len(operators), dtype=np.int64), np.zeros(len(operators), dtype=bool)
+    wired[:] = [op.kind is OperatorKind.COLLECTIVE for op in operators]
+    times[~wired], launches[~wired] = local_s, kernels.launches
+    for i in np.flatnonzero(wired).tolist():
+        op = operators[i]
+        if op.collective is None:
+            raise InternalError(f"operator {op.name!r} does not say which collective it is")
+        times[i] = place.wire.time_s(op.collective, op.group, payload_bytes(op, concrete, place.batch, place.sequence))
+        if op.overlaps and i + 1 < len(operators) and not wired[i + 1]:
+            times[i] = max(times[i] - times[i + 1], 0.0)
+    cost = interlock(times, launches * place.runtime.launch_s, int(launches.sum()))
+    return replace(cost, wire_s=float(times[wired].sum()))
+
+
 @lru_cache(maxsize=20_000)
 def layer_pass_cost(
-    device: Device,
-    concrete: ConcreteLayer,
-    mode: Mode,
-    last_of_segment: bool,
-    batch: int,
-    sequence: int,
-    runtime: Runtime,
-    copies_to_buckets: bool,
+    place: Place, concrete: ConcreteLayer, mode: Mode, last_of_segment: bool, *, accumulates: bool, copies_to_buckets: bool
 ) -> PassCost:
     """Cost of one pass of a layer.
 
     Args:
-        device: Where.
+        place: Where and how.
         concrete: The layer, specialized.
-        mode: Forward, recompute or backward (accumulating backward adds gradients to those of earlier micro-batches).
+        mode: Forward, recompute, backward or a part of it.
         last_of_segment: Recomputation of the last layer of a segment stops early.
-        batch: Samples.
-        sequence: Sequence length.
-        runtime: Launch cost.
-        copies_to_buckets: Whether backward copies each gradient into a reduction bucket.
+        accumulates: Whether gradients are added to those of earlier micro-batches.
+        copies_to_buckets: Whether each gradient is copied into a reduction bucket.
     """
-    if mode in (Mode.BACKWARD, Mode.BACKWARD_ACCUMULATING):
-        operators = concrete.backward
-    elif mode is Mode.RECOMPUTE:
-        operators = recomputed_operators(concrete, last_of_segment=last_of_segment)
-    else:
-        operators = concrete.forward
-    parts = [operator_kernels(operators, concrete, batch, sequence)] if operators else []
-    if mode is Mode.BACKWARD_ACCUMULATING:
-        parts.append(accumulation_kernels(concrete.layer, concrete.precision))
+    costs = [operators_cost(ops, concrete, place)] if (ops := mode_operators(concrete, mode, last_of_segment=last_of_segment)) else []
+    main = mode in ADDS_GRADIENTS and place.runtime.main_gradients
+    if main or accumulates:
+        costs.append(pass_cost(place.device, accumulation_kernels(concrete.layer, concrete.precision, main=main), place.runtime))
     if copies_to_buckets:
         elements = [p.elements for p in concrete.layer.parameters if p.tied_to is None]
-        parts.append(bucket_copy_kernels(elements, concrete.precision))
-    costs = [pass_cost(device, kernels, runtime) for kernels in parts if len(kernels)]
+        costs.append(pass_cost(place.device, bucket_copy_kernels(elements, concrete.precision), place.runtime))
     if mode is Mode.RECOMPUTE:
-        costs.insert(0, _hooks(device, len(concrete.saved), runtime))
-    return chain(costs)
+        costs.insert(0, _hooks(place.device, len(concrete.saved), place.runtime))
+    total = chain(costs)
+    return replace(total, recompute_s=total.device_s - total.wire_s) if mode is Mode.RECOMPUTE else total
 
 
 def _hooks(device: Device, saved: int, runtime: Runtime) -> PassCost:
@@ -115,9 +159,9 @@ def _hooks(device: Device, saved: int, runtime: Runtime) -> PassCost:
     return PassCost(0.0, seconds, 0.0, 0) if runtime.run_ahead_launches else PassCost(seconds, 0.0, 0.0, 0)
 
 
-def chain(costs: list[PassCost]) -> PassCost:
+def chain(costs: Sequence[PassCost]) -> PassCost:
     """Composes passes that follow each other on the same host and device."""
-    device_s = host_s = lead_s = 0.0
+    device_s = host_s = lead_s = wire_s = recompute_s = 0.0
     launches = 0
     for cost in costs:
         # the device must start late enough for the passes before and for this one
@@ -125,4 +169,6 @@ def chain(costs: list[PassCost]) -> PassCost:
         device_s += cost.device_s
         host_s += cost.host_s
         launches += cost.launches
-    return PassCost(device_s, host_s, max(lead_s, 0.0), launches)
+        wire_s += cost.wire_s
+        recompute_s += cost.recompute_s
+    return PassCost(device_s, host_s, max(lead_s, 0.0), launches, wire_s, recompute_s)

@@ -10,7 +10,7 @@ from simtrain.core.kernels import KernelBatch
 from simtrain.core.precision import DType, Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import OPTIMIZERS
-from simtrain.core.workload import Layer, Operator, OperatorKind
+from simtrain.core.workload import Collective, Layer, Operator, OperatorKind
 from simtrain.step.specialize import ConcreteLayer, specialize
 
 ADAM_BYTES = {"foreach": 80, "single": 80, "fused": 28}
@@ -79,6 +79,17 @@ def tensor_bytes(name: str, concrete: ConcreteLayer, batch: int, sequence: int) 
     return sum(p.elements for p in concrete.layer.parameters if p.name == name) * size
 
 
+def payload_bytes(op: Operator, concrete: ConcreteLayer, batch: int, sequence: int) -> float:
+    """Returns the size of what a collective carries: all-gathers what they write, others what they read or update.
+
+    Where `touched` states elements, these count in the format of the first tensor read.
+    """
+    named = (*(w.name for w in op.writes),) if op.collective is Collective.ALL_GATHER and op.writes else (*op.updates, *op.reads)
+    if op.touched.terms:
+        return op.touched(batch, sequence) * concrete.dtype(named[0]).size_bytes
+    return tensor_bytes(named[0], concrete, batch, sequence)
+
+
 def layer_kernels(layer: Layer, batch: int, sequence: int, precision: Precision, runtime: Runtime) -> tuple[KernelBatch, KernelBatch]:
     """Returns the kernels of a layer's forward and backward pass.
 
@@ -113,10 +124,21 @@ def elementwise_kernels(name: str, kind: OperatorKind, bytes_moved: Sequence[flo
     )
 
 
-def accumulation_kernels(layer: Layer, precision: Precision) -> KernelBatch:
-    """Kernels that add a micro-batch's gradients to those of the ones before: one per parameter, two reads and a write."""
+def accumulation_kernels(layer: Layer, precision: Precision, *, main: bool = False) -> KernelBatch:
+    """Kernels that add a micro-batch's gradients to those of the ones before: one per parameter, two reads and a write.
+
+    Args:
+        layer: Whose gradients.
+        precision: Their format.
+        main: Whether the product that makes a matrix's gradient adds it to an fp32 buffer itself (a read and a write more than storing
+            it in its own format), so that only other gradients need kernels (Megatron-LM, `gradient_accumulation_fusion`).
+    """
     size = precision.parameter.size_bytes
-    moved = [3.0 * size * p.elements for p in layer.parameters if p.tied_to is None]
+    per_element = 10 - size if main else 3 * size
+    moved = [float(per_element) * p.elements for p in layer.parameters if p.tied_to is None]
+    if main:
+        small = sum(len(p.shape) == 1 for p in layer.parameters)
+        return elementwise_kernels("accumulate", OperatorKind.ELEMENTWISE, [sum(moved)], [max(small, 1)], precision.parameter)
     return elementwise_kernels("accumulate", OperatorKind.ELEMENTWISE, moved, [1] * len(moved), precision.parameter)
 
 

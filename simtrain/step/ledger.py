@@ -7,27 +7,30 @@ else comes from replaying the operators of each pass (`occupancy`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from simtrain.core.hardware import Device
 from simtrain.core.polynomial import FloatArray
-from simtrain.core.precision import Precision
 from simtrain.core.result import MemoryKind, MemoryReport, MemoryTimeline
 from simtrain.core.runtime import Runtime
-from simtrain.core.strategy import OPTIMIZERS, Strategy
-from simtrain.core.workload import Parameter, Workload
-from simtrain.step.occupancy import BLOCK_BYTES, COLUMN, KINDS, Mode, Occupancy, Sizer, occupancy, unsaved_cast_bytes
-from simtrain.step.passes import Pass, micro_batch_passes
-from simtrain.step.specialize import ConcreteLayer, concrete_layers
+from simtrain.step.costs import ADDS_GRADIENTS
+from simtrain.step.instructions import FORWARD_MODES, chunk_costs, gradient_order
+from simtrain.step.layout import Lane
+from simtrain.step.occupancy import KINDS, Occupancy, Sizer, occupancy, unsaved_cast_bytes
+from simtrain.step.passes import Pass, received_kind
+from simtrain.step.remat import segments
+from simtrain.step.schedules import Action, SchedulePlan
+from simtrain.step.setting import Setting
+from simtrain.step.shard import Chunk
+from simtrain.step.specialize import ConcreteLayer
+from simtrain.step.states import FullShards, holds_gradients, optimizer_transients, persistent
 
 SHOWN_MICRO_BATCHES = 16
 """Micro-batches that a ledger replays; from the second on they are alike, so more would not change the peak."""
 
-FORWARD = (Mode.FORWARD, Mode.FORWARD_DROPPING)
-STEP_COUNTER_BYTES = 4
-"""AdamW keeps a step counter tensor per parameter (`torch/optim/adamw.py`)."""
+MOST_MOMENTS = 40_000
+"""Moments that a ledger keeps one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,111 +53,153 @@ class Ledger:
         return int(np.argmax(self.moments.sum(axis=1)))
 
 
-def ledger(workload: Workload, strategy: Strategy, precision: Precision, runtime: Runtime, replicas: int) -> Ledger:
-    """Replays a step's memory: its micro-batches (at most `SHOWN_MICRO_BATCHES`, more of them are alike), then the optimizer.
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Memory of one instruction, relative to its start.
+
+    Attributes:
+        names: `pass/layer/operator` of each moment.
+        moments: Bytes by kind.
+        passes: Pass of each moment, counted in the instruction.
+        count: Passes.
+        net: What it leaves behind.
+    """
+
+    names: tuple[str, ...]
+    moments: FloatArray
+    passes: np.ndarray
+    count: int
+    net: FloatArray
+
+    @property
+    def fullest(self) -> int:
+        return int(np.argmax(self.moments.sum(axis=1)))
+
+
+def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
+    """Replays a step's memory on one rank: its instructions in their order, then the optimizer.
+
+    Without a pipeline at most `SHOWN_MICRO_BATCHES` are replayed, more of them are alike. Where there are very many moments, each
+    instruction is left with its fullest.
 
     Args:
-        workload: What is trained.
-        strategy: How.
-        precision: Number formats.
-        runtime: Allocator, optimizer form, bucket views.
-        replicas: Data-parallel degree (buckets and sharded states depend on it).
+        setting: The question.
+        lane: Which ranks, with what they hold.
+        plan: What they do in which order.
     """
-    concrete = concrete_layers(workload, precision, runtime)
-    base = _persistent(workload, strategy, precision, runtime, replicas)
-    labels, rows, owner = ["start"], [base], [-1]
-    memo: dict[tuple[object, ...], Occupancy] = {}
+    book = _Book(setting, lane, plan)
+    base = persistent(setting, lane)
+    labels, rows, owner = ["start"], [base[None]], [np.array([-1])]
+    instructions = book.instructions()
+    stretches = [book.stretch(*i[:3]) for i in instructions]
+    detailed = sum(len(s.names) for s in stretches) <= MOST_MOMENTS
     index = 0
-    views = replicas > 1 and runtime.gradient_as_bucket_view
-    first = micro_batch_passes(workload, concrete, strategy.checkpoint, accumulating=views)
-    later = micro_batch_passes(workload, concrete, strategy.checkpoint, accumulating=True)
-    for micro_batch in range(min(strategy.accumulation, SHOWN_MICRO_BATCHES)):
-        casts = np.zeros(len(KINDS))
-        passes = later if micro_batch else first
-        for i, step in enumerate(passes):
-            replay = _replay(step, concrete, strategy.micro_batch, workload.sequence, runtime, memo)
-            labels += [f"{micro_batch}/{step.mode.value}/{workload.layers[step.kind].name}.{step.layer}/{name}" for name in replay.names]
-            rows += list(base + replay.moments)
-            owner += [index] * len(replay.names)
-            base = base + replay.net
-            if step.mode in FORWARD:
-                sizer = Sizer(concrete[step.kind], strategy.micro_batch, workload.sequence, runtime)
-                casts = casts + unsaved_cast_bytes(concrete[step.kind], step.mode, sizer)
-                if passes[i + 1].mode not in FORWARD:
-                    base = base - casts  # autocast is left after the loss
-            index += 1
+    for (_, _, _, micro_batch), stretch in zip(instructions, stretches, strict=True):
+        chosen = range(len(stretch.names)) if detailed else [stretch.fullest]
+        labels += [f"{micro_batch}/{stretch.names[i]}" for i in chosen]
+        rows.append(base + stretch.moments[list(chosen)])
+        owner.append(index + stretch.passes[list(chosen)])
+        base = base + stretch.net
+        index += stretch.count
     labels.append("optimizer")
-    rows.append(base + _optimizer_transients(workload, strategy, precision, runtime, replicas))
-    owner.append(index)
-    return Ledger(tuple(labels), np.array(rows), np.array(owner, dtype=np.int64))
+    rows.append((base + optimizer_transients(setting, lane))[None])
+    owner.append(np.array([index]))
+    return Ledger(tuple(labels), np.concatenate(rows), np.concatenate(owner).astype(np.int64))
 
 
-def _replay(
-    step: Pass, concrete: tuple[ConcreteLayer, ...], batch: int, sequence: int, runtime: Runtime, memo: dict[tuple[object, ...], Occupancy]
-) -> Occupancy:
-    key = (step.kind, step.mode, step.context)
-    if key not in memo:
-        layer = concrete[step.kind]
-        memo[key] = occupancy(layer, step.mode, step.context, Sizer(layer, batch, sequence, runtime))
-    return memo[key]
+class _Book:
+    """Replays instructions of a lane, each kind of them once."""
+
+    def __init__(self, setting: Setting, lane: Lane, plan: SchedulePlan) -> None:
+        self.setting, self.lane, self.plan = setting, lane, plan
+        self.costs = [chunk_costs(setting, lane, chunk) for chunk in lane.chunks]
+        self.sharded = FullShards.of(setting, lane)
+        self.memo: dict[tuple[object, ...], Occupancy] = {}
+        self.known: dict[tuple[Action, int, bool], _Stretch] = {}
+
+    def instructions(self) -> list[tuple[Action, int, bool, int]]:
+        """Action, chunk, whether gradients are there already, and micro-batch of each instruction."""
+        plan, stage = self.plan, self.lane.stage
+        own = plan.of_rank(stage)
+        if plan.stages == 1:
+            own = own[plan.micro_batch[own] < SHOWN_MICRO_BATCHES]
+        listed = []
+        always = holds_gradients(self.setting)
+        for i in own.tolist():
+            action, chunk, micro_batch = Action(int(plan.action[i])), int(plan.chunk[i]), int(plan.micro_batch[i])
+            adding = action is not Action.FORWARD and (always or micro_batch != gradient_order(plan, stage, chunk)[0])
+            listed.append((action, chunk, adding, micro_batch))
+        return listed
+
+    def stretch(self, action: Action, chunk: int, adding: bool) -> _Stretch:
+        """Replays an instruction."""
+        key = (action, chunk, adding)
+        if key not in self.known:
+            self.known[key] = self._replayed(action, chunk, adding)
+        return self.known[key]
+
+    def _replayed(self, action: Action, number: int, adding: bool) -> _Stretch:
+        chunk, strategy = self.lane.chunks[number], self.setting.strategy
+        passes = self.costs[number].passes(action, adding=adding)
+        base = self._arriving(chunk, action)
+        casts = np.zeros(len(KINDS))
+        names: list[str] = []
+        rows, owner = [], []
+        for i, step in enumerate(passes):
+            concrete = chunk.concrete[step.kind]
+            sizer = Sizer(concrete, strategy.micro_batch, self.lane.place.sequence, self.setting.runtime)
+            replay = self._occupancy(step, concrete, sizer)
+            held = self.sharded.held(chunk, passes, i) if self.sharded else 0.0
+            name = chunk.workload.layers[step.kind].name
+            names += [f"{step.mode.value}/{name}.{chunk.start + step.layer}/{op}" for op in replay.names]
+            rows.append(base + replay.moments + held)
+            owner += [i] * len(replay.names)
+            base = base + replay.net
+            if self.sharded and step.mode in ADDS_GRADIENTS:
+                base = base - self.sharded.scattered(concrete, sizer, step.mode, adding)
+            if step.mode in FORWARD_MODES:
+                casts = casts + unsaved_cast_bytes(concrete, step.mode, sizer)
+        if action is Action.FORWARD:
+            base = base - casts  # autocast is left after the loss
+        return _Stretch(tuple(names), np.concatenate(rows), np.array(owner), len(passes), base - self._leaving(chunk, action))
+
+    def _occupancy(self, step: Pass, concrete: ConcreteLayer, sizer: Sizer) -> Occupancy:
+        key = (concrete, step.mode, step.context)
+        if key not in self.memo:
+            self.memo[key] = occupancy(concrete, step.mode, step.context, sizer)
+        return self.memo[key]
+
+    def _edge(self, chunk: Chunk, *, behind: bool, kind: MemoryKind) -> FloatArray:
+        """What crosses to the chunk behind or before this one."""
+        concrete = chunk.concrete[-1 if behind else 0]
+        sizer = Sizer(concrete, self.setting.strategy.micro_batch, self.lane.place.sequence, self.setting.runtime)
+        return sizer.crossing(concrete.layer if behind else concrete.before, kind)
+
+    def _arriving(self, chunk: Chunk, action: Action) -> FloatArray:
+        """What comes in from other ranks: the input, or the gradient of the output."""
+        if action is Action.FORWARD and not chunk.first:
+            first = segments(chunk.workload, self.setting.strategy.checkpoint)[0]
+            return self._edge(chunk, behind=False, kind=received_kind(first, chunk.concrete))
+        if action in (Action.BACKWARD, Action.INPUT_GRADIENT) and not chunk.last:
+            return self._edge(chunk, behind=True, kind=MemoryKind.TRANSIENT)
+        return np.zeros(len(KINDS))
+
+    def _leaving(self, chunk: Chunk, action: Action) -> FloatArray:
+        """What has been sent: the gradient of the input (the output is let go by the pass that makes it)."""
+        if action in (Action.BACKWARD, Action.INPUT_GRADIENT) and not chunk.first:
+            return self._edge(chunk, behind=False, kind=MemoryKind.TRANSIENT)
+        return np.zeros(len(KINDS))
 
 
-def _parameters(workload: Workload) -> list[tuple[Parameter, int]]:
-    return [(p, layer.repeats) for layer in workload.layers for p in layer.parameters if p.tied_to is None]
-
-
-def _rounded(elements: int, size: float, caching: bool) -> tuple[float, float]:
-    exact = elements * size
-    return exact, (-exact % BLOCK_BYTES if caching else 0.0)
-
-
-def _persistent(workload: Workload, strategy: Strategy, precision: Precision, runtime: Runtime, replicas: int) -> FloatArray:
-    row = np.zeros(len(KINDS))
-    caching = runtime.allocator == "caching"
-    shards = replicas if strategy.zero >= 1 else 1
-    adam = OPTIMIZERS[strategy.optimizer] == 2
-    states = OPTIMIZERS[strategy.optimizer] + (precision.master is not None)
-    for parameter, repeats in _parameters(workload):
-        weights = _rounded(parameter.elements, precision.parameter.size_bytes, caching)
-        state = _rounded(parameter.elements, precision.state.size_bytes, caching)
-        row[COLUMN[MemoryKind.PARAMETER]] += repeats * weights[0]
-        row[COLUMN[MemoryKind.OPTIMIZER]] += repeats * (states * state[0] + STEP_COUNTER_BYTES * adam) / shards
-        row[COLUMN[MemoryKind.ROUNDING]] += repeats * (weights[1] + states * state[1] / shards)
-        if precision.master is not None:  # gradients in the master's format live beside those of the weights
-            row[COLUMN[MemoryKind.GRADIENT]] += repeats * state[0]
-    gradient_bytes = row[COLUMN[MemoryKind.PARAMETER]]
-    if replicas > 1:
-        # buckets hold a second copy of the gradients, or the gradients themselves
-        column = MemoryKind.GRADIENT if runtime.gradient_as_bucket_view else MemoryKind.COMMUNICATION
-        row[COLUMN[column]] += gradient_bytes
-    row[COLUMN[MemoryKind.PARAMETER]] += sum(layer.buffer_bytes * layer.repeats for layer in workload.layers)
-    row[COLUMN[MemoryKind.INPUT]] += workload.input_bytes(strategy.micro_batch, workload.sequence)
-    row[COLUMN[MemoryKind.WORKSPACE]] += runtime.workspace_bytes
-    return row
-
-
-def _optimizer_transients(workload: Workload, strategy: Strategy, precision: Precision, runtime: Runtime, replicas: int) -> FloatArray:
-    """Temporaries of the update: AdamW forms a denominator, for all parameters at once (multi-tensor) or tensor by tensor."""
-    row = np.zeros(len(KINDS))
-    if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused":
-        return row
-    size = precision.state.size_bytes
-    shards = replicas if strategy.zero >= 1 else 1
-    if runtime.optimizer_style == "foreach":
-        row[COLUMN[MemoryKind.TRANSIENT]] = sum(p.elements * n for p, n in _parameters(workload)) * size / shards
-    else:
-        # the root of the second moment and the denominator made from it, while the denominator of the parameter before is still held
-        sizes = [p.elements for layer in workload for p in layer.parameters if p.tied_to is None]
-        row[COLUMN[MemoryKind.TRANSIENT]] = max(2 * own + before for before, own in pairwise([0, *sizes])) * size
-    return row
-
-
-def report(book: Ledger, device: Device, runtime: Runtime, rank_class: str, moment_times_s: FloatArray | None = None) -> MemoryReport:
+def report(
+    book: Ledger, device: Device, communicators: int, runtime: Runtime, rank_class: str, moment_times_s: FloatArray | None = None
+) -> MemoryReport:
     """Summarises a ledger against a device's capacity.
 
     Args:
         book: The ledger.
         device: Whose memory.
+        communicators: Groups that the rank communicates in, each with buffers of its own.
         runtime: Reserved factor and driver context.
         rank_class: For the report.
         moment_times_s: Device time of each moment, if known.
@@ -166,7 +211,7 @@ def report(book: Ledger, device: Device, runtime: Runtime, rank_class: str, mome
     return MemoryReport(
         allocated_bytes=allocated,
         reserved_bytes=reserved,
-        device_bytes=reserved + runtime.context_bytes,
+        device_bytes=reserved + runtime.context_bytes + communicators * runtime.communicator_bytes,
         capacity_bytes=device.memory.capacity_bytes,
         by_kind_bytes={kind.value: float(v) for kind, v in zip(KINDS, peak, strict=True) if v > 0},
         peak_moment=book.labels[book.peak],

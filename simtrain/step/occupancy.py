@@ -18,6 +18,7 @@ from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Layer, Operator, OperatorKind, Tensor, TensorKind
 from simtrain.step.kernels import tensor_bytes
 from simtrain.step.specialize import ConcreteLayer, recomputed_operators
+from simtrain.step.split_backward import split_backward
 from simtrain.step.workspace import onednn_bytes
 
 KINDS = tuple(MemoryKind)
@@ -34,6 +35,11 @@ class Mode(Enum):
     RECOMPUTE = "recompute"
     BACKWARD = "backward"
     BACKWARD_ACCUMULATING = "backward, accumulating"
+    INPUT_GRADIENT = "input gradient"
+    WEIGHT_GRADIENT = "weight gradient"
+
+
+BACKWARD_MODES = (Mode.BACKWARD, Mode.BACKWARD_ACCUMULATING, Mode.INPUT_GRADIENT, Mode.WEIGHT_GRADIENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,7 @@ class PassContext:
         last_of_segment: Whether the layer ends a recomputed segment.
         last_layer: Whether nothing follows the layer, so that its output is its own to release.
         releases_output: Whether this backward pass is the last to need the layer's output (it reads it after the next layer did).
+        adds: Whether a part of a backward pass adds its gradients to earlier ones.
     """
 
     input_kind: MemoryKind | None = None
@@ -55,6 +62,7 @@ class PassContext:
     last_of_segment: bool = False
     last_layer: bool = False
     releases_output: bool = False
+    adds: bool = False
 
 
 @dataclass(slots=True)
@@ -125,10 +133,8 @@ def occupancy(concrete: ConcreteLayer, mode: Mode, context: PassContext, sizer: 
         context: What outlives the pass.
         sizer: Bytes of tensors.
     """
-    backward = mode in (Mode.BACKWARD, Mode.BACKWARD_ACCUMULATING)
-    operators = concrete.backward if backward else concrete.forward
-    if mode is Mode.RECOMPUTE:
-        operators = recomputed_operators(concrete, last_of_segment=context.last_of_segment)
+    backward = mode in BACKWARD_MODES
+    operators = mode_operators(concrete, mode, last_of_segment=context.last_of_segment)
     replay = _Replay(concrete, mode, context, sizer)
     last = {name: i for i, op in enumerate(operators) for name in _touched(op)}
     out = Occupancy()
@@ -151,6 +157,22 @@ def occupancy(concrete: ConcreteLayer, mode: Mode, context: PassContext, sizer: 
     return out
 
 
+def mode_operators(concrete: ConcreteLayer, mode: Mode, *, last_of_segment: bool) -> tuple[Operator, ...]:
+    """Operators of a pass.
+
+    Args:
+        concrete: The layer.
+        mode: Which pass.
+        last_of_segment: Recomputation of the last layer of a segment stops early.
+    """
+    if mode in (Mode.BACKWARD, Mode.BACKWARD_ACCUMULATING):
+        return concrete.backward
+    if mode in (Mode.INPUT_GRADIENT, Mode.WEIGHT_GRADIENT):
+        halves = split_backward(concrete)
+        return halves.input_gradient if mode is Mode.INPUT_GRADIENT else halves.weight_gradient
+    return recomputed_operators(concrete, last_of_segment=last_of_segment) if mode is Mode.RECOMPUTE else concrete.forward
+
+
 def _touched(op: Operator) -> list[str]:
     return list(dict.fromkeys((*op.reads, *op.updates, *(w.name for w in op.writes))))
 
@@ -160,7 +182,10 @@ class _Replay:
 
     def __init__(self, concrete: ConcreteLayer, mode: Mode, context: PassContext, sizer: Sizer) -> None:
         self.concrete, self.mode, self.context, self.sizer = concrete, mode, context, sizer
-        self.backward = mode in (Mode.BACKWARD, Mode.BACKWARD_ACCUMULATING)
+        self.backward = mode in BACKWARD_MODES
+        halves = split_backward(concrete) if mode in (Mode.INPUT_GRADIENT, Mode.WEIGHT_GRADIENT) else None
+        self.left_over = halves.kept if halves and mode is Mode.INPUT_GRADIENT else frozenset()
+        self.made_before = halves.made_between if halves and mode is Mode.WEIGHT_GRADIENT else frozenset()
         self.keeps: frozenset[str] = frozenset() if self.backward or mode is Mode.FORWARD_DROPPING else concrete.saved
         self.from_forward = {w.name: w for op in concrete.forward for w in op.writes}
         self.rows: dict[str, FloatArray] = {}
@@ -181,6 +206,8 @@ class _Replay:
         return MemoryKind.RECOMPUTED if self.mode is Mode.RECOMPUTE or self.context.recomputed else MemoryKind.ACTIVATION
 
     def may_release(self, name: str) -> bool:
+        if name in self.left_over:
+            return False
         if name == "y":
             # nobody takes over the output of the last layer, nor a second copy of what ends a recomputed segment
             copy = self.mode is Mode.RECOMPUTE and self.context.last_of_segment and name not in self.keeps
@@ -188,7 +215,7 @@ class _Replay:
         if name in self.keeps or name == "dx":
             return False
         if name.startswith("grad:") and self.concrete.tensors[name].role is DTypeRole.GRADIENT:
-            return self.mode is Mode.BACKWARD_ACCUMULATING
+            return self.mode is Mode.BACKWARD_ACCUMULATING or (self.context.adds and self.backward)
         if name.startswith("shared:"):
             return name not in self.rows
         # autocast keeps the casts of weights until it is left, whether backward needs them or not
@@ -211,10 +238,11 @@ class _Replay:
             return self.sizer.crossing(self.concrete.before, self.context.input_kind)
         if name == "y" and self.backward:
             return self.sizer.crossing(self.concrete.layer, self.context.output_kind)
-        tensor = self.from_forward.get(name) or (self.concrete.tensors.get(name) if name.startswith("shared:") else None)
+        elsewhere = name.startswith("shared:") or name in self.made_before
+        tensor = self.from_forward.get(name) or (self.concrete.tensors.get(name) if elsewhere else None)
         if tensor is None or not self.backward:
             return np.zeros(len(KINDS))
-        return self.sizer.tensor(tensor, self._kind(tensor, saved=not name.startswith("shared:")))
+        return self.sizer.tensor(tensor, self._kind(tensor, saved=not elsewhere))
 
 
 def unsaved_cast_bytes(concrete: ConcreteLayer, mode: Mode, sizer: Sizer) -> FloatArray:

@@ -28,30 +28,34 @@ class Pass:
     context: PassContext
 
 
-def micro_batch_passes(workload: Workload, concrete: tuple[ConcreteLayer, ...], checkpoint: str, *, accumulating: bool) -> tuple[Pass, ...]:
-    """Lists the passes of one micro-batch.
+def micro_batch_passes(
+    workload: Workload, concrete: tuple[ConcreteLayer, ...], checkpoint: str, *, accumulating: bool, receives: bool = False
+) -> tuple[Pass, ...]:
+    """Lists the passes of one micro-batch through a model, or through the layers of it that a rank holds.
 
     Args:
-        workload: What is trained.
+        workload: What is trained, or the layers held.
         concrete: Its layers, specialized.
         checkpoint: Activation checkpointing.
         accumulating: Whether gradients of earlier micro-batches are there already.
+        receives: Whether the first layer's input comes from another rank and is this rank's to release.
     """
     cut = segments(workload, checkpoint)
     order = [(layer, kind, segment) for segment in cut for layer, kind in zip(segment.layers, segment.kinds, strict=True)]
     depth = len(order)
-    kept_as = [_output_kind(i, order, concrete, depth) for i in range(depth)]
+    kept_as: list[MemoryKind | None] = [_output_kind(i, order, concrete, depth) for i in range(depth)]
+    kept_as.append(received_kind(order[0][2], concrete) if receives else None)  # so that [-1] is what came in
     forward: list[Pass] = []
     for i, (layer, kind, segment) in enumerate(order):
-        first = layer == segment.layers[0]
+        first, ends = layer == segment.layers[0], i == depth - 1 and not _reads_own_output(order[i], concrete)
         if segment.recomputed:
-            inner = None if first or i == 0 else MemoryKind.TRANSIENT
-            output = MemoryKind.TRANSIENT if layer != segment.layers[-1] else kept_as[i]
-            context = PassContext(inner, output, last_of_segment=layer == segment.layers[-1], last_layer=i == depth - 1)
+            inner = None if first else MemoryKind.TRANSIENT
+            output = MemoryKind.TRANSIENT if layer != segment.layers[-1] else _known(kept_as[i])
+            context = PassContext(inner, output, last_of_segment=layer == segment.layers[-1], last_layer=ends)
             forward.append(Pass(layer, kind, Mode.FORWARD_DROPPING, context))
         else:
-            dropped = i > 0 and "x" not in concrete[kind].saved and not _reads_own_output(order[i - 1], concrete)
-            context = PassContext(kept_as[i - 1] if dropped else None, kept_as[i], last_layer=i == depth - 1)
+            dropped = "x" not in concrete[kind].saved and not (i and _reads_own_output(order[i - 1], concrete))
+            context = PassContext(kept_as[i - 1] if dropped else None, _known(kept_as[i]), last_layer=ends)
             forward.append(Pass(layer, kind, Mode.FORWARD, context))
     backward: list[Pass] = []
     mode = Mode.BACKWARD_ACCUMULATING if accumulating else Mode.BACKWARD
@@ -60,7 +64,7 @@ def micro_batch_passes(workload: Workload, concrete: tuple[ConcreteLayer, ...], 
         if segment.recomputed:
             for layer, kind in members:
                 held = MemoryKind.RECOMPUTED if layer != segment.layers[0] else kept_as[layer - 1]
-                input_kind = None if layer == 0 or "x" in concrete[kind].saved else held
+                input_kind = None if "x" in concrete[kind].saved else held
                 context = PassContext(input_kind, MemoryKind.RECOMPUTED, recomputed=True, last_of_segment=layer == segment.layers[-1])
                 backward.append(Pass(layer, kind, Mode.RECOMPUTE, context))
         for layer, kind in reversed(members):
@@ -68,12 +72,21 @@ def micro_batch_passes(workload: Workload, concrete: tuple[ConcreteLayer, ...], 
     return (*forward, *backward)
 
 
+def received_kind(first: Segment, concrete: tuple[ConcreteLayer, ...]) -> MemoryKind:
+    """What a received input counts as: saved if backward needs it."""
+    return MemoryKind.ACTIVATION if first.recomputed or "x" in concrete[first.kinds[0]].saved else MemoryKind.TRANSIENT
+
+
+def _known(kind: MemoryKind | None) -> MemoryKind:
+    return MemoryKind.TRANSIENT if kind is None else kind
+
+
 def _output_kind(i: int, order: list[tuple[int, int, Segment]], concrete: tuple[ConcreteLayer, ...], depth: int) -> MemoryKind:
     """What the output of layer `i` counts as outside a segment: saved if this or the next layer needs it in backward."""
-    if i + 1 >= depth:
-        return MemoryKind.TRANSIENT
-    _, kind, segment = order[i + 1]
     own = _reads_own_output(order[i], concrete)
+    if i + 1 >= depth:
+        return MemoryKind.ACTIVATION if own else MemoryKind.TRANSIENT
+    _, kind, segment = order[i + 1]
     return MemoryKind.ACTIVATION if own or segment.recomputed or "x" in concrete[kind].saved else MemoryKind.TRANSIENT
 
 
@@ -86,24 +99,22 @@ def _reads_own_output(place: tuple[int, int, Segment], concrete: tuple[ConcreteL
 def _backward_context(
     place: int,
     order: list[tuple[int, int, Segment]],
-    kept_as: list[MemoryKind],
+    kept_as: list[MemoryKind | None],
     concrete: tuple[ConcreteLayer, ...],
 ) -> PassContext:
     """What the backward pass of a layer releases: its input, unless the layer before reads it once more, and such an output of its own."""
     layer, kind, segment = order[place]
     inside = segment.recomputed and layer != segment.layers[0]
-    before = order[place - 1] if place else order[place]
+    before = order[place - 1]
     # a recomputed segment makes its own copy of its last output
-    needed_before = "y" in concrete[before[1]].saved if inside else _reads_own_output(before, concrete)
-    if place == 0 or "x" not in concrete[kind].saved or needed_before:
-        input_kind = None
-    else:
-        input_kind = MemoryKind.RECOMPUTED if inside else kept_as[place - 1]
+    needed_before = place > 0 and ("y" in concrete[before[1]].saved if inside else _reads_own_output(before, concrete))
+    mine = "x" in concrete[kind].saved and not needed_before
+    held = MemoryKind.RECOMPUTED if inside else kept_as[place - 1]
     return PassContext(
-        input_kind,
-        MemoryKind.RECOMPUTED if segment.recomputed else kept_as[place],
+        held if mine else None,
+        MemoryKind.RECOMPUTED if segment.recomputed else _known(kept_as[place]),
         recomputed=segment.recomputed,
         last_of_segment=layer == segment.layers[-1],
-        last_layer=place == len(order) - 1,
+        last_layer=place == len(order) - 1 and not _reads_own_output(order[place], concrete),
         releases_output="y" in concrete[kind].saved,
     )

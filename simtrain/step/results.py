@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from simtrain.core.catalog import compute_model
+from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import RankClass
 from simtrain.core.result import MemoryReport, Result, TraceEvent
 from simtrain.cost import energy
 from simtrain.step.kernels import CONVOLUTIONS
+from simtrain.step.layout import Layout
 from simtrain.step.ledger import Ledger, ledger, report
 from simtrain.step.setting import Setting
 
@@ -24,16 +26,40 @@ def by_rank(classes: Sequence[RankClass], values: Sequence[float]) -> list[float
     return [value for _, value in pairs]
 
 
-def memory_report(setting: Setting, book: Ledger | None = None) -> MemoryReport:
+def lane_ledgers(layout: Layout) -> list[Ledger]:
+    """The ledger of every lane; lanes of one stage share one, because memory does not depend on the device."""
+    by_stage = [ledger(layout.setting, lanes[0], layout.plan) for lanes in layout.by_stage]
+    return [by_stage[lane.stage] for lane in layout.lanes]
+
+
+def tightest_lane(layout: Layout, books: Sequence[Ledger]) -> int:
+    """The lane whose peak comes closest to what its device has, or exceeds it most."""
+    peaks = {id(book): float(book.moments[book.peak].sum()) for book in books}
+    return max(range(len(books)), key=lambda i: peaks[id(books[i])] - layout.lanes[i].place.device.memory.capacity_bytes)
+
+
+def lane_report(layout: Layout, books: Sequence[Ledger], lane: int, times: FloatArray | None = None) -> MemoryReport:
+    """Memory of one lane, with the device times of its moments if known."""
+    chosen = layout.lanes[lane]
+    name = chosen.place.device.name if layout.grid.pipeline == 1 else chosen.rank_class.name
+    return report(books[lane], chosen.place.device, communicators(layout.setting), layout.setting.runtime, name, times)
+
+
+def communicators(setting: Setting) -> int:
+    """Groups that a rank communicates in."""
+    strategy = setting.strategy
+    degrees = (strategy.tensor, strategy.context, strategy.data * strategy.context, strategy.pipeline, strategy.expert)
+    return sum(d > 1 for d in degrees)
+
+
+def memory_report(layout: Layout) -> MemoryReport:
     """Memory of the device that is fullest."""
-    if book is None:
-        book = ledger(setting.workload, setting.strategy, setting.precision, setting.runtime, setting.strategy.data)
-    tightest = min(set(setting.devices), key=lambda d: d.memory.capacity_bytes)
-    return report(book, tightest, setting.runtime, tightest.name)
+    books = lane_ledgers(layout)
+    return lane_report(layout, books, tightest_lane(layout, books))
 
 
 def assemble(
-    setting: Setting,
+    layout: Layout,
     reader: str,
     step_time_s: float,
     breakdown_s: Mapping[str, float],
@@ -47,7 +73,7 @@ def assemble(
     """Turns times into rates, utilisation, energy and money.
 
     Args:
-        setting: The question.
+        layout: The question, laid out over ranks.
         reader: Who answered.
         step_time_s: Period of the steady state.
         breakdown_s: Parts that sum to it.
@@ -57,6 +83,7 @@ def assemble(
         notes: Assumptions of this reader.
         busy_by_rank: Busy time of the compute stream of each rank, for energy; the slowest rank's for all if not given.
     """
+    setting = layout.setting
     strategy, workload, devices = setting.strategy, setting.workload, setting.devices
     micro_batches = strategy.data * strategy.accumulation
     flops = workload.model_flops(strategy.micro_batch) * micro_batches

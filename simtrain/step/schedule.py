@@ -5,30 +5,30 @@ from __future__ import annotations
 import numpy as np
 
 from simtrain.core.polynomial import FloatArray
-from simtrain.core.program import Program, TermKind
+from simtrain.core.program import Program, Stream, TermKind
 from simtrain.core.result import MemoryReport, Result, TraceEvent
 from simtrain.step.breakdown import breakdown, busy_s
-from simtrain.step.ledger import Ledger, ledger, report
+from simtrain.step.ledger import Ledger
 from simtrain.step.longest_path import steady_state
 from simtrain.step.lower import Lowered, lower
-from simtrain.step.results import assemble, by_rank
+from simtrain.step.results import assemble, by_rank, lane_ledgers, lane_report, tightest_lane
 from simtrain.step.setting import Setting
 
 
 def schedule_setting(setting: Setting) -> Result:
     """Predicts a step by longest path."""
     lowered = lower(setting)
-    program, classes = lowered.program, lowered.rank_classes
+    program, classes = lowered.program, lowered.layout.classes
     steady = steady_state(program, program.durations_s())
     slowest = slowest_class(program, steady.start_s, steady.end_s)
     offset = first_compute_s(program, steady.start_s)
     return assemble(
-        setting,
+        lowered.layout,
         "schedule",
         steady.period_s,
         breakdown(program, steady.start_s, steady.end_s, steady.period_s, slowest),
         busy_s(program, steady.start_s, steady.end_s, slowest),
-        timed_memory(setting, lowered, steady.start_s - offset, steady.end_s - offset, slowest),
+        timed_memory(lowered, steady.start_s - offset, steady.end_s - offset),
         events=trace_events(program, steady.start_s - offset, steady.end_s - offset, steady.period_s),
         busy_by_rank=by_rank(classes, [busy_s(program, steady.start_s, steady.end_s, i)["compute"] for i in range(len(classes))]),
     )
@@ -53,7 +53,7 @@ def trace_events(program: Program, start_s: FloatArray, end_s: FloatArray, perio
     """
     shift = np.where(start_s < 0, np.ceil(-start_s / period_s) * period_s, 0.0)
     start_s, end_s = start_s + shift, end_s + shift
-    names = [program.rank_classes[s.rank_class].name if s.rank_class >= 0 else "all ranks" for s in program.streams]
+    names = [_owner(program, s) for s in program.streams]
     return tuple(
         TraceEvent(
             name=program.labels[program.label[i]],
@@ -68,12 +68,18 @@ def trace_events(program: Program, start_s: FloatArray, end_s: FloatArray, perio
     )
 
 
-def timed_memory(setting: Setting, lowered: Lowered, start_s: FloatArray, end_s: FloatArray, rank_class: int) -> MemoryReport:
+def _owner(program: Program, stream: Stream) -> str:
+    """Who a stream is shown with: its class, or for collectives of several the first of them; all of them share one row."""
+    everyone = len(stream.rank_classes) == len(program.rank_classes) and stream.name == "communication"
+    return "all ranks" if everyone else program.rank_classes[stream.rank_classes[0]].name
+
+
+def timed_memory(lowered: Lowered, start_s: FloatArray, end_s: FloatArray) -> MemoryReport:
     """The ledger with device times: each moment lies inside the compute term of its pass."""
-    book = ledger(setting.workload, setting.strategy, setting.precision, setting.runtime, setting.strategy.data)
-    times = _moment_times(book, lowered.pass_terms[rank_class], start_s, end_s)
-    tightest = min(set(setting.devices), key=lambda d: d.memory.capacity_bytes)
-    return report(book, tightest, setting.runtime, tightest.name, times)
+    books = lane_ledgers(lowered.layout)
+    fullest = tightest_lane(lowered.layout, books)
+    times = _moment_times(books[fullest], lowered.pass_terms[fullest], start_s, end_s)
+    return lane_report(lowered.layout, books, fullest, times)
 
 
 def _moment_times(book: Ledger, terms: np.ndarray, start_s: FloatArray, end_s: FloatArray) -> FloatArray:

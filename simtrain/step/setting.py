@@ -25,6 +25,7 @@ class Setting:
         precision: Number formats of the strategy.
         runtime: What carries it out.
         devices: Device of each rank used.
+        cuts: Half-open ranges of layers of the pipeline's chunks; empty for even ones.
     """
 
     workload: Workload
@@ -33,6 +34,7 @@ class Setting:
     precision: Precision
     runtime: Runtime
     devices: tuple[Device, ...]
+    cuts: tuple[tuple[int, int], ...] = ()
 
 
 def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy | str, runtime: Runtime | str | None = None) -> Setting:
@@ -48,9 +50,7 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     how = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
     _refuse_unmodelled(how)
     if how.ranks > machines.size:
-        raise StrategyError(
-            f"data={how.data} needs {how.ranks} devices, but {machines.name!r} has {machines.size}: use data={machines.size} or fewer"
-        )
+        raise StrategyError(_too_many(how, machines))
     devices = machines.devices[: how.ranks]
     recipe = precision(how.precision)
     for device in set(devices):
@@ -76,11 +76,32 @@ def _refuse_cpu_dropout(workload: Workload, runtime: Runtime) -> None:
         raise UnsupportedError(f"{workload.name}: dropout on a CPU is not modelled (other kernels and masks than on GPUs); use dropout=0")
 
 
+def _too_many(strategy: Strategy, cluster: Cluster) -> str:
+    degrees = {n: getattr(strategy, n) for n in ("data", "tensor", "context", "pipeline") if getattr(strategy, n) > 1}
+    product = " x ".join(f"{n}={v}" for n, v in degrees.items())
+    least = strategy.ranks // strategy.data
+    fits = cluster.size // least
+    fix = (
+        f"use data={fits} or fewer"
+        if fits
+        else f"one replica needs {least} of them: lower {' or '.join(n for n in degrees if n != 'data')}"
+    )
+    return f"{product} needs {strategy.ranks} devices, but {cluster.name!r} has {cluster.size}: {fix}"
+
+
 def _refuse_unmodelled(strategy: Strategy) -> None:
     if strategy.plan:
         raise UnsupportedError("strategies with an explicit plan of replicas are not modelled yet; use data, micro_batch and accumulation")
-    for name in ("tensor", "pipeline", "context", "expert"):
-        if getattr(strategy, name) != 1:
-            raise UnsupportedError(f"{name} parallelism is not modelled yet: {name} must be 1, not {getattr(strategy, name)}")
-    if strategy.zero > 1:
-        raise UnsupportedError(f"ZeRO stage {strategy.zero} is not modelled yet: zero must be 0 or 1")
+    holders = strategy.data * strategy.context
+    if holders % strategy.expert:
+        fits = max(d for d in range(1, strategy.expert) if holders % d == 0)
+        raise StrategyError(
+            f"expert={strategy.expert} must divide the {holders} ranks of data x context, from which expert ranks come: use expert={fits}"
+        )
+    if strategy.shard and (holders % strategy.shard or strategy.shard > holders):
+        fits = max(d for d in range(1, min(strategy.shard, holders) + 1) if holders % d == 0)
+        raise StrategyError(
+            f"shard={strategy.shard} must divide the {holders} ranks that hold the same part of the model: use shard={fits}"
+        )
+    if strategy.shard and not strategy.zero:
+        raise StrategyError("shard says over how many ranks ZeRO shards: give zero=1, 2 or 3 too")

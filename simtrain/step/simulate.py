@@ -128,7 +128,7 @@ def simulate_setting(
     _check_disturbances(setting, jitter, slow)
     disturbed = jitter > 0 or bool(slow)
     lowered = lower(setting, split=disturbed)
-    program, classes = lowered.program, lowered.rank_classes
+    program, classes = lowered.program, lowered.layout.classes
     measured = steps if steps is not None else (DISTURBED_STEPS if jitter > 0 else STEADY_STEPS)
     if measured < 1:
         raise InputError(f"steps must be at least 1, not {measured}")
@@ -145,12 +145,12 @@ def simulate_setting(
     period = float(periods.mean())
     offset = first_compute_s(program, start_s[last])
     return assemble(
-        setting,
+        lowered.layout,
         "simulate",
         period,
         parts,
         {k: v / measured for k, v in _busy(program, start_s, end_s, slowest).items()},
-        timed_memory(setting, lowered, start_s[last] - offset, end_s[last] - offset, slowest),
+        timed_memory(lowered, start_s[last] - offset, end_s[last] - offset),
         events=trace_events(program, start_s[last] - offset, end_s[last] - offset, period),
         notes=_notes(jitter, slow, measured, periods),
         busy_by_rank=by_rank(classes, [_busy(program, start_s, end_s, i)["compute"] / measured for i in range(len(classes))]),
@@ -193,7 +193,7 @@ def _factors(program: Program, steps: int, jitter: float, slow: Mapping[int, flo
     sigma = np.sqrt(np.log1p(jitter**2))
     for i, rank_class in enumerate(program.rank_classes):
         drawn = rng.lognormal(-(sigma**2) / 2, sigma, size=steps) if jitter else np.ones(steps)
-        streams = [j for j, s in enumerate(program.streams) if s.rank_class == i and s.name == "compute"]
+        streams = [j for j, s in enumerate(program.streams) if s.rank_classes == (i,) and s.name == "compute"]
         own = np.isin(program.stream, streams) & (program.kind != TermKind.COLLECTIVE)
-        factors[:, own] = (drawn * slow.get(rank_class.ranks[0], 1.0))[:, None]
+        factors[:, own] = (drawn * max(slow.get(rank, 1.0) for rank in rank_class.ranks))[:, None]
     return factors

@@ -9,10 +9,11 @@ import simtrain as st
 from simtrain.core.precision import precision
 from simtrain.core.result import MemoryKind
 from simtrain.core.runtime import RUNTIMES
-from simtrain.step.ledger import _persistent, ledger
 from simtrain.step.occupancy import COLUMN
 from simtrain.step.remat import segments
 from simtrain.step.specialize import concrete_layers, recomputed_operators
+from simtrain.step.states import holds_gradients, persistent
+from tests.step.books import layout, ledger_of
 
 SIZES = {"layers": 5, "hidden": 64, "heads": 4, "vocabulary": 512}
 families = some.sampled_from(["gpt", "llama", "bert"])
@@ -34,11 +35,58 @@ def test_only_states_and_gradients_survive_a_step(family, recipe, checkpoint, ac
         data=replicas, micro_batch=2, accumulation=accumulation, precision=recipe, checkpoint=checkpoint, optimizer="sgd"
     )
     behaviour = RUNTIMES[runtime].with_(fused_attention=fused)
-    book = ledger(workload, strategy, precision(recipe), behaviour, replicas)
-    left = book.moments[-1] - _persistent(workload, strategy, precision(recipe), behaviour, replicas)
+    book = ledger_of(workload, strategy, behaviour)
+    laid = layout(workload, strategy, behaviour)
+    left = book.moments[-1] - persistent(laid.setting, laid.lanes[0])
     rounding, gradient = COLUMN[MemoryKind.ROUNDING], COLUMN[MemoryKind.GRADIENT]
     assert left[gradient] == pytest.approx(workload.parameter_count * precision(recipe).parameter.size_bytes)
     assert left[rounding] >= 0
+    for kind, column in COLUMN.items():
+        if kind not in (MemoryKind.GRADIENT, MemoryKind.ROUNDING):
+            assert left[column] == pytest.approx(0, abs=1e-6), kind
+    assert book.moments.min() >= -1e-6
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    family=some.sampled_from(["gpt", "llama"]),
+    recipe=some.sampled_from(["fp32", "bf16-amp", "bf16"]),
+    checkpoint=some.sampled_from(["none", "full", "every:2"]),
+    schedule=some.sampled_from(["1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "dualpipe", "breadth-first"]),
+    tensor=some.sampled_from([1, 2]),
+    sequence_parallel=some.booleans(),
+    context=some.sampled_from([1, 2]),
+    zero=some.sampled_from([0, 1, 2, 3]),
+    runtime=some.sampled_from(["torch-eager", "megatron", "fsdp2", "deepspeed"]),
+    stage=some.sampled_from([0, 1]),
+)
+def test_nothing_leaks_on_any_rank_of_a_pipeline(
+    family, recipe, checkpoint, schedule, tensor, sequence_parallel, context, zero, runtime, stage
+):
+    workload = st.workload(family, seq_len=32, **(SIZES | {"layers": 8}))
+    strategy = st.Strategy(
+        data=2,
+        pipeline=2,
+        tensor=tensor,
+        context=context,
+        sequence_parallel=sequence_parallel and tensor > 1,
+        schedule=schedule,
+        micro_batch=2,
+        accumulation=4,
+        precision=recipe,
+        checkpoint=checkpoint,
+        zero=zero,
+        optimizer="sgd",
+    )
+    book = ledger_of(workload, strategy, RUNTIMES[runtime], stage)
+    laid = layout(workload, strategy, RUNTIMES[runtime])
+    lane = laid.by_stage[stage][0]
+    left = book.moments[-1] - persistent(laid.setting, lane)
+    rounding, gradient = COLUMN[MemoryKind.ROUNDING], COLUMN[MemoryKind.GRADIENT]
+    held = sum(p.elements for chunk in lane.chunks for p in chunk.parameters)
+    kept = 0 if holds_gradients(laid.setting) else held * precision(recipe).parameter.size_bytes
+    assert left[gradient] == pytest.approx(kept, abs=1e-6)
+    assert left[rounding] >= -1e-6
     for kind, column in COLUMN.items():
         if kind not in (MemoryKind.GRADIENT, MemoryKind.ROUNDING):
             assert left[column] == pytest.approx(0, abs=1e-6), kind

@@ -10,14 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from simtrain.core.precision import precision
 from simtrain.core.runtime import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
-from simtrain.step.ledger import ledger
 from simtrain.torch import Phase, Recording, record_step
 from simtrain.torch.gpu_forms import gpu_forms
 from simtrain.torch.subject import call_model, find_loss
+from tests.step.books import ledger_of
 
 
 def cross_entropy(output: Tensor, batch: Any) -> Tensor:
@@ -124,5 +123,5 @@ def peaks(workload: Workload, build: Callable[[], nn.Module], batch: Any, loss: 
     step = fake_step(build, batch, loss, name)
     recorded = max(live for live, call in zip(step.live_bytes, step.calls, strict=True) if call.phase is not Phase.OPTIMIZER)
     strategy = Strategy(micro_batch=tree_leaves(batch)[0].shape[0], precision=name)
-    book = ledger(workload, strategy, precision(name), runtime("torch-eager-cpu"), 1)
+    book = ledger_of(workload, strategy, runtime("torch-eager-cpu"))
     return float(book.moments[:-1].sum(axis=1).max()), recorded

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from simtrain.core.precision import precision
 from simtrain.core.runtime import runtime
 from simtrain.core.strategy import Strategy
-from simtrain.step.ledger import ledger
+from tests.step.books import ledger_of
 from tests.workloads.image_models import image_model
 from validation.allocation_peak import allocation_peak_bytes
 from validation.training import build_optimizer
@@ -60,7 +59,7 @@ def measured_bytes(model: Any, strategy: Strategy, change: Any = lambda module: 
 
 
 def predicted_bytes(model: Any, strategy: Strategy) -> float:
-    book = ledger(model.work, strategy, precision(strategy.precision), CPU, 1)
+    book = ledger_of(model.work, strategy, CPU)
     return float(book.moments[book.peak].sum())
 
 

@@ -53,7 +53,7 @@ def embedding(part: Part) -> Layer:
     spec, tokens = part.spec, part.tokens
     tape = Tape(Tensor("input:ids", tokens, DTypeRole.INDEX, TensorKind.INPUT))
     wide = part.resident * spec.hidden
-    tied = spec.tied_head and spec.head == "lm"
+    tied = part.tied and spec.head == "lm"
     x = _lookup(tape, "wte", (part.vocabulary, spec.hidden), "input:ids", tokens * spec.hidden, tied=tied)
     if not part.whole:
         x = sum_partial(tape, x, "wte.own", part.form)

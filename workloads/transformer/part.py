@@ -48,6 +48,11 @@ class Part:
         return self.form.tensor == 1
 
     @property
+    def tied(self) -> bool:
+        """Whether embedding and head use one weight."""
+        return self.spec.tied_head and not self.form.untied
+
+    @property
     def tokens(self) -> Polynomial:
         """Tokens that matrix products see."""
         return B * S * (1 / self.form.context) if self.form.context > 1 else B * S

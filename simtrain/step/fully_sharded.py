@@ -1,0 +1,138 @@
+"""ZeRO stage 3 (FSDP): every layer's parameters are gathered for its passes, its gradients scattered after them.
+
+All transfers of a stage share one in-order stream, in the order in which PyTorch's FSDP2 issues them: the next layer's parameters before
+a layer's pass, its gradients after its backward pass. Sources: Zhao et al. 2023, PyTorch FSDP; `torch/distributed/fsdp/_fully_shard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from simtrain.core.program import TermKind
+from simtrain.core.workload import Collective
+from simtrain.cost.collectives import CollectiveCost
+from simtrain.step.builder import Builder
+from simtrain.step.instructions import Step, chunk_costs, gradient_order
+from simtrain.step.layout import Lane, Layout
+from simtrain.step.network import Placed, cost, place
+from simtrain.step.schedules import Action
+from simtrain.step.synchronise import update_cost
+
+Visit = tuple[int, int]
+"""A chunk and a layer in it."""
+
+
+class FullySharded:
+    """Replicas that hold shards; see `simtrain.step.synchronise.Synchroniser`."""
+
+    gathers = True
+
+    def __init__(self, layout: Layout, build: Builder) -> None:
+        self.layout, self.build, self.setting = layout, build, layout.setting
+        strategy, grid = self.setting.strategy, layout.grid
+        self.shard = strategy.shard or grid.holders
+        stages = range(grid.pipeline)
+        self.inside = [place(layout.fabric, grid.holder_groups(s, self.shard)) for s in stages]
+        self.across = [place(layout.fabric, grid.replica_groups(s, self.shard)) for s in stages]
+        self.visits = [self._visits(s) for s in stages]
+        self.next = [0] * grid.pipeline
+        self.gathered: list[list[int]] = [[] for _ in stages]
+        self.computed: list[list[list[int]]] = [[] for _ in stages]
+        self.reduced: dict[int, int] = {}
+        self.known: dict[tuple[int, Collective, float, bool], CollectiveCost] = {}
+
+    def _visits(self, stage: int) -> list[Visit]:
+        """Layers in the order in which a stage needs their parameters; one that comes twice in a row is still there."""
+        layout, plan = self.layout, self.layout.plan
+        lane = layout.by_stage[stage][0]
+        priced = [chunk_costs(self.setting, lane, chunk) for chunk in lane.chunks]
+        visits: list[Visit] = []
+        for i in plan.of_rank(stage).tolist():
+            action, chunk = Action(int(plan.action[i])), int(plan.chunk[i])
+            first = action is not Action.FORWARD and int(plan.micro_batch[i]) == gradient_order(plan, stage, chunk)[0]
+            for which in priced[chunk].passes(action, adding=not first):
+                visits.append((chunk, which.layer))
+        return visits
+
+    def _fresh(self, stage: int, n: int) -> bool:
+        visits = self.visits[stage]
+        return n == 0 or visits[n] != visits[n - 1]
+
+    def ready_after(self, lane: Lane, chunk: int) -> frozenset[int]:  # noqa: ARG002
+        """Passes are terms of their own."""
+        return frozenset()
+
+    def before(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], micro_batch: int) -> Sequence[int]:  # noqa: ARG002
+        """Gathers the layer's parameters, and those of the layers ahead."""
+        stage = lanes[0].stage
+        n = self.next[stage]
+        ahead = min(n + 1 + self.setting.runtime.prefetch, len(self.visits[stage]))
+        for visit in range(len(self.gathered[stage]), ahead):
+            self.gathered[stage].append(self._gather(lanes, visit))
+        self.next[stage] = n + 1
+        return [self.gathered[stage][n]] if self.gathered[stage][n] >= 0 else []
+
+    def _gather(self, lanes: Sequence[Lane], visit: int) -> int:
+        stage = lanes[0].stage
+        if not self._fresh(stage, visit):
+            return self.gathered[stage][visit - 1]
+        chunk, layer = self.visits[stage][visit]
+        elements = _elements(lanes[0], chunk, layer)
+        if not elements:
+            return -1
+        precision = self.setting.precision
+        size = elements * min(precision.low.size_bytes, precision.parameter.size_bytes)
+        price = self._cost(stage, Collective.ALL_GATHER, size, self.inside[stage])
+        # what is gathered takes the room of the layer before last
+        earlier = visit - 1 - self.setting.runtime.prefetch
+        waits = self.computed[stage][earlier] if earlier >= 0 else []
+        return self.build.transfer(TermKind.COLLECTIVE, self._stream(lanes), "gather parameters", price, waits)
+
+    def after(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], terms: Sequence[int], micro_batch: int) -> None:  # noqa: ARG002
+        """Scatters the gradients of a layer whose backward pass is done."""
+        stage = lanes[0].stage
+        self.computed[stage].append(list(terms))
+        elements = _elements(lanes[0], chunk, steps[0].which.layer)
+        if not steps[0].ends_gradients or not elements:
+            return
+        precision = self.setting.precision
+        width = 4 if self.setting.runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
+        price = self._cost(stage, Collective.REDUCE_SCATTER, elements * width, self.inside[stage])
+        stream = self._stream(lanes)
+        self.reduced[stage] = self.build.transfer(TermKind.COLLECTIVE, stream, "scatter gradients", price, terms)
+        if self.shard < self.layout.grid.holders and steps[0].last:
+            price = self._cost(stage, Collective.ALL_REDUCE, elements * width / self.shard, self.across[stage])
+            self.reduced[stage] = self.build.transfer(TermKind.COLLECTIVE, stream, "reduce shards", price, terms)
+
+    def _cost(self, stage: int, kind: Collective, size: float, placed: Placed) -> CollectiveCost:
+        key = (stage, kind, size, placed is self.inside[stage])
+        if key not in self.known:
+            self.known[key] = cost(self.layout.fabric, kind, placed, size)
+        return self.known[key]
+
+    def _stream(self, lanes: Sequence[Lane]) -> int:
+        return self.build.stream([lane.index for lane in lanes], "communication")
+
+    def finish(self, last: Sequence[int]) -> list[int]:
+        """Updates every rank's shard; the next step gathers when it is done."""
+        updates = []
+        everyone = [*self.reduced.values(), *last]
+        for lane in self.layout.lanes:
+            own = [self.reduced[lane.stage]] if lane.stage in self.reduced else []
+            waits = everyone if self.setting.runtime.global_norm else own
+            price = update_cost(self.setting, lane)
+            updates.append(self.build.work(lane.index, TermKind.OPTIMIZER, "optimizer", price, -1, waits, sync=True))
+        for stage, lanes in enumerate(self.layout.by_stage):
+            first = next((t for t in self.gathered[stage] if t >= 0), None)
+            if first is not None:
+                self.build.carries += [(updates[lane.index], first, 0.0) for lane in lanes]
+        return updates
+
+
+def _elements(lane: Lane, chunk: int, layer: int) -> int:
+    """Parameters of a layer, by its position in a chunk."""
+    for kind in lane.chunks[chunk].workload.layers:
+        if layer < kind.repeats:
+            return kind.parameter_count
+        layer -= kind.repeats
+    return 0

@@ -1,0 +1,126 @@
+"""Who does what: the classes of ranks of a setting, the chunks that each holds, and the order in which it works on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from simtrain.core.errors import UnsupportedError
+from simtrain.core.hardware import Device
+from simtrain.core.program import RankClass
+from simtrain.core.workload import Workload
+from simtrain.cost.fabric import Fabric
+from simtrain.step.costs import Place
+from simtrain.step.grid import Grid
+from simtrain.step.network import stage_wire
+from simtrain.step.schedules import SchedulePlan, plan
+from simtrain.step.setting import Setting
+from simtrain.step.shard import Chunk, chunks, even_cuts, rank_form
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lane:
+    """A class of ranks with its work.
+
+    Attributes:
+        index: Among all lanes.
+        rank_class: Who.
+        stage: Pipeline stage.
+        kind: Replicas with the same devices have the same kind.
+        place: Where its passes run.
+        chunks: What it holds, by chunk index.
+    """
+
+    index: int
+    rank_class: RankClass
+    stage: int
+    kind: int
+    place: Place
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A setting, laid out over ranks.
+
+    Attributes:
+        setting: The question.
+        grid: Where ranks stand.
+        fabric: Routes between them.
+        local: The workload as one rank runs it.
+        plan: What each stage does, in an order in which everything can run.
+        lanes: Classes of ranks, those of stage 0 first.
+    """
+
+    setting: Setting
+    grid: Grid
+    fabric: Fabric
+    local: Workload
+    plan: SchedulePlan
+    lanes: tuple[Lane, ...]
+
+    @cached_property
+    def by_stage(self) -> tuple[tuple[Lane, ...], ...]:
+        """Lanes of each stage, one per kind of replica."""
+        return tuple(tuple(lane for lane in self.lanes if lane.stage == s) for s in range(self.grid.pipeline))
+
+    @property
+    def classes(self) -> tuple[RankClass, ...]:
+        """The classes of ranks."""
+        return tuple(lane.rank_class for lane in self.lanes)
+
+
+def lay_out(setting: Setting, *, split: bool = False) -> Layout:
+    """Lays a setting out.
+
+    Args:
+        setting: The checked question.
+        split: Give the ranks of every replica classes of their own (when ranks are disturbed one by one).
+
+    Raises:
+        StrategyError: The model or the schedule does not run with these degrees.
+        UnsupportedError: Ranks that share a layer or a sequence run on different devices.
+    """
+    strategy = setting.strategy
+    grid = Grid.of(strategy)
+    local = rank_form(setting.workload, strategy, setting.runtime)
+    schedule = strategy.schedule if strategy.pipeline > 1 else "1f1b"
+    order = plan(schedule, strategy.pipeline, strategy.chunks if strategy.pipeline > 1 else 1, strategy.accumulation)
+    pieces = chunks(local, setting.cuts or even_cuts(local, order.positions), setting.precision, setting.runtime)
+    fabric = Fabric(setting.cluster)
+    kinds = _replica_kinds(setting, grid, split)
+    lanes: list[Lane] = []
+    for stage in range(grid.pipeline):
+        wire = stage_wire(fabric, grid, stage)
+        held = tuple(pieces[position] for position in order.placement[stage])
+        for kind, (devices, holders) in enumerate(kinds):
+            ranks = tuple(grid.rank(stage, h, t) for h in holders for t in range(grid.tensor))
+            device = devices[stage]
+            name = _name(grid, stage, device, ranks, split)
+            place = Place(device, strategy.micro_batch, local.sequence, setting.runtime, wire)
+            lanes.append(Lane(len(lanes), RankClass(name, ranks, device), stage, kind, place, held))
+    return Layout(setting, grid, fabric, local, order, tuple(lanes))
+
+
+def _name(grid: Grid, stage: int, device: Device, ranks: tuple[int, ...], split: bool) -> str:
+    if split and len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    own = f"ranks {ranks[0]} to {ranks[-1]}" if split else f"{device.name} x{len(ranks)}"
+    return own if grid.pipeline == 1 else f"stage {stage}: {own}"
+
+
+def _replica_kinds(setting: Setting, grid: Grid, split: bool) -> list[tuple[tuple[Device, ...], list[int]]]:
+    """Groups replicas by the devices of their stages."""
+    kinds: dict[object, tuple[tuple[Device, ...], list[int]]] = {}
+    for holder in range(grid.holders):
+        devices = []
+        for stage in range(grid.pipeline):
+            first = grid.rank(stage, holder)
+            together = set(setting.devices[first : first + grid.tensor])
+            if len(together) > 1:
+                names = " and ".join(sorted(d.name for d in together))
+                raise UnsupportedError(f"tensor-parallel ranks {first} to {first + grid.tensor - 1} mix {names}: use equal devices")
+            devices.append(setting.devices[first])
+        key: object = holder if split else tuple(devices)
+        kinds.setdefault(key, (tuple(devices), []))[1].append(holder)
+    return list(kinds.values())

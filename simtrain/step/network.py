@@ -1,0 +1,89 @@
+"""What collectives cost the ranks of a stage: groups placed on the fabric, with those that run at the same time beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from simtrain.core.errors import InternalError
+from simtrain.core.workload import Collective
+from simtrain.cost.collectives import CollectiveCost, collective, point_to_point
+from simtrain.cost.fabric import Fabric
+from simtrain.step.grid import Grid
+
+Group = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A group of ranks, and the groups that do the same at the same time on the same nodes.
+
+    Attributes:
+        ranks: Of the group that is priced.
+        beside: The others.
+    """
+
+    ranks: Group
+    beside: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wire:
+    """Collectives inside the layers of one stage.
+
+    Attributes:
+        fabric: Routes.
+        groups: By name: "tensor", "context", "expert".
+        known_s: Times that were asked for before.
+    """
+
+    fabric: Fabric
+    groups: Mapping[str, Placed]
+    known_s: dict[tuple[Collective, str, float], float] = field(default_factory=dict)
+
+    def time_s(self, kind: Collective, group: str, size_bytes: float) -> float:
+        """Duration of a collective, all groups of the stage running it at once.
+
+        Raises:
+            InternalError: The stage has no such group.
+        """
+        key = (kind, group, size_bytes)
+        if key not in self.known_s:
+            if group not in self.groups:
+                raise InternalError(f"a layer runs {kind.value} over a group {group!r} that its stage does not have")
+            self.known_s[key] = cost(self.fabric, kind, self.groups[group], size_bytes).time_s
+        return self.known_s[key]
+
+
+def cost(fabric: Fabric, kind: Collective, placed: Placed, size_bytes: float) -> CollectiveCost:
+    """Prices a collective of a placed group; the groups beside it load the same links."""
+    return collective(fabric, kind, placed.ranks, size_bytes, concurrent=placed.beside)
+
+
+def place(fabric: Fabric, groups: Sequence[Group]) -> Placed:
+    """Takes the group that reaches furthest and finds those that share its nodes."""
+    nodes = [{fabric.places[rank][0] for rank in group} for group in groups]
+    chosen = max(range(len(groups)), key=lambda i: len(nodes[i]))
+    beside = tuple(g for i, g in enumerate(groups) if i != chosen and nodes[i] & nodes[chosen])
+    return Placed(groups[chosen], beside)
+
+
+def stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire:
+    """The groups inside a stage."""
+    groups: dict[str, Placed] = {}
+    if grid.tensor > 1:
+        groups["tensor"] = place(fabric, grid.tensor_groups(stage))
+    if grid.context > 1:
+        groups["context"] = place(fabric, grid.context_groups(stage))
+    if grid.expert > 1:
+        groups["expert"] = place(fabric, grid.expert_groups(stage))
+    return Wire(fabric, groups)
+
+
+def send(fabric: Fabric, grid: Grid, source: int, target: int, size_bytes: float) -> CollectiveCost:
+    """What one rank of a stage sends to the same place in another, while all its neighbours on the node do so too."""
+    first = grid.rank(source)
+    node = fabric.places[first][0]
+    offset = grid.rank(target) - first
+    beside = tuple((rank, rank + offset) for rank in grid.stage(source) if rank != first and fabric.places[rank][0] == node)
+    return point_to_point(fabric, first, first + offset, size_bytes, concurrent=beside)

@@ -1,0 +1,146 @@
+"""Sharding: the form of the workload that one rank runs, cut into the chunks that pipeline ranks hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from simtrain.core.errors import StrategyError, UnsupportedError
+from simtrain.core.precision import Precision
+from simtrain.core.runtime import Runtime
+from simtrain.core.strategy import Strategy
+from simtrain.core.workload import Form, Parameter, Workload
+from simtrain.step.specialize import ConcreteLayer, concrete_layers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """Consecutive layers that one rank holds.
+
+    Attributes:
+        position: Among the chunks of the model, from the input.
+        workload: Those layers, as this rank runs them.
+        concrete: The same, specialized.
+        first: Whether the model begins here.
+        last: Whether it ends here.
+        start: Position of the first layer in the model, repeats counted.
+    """
+
+    position: int
+    workload: Workload
+    concrete: tuple[ConcreteLayer, ...]
+    first: bool
+    last: bool
+    start: int
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """Every parameter, repeats counted, in registration order."""
+        return [p for layer in self.workload for p in layer.parameters if p.tied_to is None]
+
+
+def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime) -> Workload:
+    """Writes a workload as one rank runs it.
+
+    Raises:
+        StrategyError: The model cannot be divided so.
+        UnsupportedError: Only the whole of it is known.
+    """
+    form = Form(
+        tensor=strategy.tensor,
+        sequence_parallel=strategy.sequence_parallel,
+        context=strategy.context,
+        context_style=strategy.context_style,  # type: ignore[arg-type]  # checked by Strategy
+        expert=strategy.expert,
+        loss=runtime.loss,
+        regather=runtime.regather,
+        overlap=runtime.overlap_tensor,
+        vocabulary_multiple=runtime.vocabulary_multiple,
+        untied=strategy.pipeline > 1,
+    )
+    if form == Form():
+        return workload
+    if workload.reform is not None:
+        return _reformed(workload, form)
+    divided = [n for n in ("tensor", "context", "expert") if getattr(strategy, n) > 1]
+    if divided:
+        raise UnsupportedError(
+            f"{workload.name} is known as a whole only, so that {' and '.join(divided)} parallelism cannot divide it; "
+            "data and pipeline parallelism and ZeRO can"
+        )
+    return workload
+
+
+@lru_cache(maxsize=256)
+def _reformed(workload: Workload, form: Form) -> Workload:
+    if workload.reform is None:
+        return workload
+    return workload.reform(form)
+
+
+def tied_parameter(whole: Workload, local: Workload) -> Parameter | None:
+    """The parameter whose two copies at both ends of a pipeline must stay equal, or `None`."""
+    if not any(p.tied_to for layer in whole.layers for p in layer.parameters):
+        return None
+    name = next(p.tied_to for layer in whole.layers for p in layer.parameters if p.tied_to)
+    return next(p for layer in local.layers for p in layer.parameters if f"{layer.name}.{p.name}" == name)
+
+
+def even_cuts(workload: Workload, positions: int) -> tuple[tuple[int, int], ...]:
+    """Cuts a model into half-open ranges of layers: blocks as evenly as they go, what stands before them first, what stands behind last.
+
+    Where blocks do not divide, the ends get fewer, because embedding and head are theirs too.
+
+    Raises:
+        StrategyError: Fewer blocks than chunks.
+    """
+    flags = [layer.block for layer in workload]
+    blocks = sum(flags)
+    if positions == 1:
+        return ((0, len(flags)),)
+    if not blocks:
+        flags, blocks = [True] * len(flags), len(flags)
+    if blocks < positions:
+        raise StrategyError(
+            f"{workload.name} has {blocks} blocks, fewer than {positions} pipeline chunks: use pipeline x chunks of at most {blocks}"
+        )
+    share, more = divmod(blocks, positions)
+    middle_first = sorted(range(positions), key=lambda i: (i in (0, positions - 1), i == positions - 1, i))
+    counts = [share + (i in middle_first[:more]) for i in range(positions)]
+    ends, index, taken = [], 0, 0
+    for count in counts:
+        taken += count
+        while sum(flags[:index]) < taken:
+            index += 1
+        ends.append(index)
+    ends[-1] = len(flags)
+    return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def chunks(workload: Workload, cuts: tuple[tuple[int, int], ...], precision: Precision, runtime: Runtime) -> tuple[Chunk, ...]:
+    """Cuts a rank's form of a workload.
+
+    Args:
+        workload: As one rank runs it.
+        cuts: Half-open ranges of layers.
+        precision: Number formats.
+        runtime: Decides between fused and unfused operators.
+
+    Raises:
+        UnsupportedError: A tensor crosses layers outside the chain, so that the model cannot be cut.
+    """
+    concrete = concrete_layers(workload, precision, runtime)
+    if len(cuts) == 1:
+        return (Chunk(0, workload, concrete, first=True, last=True, start=0),)
+    shared = sorted({n for c in concrete for n in c.tensors if n.startswith("shared:")})
+    if shared:
+        raise UnsupportedError(f"{workload.name} cannot be cut into pipeline stages: {', '.join(shared)} crosses its layers")
+    kinds = [kind for kind, layer in enumerate(workload.layers) for _ in range(layer.repeats)]
+    made = []
+    for position, (start, end) in enumerate(cuts):
+        own = kinds[start:end]
+        distinct = list(dict.fromkeys(own))
+        layers = tuple(replace(workload.layers[k], repeats=own.count(k)) for k in distinct)
+        part = replace(workload, layers=layers)
+        made.append(Chunk(position, part, tuple(concrete[k] for k in distinct), start == 0, end == len(kinds), start))
+    return tuple(made)

@@ -1,0 +1,151 @@
+"""Memory that does not come from operators: parameters, gradients and optimizer states as a rank holds them, buffers, the update's own.
+
+Bytes per parameter follow the recipes of Rajbhandari et al. 2020 (ZeRO) and Korthikanti et al. 2022, with what measured peaks of PyTorch
+added: rounding of blocks, step counters, temporaries of the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.precision import Precision
+from simtrain.core.result import MemoryKind
+from simtrain.core.strategy import OPTIMIZERS
+from simtrain.step.buckets import gradient_bytes
+from simtrain.step.layout import Lane
+from simtrain.step.occupancy import BLOCK_BYTES, COLUMN, KINDS, Mode, Sizer
+from simtrain.step.passes import Pass
+from simtrain.step.setting import Setting
+from simtrain.step.shard import Chunk
+from simtrain.step.specialize import ConcreteLayer
+
+STEP_COUNTER_BYTES = 4
+"""AdamW keeps a step counter tensor per parameter (`torch/optim/adamw.py`)."""
+
+
+def shards(setting: Setting) -> int:
+    """Ranks over which ZeRO shards; 1 without it."""
+    strategy = setting.strategy
+    return (strategy.shard or strategy.data * strategy.context) if strategy.zero else 1
+
+
+def holds_gradients(setting: Setting) -> bool:
+    """Whether gradients have a place of their own from the start, so that what a backward pass makes is added to it and let go."""
+    strategy, runtime = setting.strategy, setting.runtime
+    views = runtime.gradient_as_bucket_view and strategy.data * strategy.context > 1
+    return views or runtime.main_gradients or strategy.zero >= 2
+
+
+def persistent(setting: Setting, lane: Lane) -> FloatArray:
+    """What is there all the time on a rank, by kind."""
+    row = np.zeros(len(KINDS))
+    strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
+    parameters = [p.elements for chunk in lane.chunks for p in chunk.parameters]
+    over = shards(setting)
+    adam = OPTIMIZERS[strategy.optimizer] == 2
+    states = OPTIMIZERS[strategy.optimizer] + (precision.master is not None)
+    whole_size = 0 if strategy.zero == 3 and precision.master is not None else precision.parameter.size_bytes
+    spread = over if strategy.zero == 3 else 1
+    for elements in parameters:
+        weights = _rounded(elements / spread, whole_size, runtime.allocator == "caching")
+        state = _rounded(elements, precision.state.size_bytes, runtime.allocator == "caching")
+        row[COLUMN[MemoryKind.PARAMETER]] += weights[0]
+        row[COLUMN[MemoryKind.OPTIMIZER]] += (states * state[0] + STEP_COUNTER_BYTES * adam) / over
+        row[COLUMN[MemoryKind.ROUNDING]] += weights[1] + states * state[1] / over
+    total = sum(parameters)
+    _add_gradients(row, setting, total, over)
+    row[COLUMN[MemoryKind.PARAMETER]] += sum(x.buffer_bytes for chunk in lane.chunks for x in chunk.workload)
+    row[COLUMN[MemoryKind.INPUT]] += lane.chunks[0].workload.input_bytes(strategy.micro_batch, lane.place.sequence)
+    row[COLUMN[MemoryKind.WORKSPACE]] += runtime.workspace_bytes
+    return row
+
+
+def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int) -> None:
+    """Gradients that persist, and the buckets in which they are reduced."""
+    strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
+    gradient = COLUMN[MemoryKind.GRADIENT]
+    if strategy.zero >= 2:
+        row[gradient] += total * gradient_bytes(precision, runtime) / over
+        if strategy.zero == 2:
+            row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, total * precision.parameter.size_bytes)
+        return
+    if runtime.main_gradients:
+        row[gradient] += 4 * total
+        return
+    if precision.master is not None:  # gradients in the master's format live beside those of the weights
+        row[gradient] += total * precision.state.size_bytes / over
+    if strategy.data * strategy.context > 1:
+        # buckets hold a second copy of the gradients, or the gradients themselves
+        column = MemoryKind.GRADIENT if runtime.gradient_as_bucket_view else MemoryKind.COMMUNICATION
+        row[COLUMN[column]] += total * precision.parameter.size_bytes
+
+
+def _rounded(elements: float, size: float, caching: bool) -> tuple[float, float]:
+    exact = elements * size
+    return exact, (-exact % BLOCK_BYTES if caching else 0.0)
+
+
+def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
+    """Temporaries of the update: AdamW forms a denominator, for all parameters at once (multi-tensor) or tensor by tensor."""
+    row = np.zeros(len(KINDS))
+    strategy, runtime = setting.strategy, setting.runtime
+    if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused":
+        return row
+    size = setting.precision.state.size_bytes
+    sizes = [p.elements for chunk in lane.chunks for p in chunk.parameters]
+    if runtime.optimizer_style == "foreach":
+        row[COLUMN[MemoryKind.TRANSIENT]] = sum(sizes) * size / shards(setting)
+    elif sizes:
+        # the root of the second moment and the denominator made from it, while the denominator of the parameter before is still held
+        row[COLUMN[MemoryKind.TRANSIENT]] = max(2 * own + before for before, own in pairwise([0, *sizes])) * size
+    return row
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FullShards:
+    """What ZeRO stage 3 holds unsharded: the parameters of the layer at work and of those gathered ahead, its gradients.
+
+    Attributes:
+        precision: Format of what is gathered.
+        ahead: Layers gathered ahead.
+    """
+
+    precision: Precision
+    ahead: int
+
+    @classmethod
+    def of(cls, setting: Setting, lane: Lane) -> FullShards | None:  # noqa: ARG003
+        """Returns `None` where parameters are not sharded."""
+        if setting.strategy.zero < 3 or setting.strategy.data * setting.strategy.context == 1:
+            return None
+        return cls(setting.precision, setting.runtime.prefetch)
+
+    def held(self, chunk: Chunk, passes: Sequence[Pass], at: int) -> FloatArray:
+        """Gathered parameters while a pass runs."""
+        visited: list[int] = []
+        for step in passes[at:]:
+            if not visited or visited[-1] != step.layer:
+                visited.append(step.layer)
+            if len(visited) > self.ahead:
+                break
+        kinds = {p.layer: p.kind for p in passes}
+        row = np.zeros(len(KINDS))
+        counts = [chunk.workload.layers[kinds[layer]].parameter_count for layer in dict.fromkeys(visited)]
+        row[COLUMN[MemoryKind.COMMUNICATION]] = sum(counts) * self.precision.parameter.size_bytes
+        return row
+
+    def scattered(self, concrete: ConcreteLayer, sizer: Sizer, mode: Mode, adding: bool) -> FloatArray:
+        """Whole gradients of a layer, which go once their shards are summed."""
+        row = np.zeros(len(KINDS))
+        if mode is Mode.BACKWARD_ACCUMULATING or adding:
+            return row  # let go by the pass itself
+        for op in concrete.backward:
+            for tensor in op.writes:
+                if tensor.name.startswith("grad:") and any(tensor.name == f"grad:{p.name}" for p in concrete.layer.parameters):
+                    row += sizer.tensor(tensor, MemoryKind.GRADIENT)
+        return row

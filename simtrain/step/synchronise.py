@@ -1,0 +1,224 @@
+"""Keeping replicas equal: gradients reduced as they become ready, the optimizer, updated parameters gathered.
+
+ZeRO stage 0 reduces every gradient on every rank, stages 1 and 2 leave each rank the share that it updates and gather parameters
+afterwards (Rajbhandari et al. 2020). Stage 3 is `simtrain.step.fully_sharded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from simtrain.core.program import TermKind
+from simtrain.core.workload import Collective
+from simtrain.cost.collectives import CollectiveCost
+from simtrain.step.buckets import Bucket, gradient_buckets, gradient_bytes
+from simtrain.step.builder import Builder
+from simtrain.step.costs import PassCost, pass_cost
+from simtrain.step.instructions import FORWARD_MODES, Step
+from simtrain.step.kernels import bucket_copy_kernels, optimizer_kernels
+from simtrain.step.layout import Lane, Layout
+from simtrain.step.network import Placed, cost, place
+from simtrain.step.setting import Setting
+from simtrain.step.shard import Chunk, tied_parameter
+
+Cell = tuple[int, int]
+"""A stage and one of its chunks."""
+
+
+class Synchroniser(Protocol):
+    """What keeps replicas equal adds its terms around the passes of a step.
+
+    Attributes:
+        gathers: Whether parameters are gathered for every pass, which then is a term of its own.
+    """
+
+    gathers: bool
+
+    def ready_after(self, lane: Lane, chunk: int) -> frozenset[int]:
+        """Layers of a chunk whose last backward pass makes something ready to be reduced."""
+        ...
+
+    def before(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], micro_batch: int) -> Sequence[int]:
+        """Adds what passes of a stage need first; returns terms that they wait for."""
+        ...
+
+    def after(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], terms: Sequence[int], micro_batch: int) -> None:
+        """Adds what passes of a stage make possible; `terms` are theirs, one per lane."""
+        ...
+
+    def finish(self, last: Sequence[int]) -> list[int]:
+        """Adds everything after the last passes; returns the term of the update of each lane."""
+        ...
+
+
+def chunk_buckets(layout: Layout, stage: int, chunk: int) -> tuple[tuple[Bucket, Placed], ...]:
+    """Gradient buckets of a chunk, with the ranks that reduce each: all that hold the chunk, or the same experts of it."""
+    setting, grid = layout.setting, layout.grid
+    part = layout.by_stage[stage][0].chunks[chunk]
+    stages = layout.plan.holders[part.position]
+    groups = [sum(together, ()) for together in zip(*(grid.holder_groups(s) for s in stages), strict=True)]
+    experts = [sum(together, ()) for together in zip(*(grid.expert_holder_groups(s) for s in stages), strict=True)]
+    found: list[tuple[Bucket, Placed]] = []
+    for expert, among in ((False, groups), (True, experts)):
+        if len(among[0]) > 1:
+            placed = place(layout.fabric, among)
+            made = gradient_buckets(part.workload, setting.precision, setting.runtime, expert=expert)
+            found += [(bucket, placed) for bucket in made]
+    return tuple(found)
+
+
+def reduction(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCost:
+    """What reducing gradients of a size costs: everyone gets the sum, or each its share."""
+    scatter = layout.setting.strategy.zero >= 1 and layout.setting.runtime.scatter_gradients
+    return cost(layout.fabric, Collective.REDUCE_SCATTER if scatter else Collective.ALL_REDUCE, placed, size_bytes)
+
+
+def update_cost(setting: Setting, lane: Lane) -> PassCost:
+    """What the optimizer costs a lane, over all its chunks."""
+    strategy = setting.strategy
+    holders = strategy.data * strategy.context
+    shards = (strategy.shard or holders) if strategy.zero else 1
+    parameters = [p.elements for chunk in lane.chunks for p in chunk.parameters]
+    kernels = optimizer_kernels(parameters, strategy.optimizer, setting.precision, setting.runtime, shards)
+    return pass_cost(lane.place.device, kernels, setting.runtime)
+
+
+class Replicated:
+    """Replicas that hold all parameters of their part of the model (ZeRO stages 0 to 2)."""
+
+    gathers = False
+
+    def __init__(self, layout: Layout, build: Builder) -> None:
+        self.layout, self.build, self.setting = layout, build, layout.setting
+        self.buckets: dict[Cell, tuple[tuple[Bucket, Placed], ...]] = {}
+        for stage, held in enumerate(layout.plan.placement):
+            for chunk in range(len(held)):
+                self.buckets[stage, chunk] = chunk_buckets(layout, stage, chunk)
+        self.reduced: dict[Cell, list[tuple[Bucket, int]]] = {cell: [] for cell in self.buckets}
+        self.waiting: list[tuple[Cell, Bucket, Placed]] = []
+        self.first_forward: dict[tuple[int, int, int], int] = {}
+        self.cell_lanes: dict[Cell, list[int]] = {}
+
+    def ready_after(self, lane: Lane, chunk: int) -> frozenset[int]:
+        """See `Synchroniser`."""
+        if not self.setting.runtime.overlap_communication:
+            return frozenset()
+        return frozenset(b.ready_after_layer for b, _ in self.buckets[lane.stage, chunk])
+
+    def before(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], micro_batch: int) -> Sequence[int]:  # noqa: ARG002
+        """See `Synchroniser`."""
+        return ()
+
+    def after(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], terms: Sequence[int], micro_batch: int) -> None:
+        """See `Synchroniser`."""
+        cell = (lanes[0].stage, chunk)
+        if micro_batch == 0 and steps[0].which.mode in FORWARD_MODES:
+            for lane, term in zip(lanes, terms, strict=True):
+                for step in steps:
+                    self.first_forward.setdefault((lane.index, chunk, step.which.layer), term)
+        done = {s.which.layer for s in steps if s.ends_gradients and (s.last or self._every_time)}
+        if not done:
+            return
+        last = any(s.last for s in steps)
+        for bucket, placed in self.buckets[cell]:
+            if bucket.ready_after_layer not in done:
+                continue
+            shared = len(self.layout.plan.holders[lanes[0].chunks[chunk].position]) > 1
+            if last and (shared or not self.setting.runtime.overlap_communication):
+                self.waiting.append((cell, bucket, placed))
+            else:
+                term = self._reduce(cell, bucket, placed, terms)
+                if last:
+                    self.reduced[cell].append((bucket, term))
+
+    @property
+    def _every_time(self) -> bool:
+        return self.setting.strategy.zero == 2 and self.setting.runtime.reduce_every
+
+    def _stream(self, stages: Sequence[int]) -> int:
+        lanes = [lane.index for s in stages for lane in self.layout.by_stage[s]]
+        return self.build.stream(lanes, "communication")
+
+    def _reduce(self, cell: Cell, bucket: Bucket, placed: Placed, waits: Sequence[int]) -> int:
+        stage, chunk = cell
+        holders = self.layout.plan.holders[self.layout.by_stage[stage][0].chunks[chunk].position]
+        price = reduction(self.layout, placed, bucket.size_bytes)
+        label = f"reduce gradients, {bucket.size_bytes / 2**20:.0f} MiB"
+        return self.build.transfer(TermKind.COLLECTIVE, self._stream(holders), label, price, waits)
+
+    def finish(self, last: Sequence[int]) -> list[int]:
+        """See `Synchroniser`."""
+        layout, build = self.layout, self.build
+        for cell, bucket, placed in self.waiting:
+            holders = layout.plan.holders[layout.by_stage[cell[0]][0].chunks[cell[1]].position]
+            if cell[0] == holders[0]:  # a chunk that two stages hold is reduced once
+                term = self._reduce(cell, bucket, placed, [last[lane.index] for s in holders for lane in layout.by_stage[s]])
+                for stage in holders:
+                    chunk = next(c for c, p in enumerate(layout.plan.placement[stage]) if p == layout.plan.placement[cell[0]][cell[1]])
+                    self.reduced[stage, chunk].append((bucket, term))
+        tied = self._tie(last)
+        for lane in layout.lanes:
+            self._copy_back(lane)
+        ends = [self._reduced_terms(lane) + tied.get(lane.stage, []) for lane in layout.lanes]
+        everyone = [term for own, done in zip(ends, last, strict=True) for term in (*own, done)]
+        updates = []
+        for lane, own in zip(layout.lanes, ends, strict=True):
+            waits = everyone if self.setting.runtime.global_norm else own[-1:]
+            cost_of = update_cost(self.setting, lane)
+            updates.append(build.work(lane.index, TermKind.OPTIMIZER, "optimizer", cost_of, -1, waits, sync=True))
+        if self.setting.strategy.zero and layout.grid.holders > 1:
+            self._gather(updates)
+        return updates
+
+    def _reduced_terms(self, lane: Lane) -> list[int]:
+        return [term for chunk in range(len(lane.chunks)) for _, term in self.reduced[lane.stage, chunk]]
+
+    def _copy_back(self, lane: Lane) -> None:
+        runtime = self.setting.runtime
+        if runtime.gradient_as_bucket_view or runtime.main_gradients:
+            return
+        for chunk in range(len(lane.chunks)):
+            for bucket, term in self.reduced[lane.stage, chunk]:
+                back = pass_cost(lane.place.device, bucket_copy_kernels(bucket.gradients, self.setting.precision), runtime)
+                self.build.work(lane.index, TermKind.GRADIENT_COPY, "copy bucket back", back, -1, [term])
+
+    def _tie(self, last: Sequence[int]) -> dict[int, list[int]]:
+        """Sums the gradients of a weight that both ends of a pipeline hold; returns the term by stage."""
+        layout, plan = self.layout, self.layout.plan
+        parameter = tied_parameter(self.setting.workload, layout.local) if layout.grid.pipeline > 1 else None
+        first, end = plan.holders[0][0], plan.holders[-1][0]
+        if parameter is None or first == end:
+            return {}
+        size = parameter.elements * gradient_bytes(self.setting.precision, self.setting.runtime)
+        pairs = list(zip(layout.grid.stage(first), layout.grid.stage(end), strict=True))
+        price = cost(layout.fabric, Collective.ALL_REDUCE, place(layout.fabric, pairs), size)
+        lanes = [lane for s in (first, end) for lane in layout.by_stage[s]]
+        waits = [t for lane in lanes for t in (last[lane.index], *self._reduced_terms(lane))]
+        stream = self.build.stream([lane.index for lane in lanes], "tied weights")
+        term = self.build.transfer(TermKind.COLLECTIVE, stream, "reduce tied gradients", price, waits)
+        return {first: [term], end: [term]}
+
+    def _gather(self, updates: Sequence[int]) -> None:
+        """Gathers updated parameters; the next step's forward passes wait for theirs, or all of them for everything."""
+        layout, setting = self.layout, self.setting
+        groups = [layout.grid.holder_groups(stage, setting.strategy.shard) for stage in range(layout.grid.pipeline)]
+        for stage, lanes in enumerate(layout.by_stage):
+            placed = place(layout.fabric, groups[stage])
+            for c, chunk in enumerate(lanes[0].chunks):
+                for first, size in _gather_sizes(chunk, setting):
+                    price = cost(layout.fabric, Collective.ALL_GATHER, placed, size)
+                    waits = [updates[lane.index] for lane in lanes]
+                    term = self.build.transfer(TermKind.COLLECTIVE, self._stream((stage,)), "gather parameters", price, waits)
+                    for lane in lanes:
+                        target = (lane.index, c, first) if setting.runtime.overlap_gather else (lane.index, 0, 0)
+                        self.build.carries.append((term, self.first_forward[target], 0.0))
+
+
+def _gather_sizes(chunk: Chunk, setting: Setting) -> list[tuple[int, float]]:
+    """First layer and bytes of what is gathered together: each layer by itself where that overlaps, else all of them."""
+    size = setting.precision.parameter.size_bytes
+    layers = [size * layer.parameter_count for layer in chunk.workload]
+    if setting.runtime.overlap_gather and setting.strategy.pipeline == 1:
+        return [(i, float(s)) for i, s in enumerate(layers) if s]
+    return [(0, float(sum(layers)))]

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from simtrain.core.errors import InputError, UnsupportedError
-from simtrain.core.network import Network
+from simtrain.core.network import SWITCH, Network
 from simtrain.core.precision import DType
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Cluster:
     aliases: tuple[str, ...] = ()
     host_power_w: float = 0.0
     provenance: Mapping[str, Provenance] = field(default_factory=dict, repr=False)
-    network: Network = Network()
+    network: Network = SWITCH
 
     def __post_init__(self) -> None:
         self.network.check(self.size, self.name)

@@ -77,6 +77,9 @@ class Network:
         vertices = math.prod(self.dimensions)
         if self.kind == "torus" and vertices != ranks:
             text = " x ".join(map(str, self.dimensions))
-            raise InputError(
-                f"cluster {name!r}: network.dimensions {text} make {vertices} vertices, but it has {ranks} devices: make them multiply to {ranks}"
-            )
+            fix = f"but it has {ranks} devices: make them multiply to {ranks}"
+            raise InputError(f"cluster {name!r}: network.dimensions {text} make {vertices} vertices, {fix}")
+
+
+SWITCH = Network()
+"""The default: nothing but the nodes' ports limits what they send each other."""

@@ -108,8 +108,8 @@ class Fabric:
             table.append(("mesh", names, np.repeat(peer / direct, widest)))
         table += [(key, names, capacity) for key, names, capacity in self.topology.tables]
         start, found = 0, {}
-        for key, names, capacity in table:
-            found[key] = Block(start, tuple(names), np.asarray(capacity, dtype=np.float64))
+        for key, labels, capacity in table:
+            found[key] = Block(start, tuple(labels), np.asarray(capacity, dtype=np.float64))
             start += len(found[key].capacity)
         return found
 
@@ -187,10 +187,11 @@ class Fabric:
             self._check_connected(a, b)
             count = len(self.cluster.nodes)
             pairs, place = np.unique(a[across] * count + b[across], return_inverse=True)
-            amount = np.bincount(place, flows.size_bytes[across])
+            amount: FloatArray = np.bincount(place, flows.size_bytes[across]).astype(np.float64)
             source, target = pairs // count, pairs % count
             share = self._port_shares(members)
-            self._through_ports(loads, np.bincount(source, amount, count), np.bincount(target, amount, count), members)
+            out, into = (np.bincount(end, amount, count).astype(np.float64) for end in (source, target))
+            self._through_ports(loads, out, into, members)
             self.topology.route({key: self._view(loads, key) for key, _, _ in self.topology.tables}, source, target, amount, share)
 
     def _between_peers(self, loads: FloatArray, flows: Flows, members: IntArray) -> None:

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from simtrain.core.errors import InputError, UnknownNameError
-
-if TYPE_CHECKING:
-    from simtrain.core.hardware import Provenance
 
 NETWORK_KINDS = ("switch", "fat-tree", "rail-optimized", "dragonfly", "torus")
 """Networks that are modelled; an ethernet is a "switch" or a "fat-tree" of ethernet links."""
@@ -37,7 +32,6 @@ class Network:
         dimensions: Axes of a torus, the last one fastest.
         wraparound: Whether each axis closes to a ring (an axis that is a slice of a larger one does not); all of them when empty.
         in_network_reduction: Whether its switches add up what nodes send (SHARP).
-        provenance: Origin of its numbers.
     """
 
     kind: str = "switch"
@@ -46,7 +40,6 @@ class Network:
     dimensions: tuple[int, ...] = ()
     wraparound: tuple[bool, ...] = ()
     in_network_reduction: bool = False
-    provenance: Mapping[str, Provenance] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in NETWORK_KINDS:
@@ -67,6 +60,16 @@ class Network:
     def wraps(self, axis: int) -> bool:
         """Whether an axis of the torus closes to a ring."""
         return self.wraparound[axis] if self.wraparound else True
+
+    def __str__(self) -> str:
+        """A short form for reports, such as `fat-tree of 16 nodes per group, oversubscribed 2:1`."""
+        parts = [" x ".join(map(str, self.dimensions))] if self.dimensions else []
+        parts += [f"of {self.nodes_per_group} nodes per group"] if self.kind in GROUPED else []
+        closed = [axis for axis in range(len(self.dimensions)) if not self.wraps(axis)]
+        parts += [f"without wraparound of axes {', '.join(map(str, closed))}"] if closed else []
+        text = " ".join([self.kind, *parts])
+        text += f", oversubscribed {self.oversubscription:g}:1" if self.oversubscription != 1 else ""
+        return text + (", switches add up" if self.in_network_reduction else "")
 
     def check(self, ranks: int, name: str) -> None:
         """Checks that a torus has a vertex for each rank of a cluster.

@@ -20,14 +20,16 @@ from hardware_models.schema import (
     ClusterFile,
     DeviceFile,
     LinkFile,
+    NetworkTable,
     NodeTable,
     Number,
     NumberField,
     parse_number,
     profile_field,
 )
-from simtrain.core.errors import CatalogError, UnknownNameError, nearest
+from simtrain.core.errors import CatalogError, InputError, UnknownNameError, nearest
 from simtrain.core.hardware import Cluster, Device, Link, MemoryTier, Node, Provenance, ValueKind
+from simtrain.core.network import SWITCH, Network
 from simtrain.core.precision import DType
 from simtrain.core.units import DIMENSIONS
 
@@ -123,7 +125,12 @@ def read_cluster(path: Path | Traversable, device: Callable[[str], Device], link
     memory = numbers.get("host.memory.capacity_bytes")
     for index, table in enumerate(file.nodes):
         nodes += _nodes(table, index, memory, problems, device=device, link=link)
+    network = _network(file.network, numbers.get("network.oversubscription"), sum(len(n.devices) for n in nodes), file.name, problems)
+    if file.network and file.network.source not in file.sources:
+        problems.append(Problem(("network", "source"), _no_source(file.network.source, file.sources)))
     provenance = _provenance(path, text, file.sources, numbers, problems)
+    if file.network:
+        provenance["network"] = Provenance(ValueKind.SPECIFICATION, file.sources[file.network.source])
     # Counts in [[nodes]] share one source: they describe one machine, not separate facts.
     provenance["structure"] = Provenance(ValueKind.SPECIFICATION, file.sources[file.structure])
     return Cluster(
@@ -133,7 +140,30 @@ def read_cluster(path: Path | Traversable, device: Callable[[str], Device], link
         aliases=tuple(file.aliases),
         host_power_w=numbers["host_power_w"].value,
         provenance=provenance,
+        network=network,
     )
+
+
+def _network(table: NetworkTable | None, oversubscription: Number | None, ranks: int, name: str, problems: list[Problem]) -> Network:
+    if table is None:
+        if oversubscription is not None:
+            problems.append(Problem(("numbers", "oversubscription"), 'belongs to a network: add [network] with kind = "fat-tree"'))
+        return SWITCH
+    try:
+        network = Network(
+            kind=table.kind,
+            nodes_per_group=table.nodes_per_group,
+            oversubscription=oversubscription.value if oversubscription else 1.0,
+            dimensions=tuple(table.dimensions),
+            wraparound=tuple(table.wraparound),
+            in_network_reduction=table.in_network_reduction,
+        )
+        if not problems:  # else devices are missing because their names are wrong
+            network.check(ranks, name)
+    except InputError as error:
+        problems.append(Problem(("network", "dimensions" if "dimensions" in str(error) else "kind"), str(error)))
+        return SWITCH
+    return network
 
 
 def _nodes(
@@ -168,7 +198,19 @@ def _nodes(
     nic = find(link, table.nic, "nic") if table.nic else None
     if host_link is None or not devices:
         return []
-    return [Node(tuple(devices), host, host_link, peer_link, table.peer_group, nic, table.nics)] * table.count
+    node = Node(
+        devices=tuple(devices),
+        host=host,
+        host_link=host_link,
+        peer_link=peer_link,
+        peer_group=table.peer_group,
+        nic=nic,
+        nics=table.nics,
+        peer_shape=table.peer_shape,
+        peer_reduction=table.peer_reduction,
+        host_group=table.host_group,
+    )
+    return [node] * table.count
 
 
 def _read(path: Path | Traversable) -> str:
@@ -251,7 +293,8 @@ def _known(path: tuple[str | int, ...], schema: type[BaseModel]) -> Mapping[str,
     """Returns the fields allowed beside the one at `path`."""
     if path[0] == "numbers" and len(path) > 1:
         return {DeviceFile: DEVICE_NUMBERS, LinkFile: LINK_NUMBERS, ClusterFile: CLUSTER_NUMBERS}[schema]
-    return dict.fromkeys((NodeTable if path[0] == "nodes" and len(path) > 1 else schema).model_fields)
+    tables: Mapping[str | int, type[BaseModel]] = {"nodes": NodeTable, "network": NetworkTable}
+    return dict.fromkeys((tables.get(path[0], schema) if len(path) > 1 else schema).model_fields)
 
 
 def _error(path: Path | Traversable, text: str, problems: Iterable[Problem]) -> CatalogError:
@@ -266,7 +309,7 @@ def _dotted(path: tuple[str | int, ...]) -> str:
 def _line(lines: list[str], path: tuple[str | int, ...]) -> int:
     """Finds the line of a field: the key itself, else the table it belongs to, else the first line."""
     start = 0
-    if path and path[0] in ("numbers", "profile", "sources", "nodes"):
+    if path and path[0] in ("numbers", "profile", "sources", "nodes", "network"):
         headers = [i for i, line in enumerate(lines) if re.match(rf"\s*\[+\s*{path[0]}\s*\]+", line)]
         occurrence = path[1] if len(path) > 1 and isinstance(path[1], int) else 0
         start = headers[occurrence] if occurrence < len(headers) else 0

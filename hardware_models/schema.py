@@ -69,8 +69,10 @@ LINK_NUMBERS: Mapping[str, NumberField] = {
 CLUSTER_NUMBERS: Mapping[str, NumberField] = {
     "host_power": NumberField("host_power_w", "W", zero=True),
     "host_memory": NumberField("host.memory.capacity_bytes", "B", required=False),
+    "oversubscription": NumberField("network.oversubscription", "1", required=False),
 }
-"""Numbers of a cluster file; `host_memory` replaces the capacity that the host's own file states."""
+"""Numbers of a cluster file; `host_memory` replaces the capacity that the host's own file states, `oversubscription` belongs to
+`[network]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,22 @@ class NodeTable(BaseModel):
     peer_group: int = Field(default=0, ge=0)
     nic: str = ""
     nics: int = Field(default=1, ge=1)
+    peer_shape: Literal["switch", "mesh"] = "switch"
+    peer_reduction: bool = False
+    host_group: int = Field(default=0, ge=0)
+
+
+class NetworkTable(BaseModel):
+    """The `[network]` table of a cluster file; `source` is the source key of what it says. Fields as in `simtrain.core.network`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    kind: str
+    source: str
+    nodes_per_group: int = Field(default=0, ge=0)
+    dimensions: list[int] = []
+    wraparound: list[bool] = []
+    in_network_reduction: bool = False
 
 
 class ClusterFile(_File):
@@ -189,4 +207,5 @@ class ClusterFile(_File):
     structure: str
     assumptions: list[str] = []
     nodes: list[NodeTable] = Field(min_length=1)
+    network: NetworkTable | None = None
     numbers: _table("ClusterNumbers", CLUSTER_NUMBERS)  # type: ignore[valid-type]

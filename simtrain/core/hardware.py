@@ -5,12 +5,14 @@ Rates are SI (bytes/s, FLOP/s, s, W); a link's bandwidth is per direction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from simtrain.core.errors import UnsupportedError
+from simtrain.core.errors import InputError, UnsupportedError
+from simtrain.core.network import SWITCH, Network
 from simtrain.core.precision import DType
 
 if TYPE_CHECKING:
@@ -133,6 +135,14 @@ class Link:
     provenance: Mapping[str, Provenance] = field(default_factory=dict, repr=False)
     aliases: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.bandwidth_bytes_per_s) and self.bandwidth_bytes_per_s > 0):
+            raise InputError(f"link {self.name!r}: bandwidth must be positive, not {self.bandwidth_bytes_per_s!r} bytes/s")
+        if not 0 < self.efficiency <= 1:
+            raise InputError(f"link {self.name!r}: efficiency must be above 0 and at most 1, not {self.efficiency!r}")
+        if not (math.isfinite(self.latency_s) and self.latency_s >= 0):
+            raise InputError(f"link {self.name!r}: latency must not be negative, not {self.latency_s!r} s")
+
     @property
     def sustained_bytes_per_s(self) -> float:
         """What large transfers reach in one direction."""
@@ -151,6 +161,10 @@ class Node:
         peer_group: How many neighbouring devices share a peer link (2 for bridges; 0 means all of the node).
         nic: Link of the node to the network, `None` for a lone node.
         nics: How many of them.
+        peer_shape: "switch" (any device to any other at the full rate of the peer link) or "mesh" (its rate is split into direct links to
+            each other device of the peer group).
+        peer_reduction: Whether the peer switch adds up what devices send (NVLink SHARP).
+        host_group: How many neighbouring devices share one switch and its uplink to the host (a PCIe tree); 0 gives each its own.
     """
 
     devices: tuple[Device, ...]
@@ -160,6 +174,9 @@ class Node:
     peer_group: int = 0
     nic: Link | None = None
     nics: int = 1
+    peer_shape: Literal["switch", "mesh"] = "switch"
+    peer_reduction: bool = False
+    host_group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +190,7 @@ class Cluster:
         aliases: Other names.
         host_power_w: Power of host, fans and supplies per node.
         provenance: Origin of the cluster's own numbers.
+        network: What lies between the nodes.
     """
 
     name: str
@@ -181,6 +199,10 @@ class Cluster:
     aliases: tuple[str, ...] = ()
     host_power_w: float = 0.0
     provenance: Mapping[str, Provenance] = field(default_factory=dict, repr=False)
+    network: Network = SWITCH
+
+    def __post_init__(self) -> None:
+        self.network.check(self.size, self.name)
 
     @property
     def devices(self) -> tuple[Device, ...]:

@@ -111,13 +111,20 @@ class Window:
 
 
 class Collective(StrEnum):
-    """What ranks do together."""
+    """What a group of ranks does together; the size is that of the buffer named here."""
 
-    ALL_REDUCE = "all_reduce"
-    ALL_GATHER = "all_gather"
-    REDUCE_SCATTER = "reduce_scatter"
-    ALL_TO_ALL = "all_to_all"
+    ALL_REDUCE = "all-reduce"
+    """The buffer that is summed."""
+    ALL_GATHER = "all-gather"
+    """The gathered result."""
+    REDUCE_SCATTER = "reduce-scatter"
+    """The buffer before it is summed and scattered."""
+    ALL_TO_ALL = "all-to-all"
+    """What each rank holds in all, of which it keeps its own share."""
     BROADCAST = "broadcast"
+    """The message, from the first rank."""
+    POINT_TO_POINT = "point-to-point"
+    """The message, from the first of two ranks to the second."""
 
 
 GroupName = Literal["", "tensor", "context", "expert"]

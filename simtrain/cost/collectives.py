@@ -1,30 +1,29 @@
 """Collectives as loads on links plus a latency.
 
-Every algorithm is the list of messages it sends; the loads that they put on directed links decide the time under frozen rates (the
-most loaded link at its sustained rate) and are the demands of a flow in the simulation. Formulas: Thakur, Rabenseifner and Gropp 2005
-(ring); Sanders, Speck and Träff 2009 (two trees).
+Every algorithm is the messages it sends (`cost/algorithms.py`); the loads that they put on directed links decide the time under frozen
+rates (the most loaded link at its sustained rate) and are the demands of a flow in the simulation.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from simtrain.core.errors import InputError
-from simtrain.core.program import Resource
+import numpy as np
+
+from simtrain.core.errors import InputError, UnknownNameError, UnsupportedError
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.program import IntArray, Resource
 from simtrain.core.workload import Collective
+from simtrain.cost.algorithms import ALGORITHMS, plan
 from simtrain.cost.fabric import Fabric
 
-Algorithm = Literal["auto", "ring", "tree"]
+AUTO = ("ring", "tree")
+"""What is compared when nobody chooses an algorithm for an all-reduce."""
 
-LAUNCH_LATENCY_S = 8.4e-6
-"""Fixed cost of a collective. Source: NCCL's tuning table, ring algorithm, Simple protocol (`src/graph/tuning.cc`), 8.4 us."""
-
-TREE_BANDWIDTH_SHARE = 0.9
-"""Share of the links' rate that trees sustain, against rings. Source: NCCL's tuning table (`src/graph/tuning.cc`), tree algorithm."""
+CHOOSERS = ("auto", "best")
+"""Names that stand for a choice among algorithms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +31,14 @@ class CollectiveCost:
     """What a collective asks of the fabric.
 
     Attributes:
-        algorithm: "ring" or "tree".
-        latency_s: Part that no bandwidth shortens.
-        loads: Bytes on each resource.
+        algorithm: What carries it out; "none" for a single rank.
+        latency_s: Part that no bandwidth shortens; of algorithms whose phases do not overlap also what they lose by that.
+        loads: Bytes on each resource that the group uses, those of concurrent groups included.
     """
 
     algorithm: str
     latency_s: float
-    loads: dict[Resource, float]
+    loads: Mapping[Resource, float]
 
     @property
     def time_s(self) -> float:
@@ -47,124 +46,140 @@ class CollectiveCost:
         return self.latency_s + max((amount / r.capacity for r, amount in self.loads.items()), default=0.0)
 
 
-def _ring(fabric: Fabric, ranks: Sequence[int], share: float, steps: int) -> CollectiveCost:
-    loads: dict[Resource, float] = defaultdict(float)
-    slowest = 0.0
-    for source, target in zip(ranks, [*ranks[1:], ranks[0]], strict=True):
-        hop, latency_s = fabric.hop(source, target)
-        slowest = max(slowest, latency_s)
-        for resource, weight in hop.items():
-            loads[resource] += weight * share
-    return CollectiveCost("ring", LAUNCH_LATENCY_S + steps * slowest, dict(loads))
+@dataclass(frozen=True, slots=True, eq=False)
+class _UnitCost:
+    """Cost of a collective of one byte."""
 
+    algorithm: str
+    fixed_s: float
+    serial_s: float
+    resources: tuple[Resource, ...]
+    amounts: FloatArray
+    busiest_s: float
 
-def _tree(fabric: Fabric, ranks: Sequence[int], size_bytes: float) -> CollectiveCost:
-    """Two trees, each for half of the data: up to the root (reduce), down again (broadcast).
+    def of(self, size_bytes: float) -> CollectiveCost:
+        loads = dict(zip(self.resources, (self.amounts * size_bytes).tolist(), strict=True))
+        return CollectiveCost(self.algorithm, self.fixed_s + self.serial_s * size_bytes, loads)
 
-    Inside a node a chain leads to the node's first rank, between nodes these form a binary tree; the second tree reverses the order.
-    """
-    loads: dict[Resource, float] = defaultdict(float)
-    latency_s = 0.0
-    for order in (list(ranks), list(reversed(ranks))):
-        edges, depth_s = _tree_edges(fabric, order)
-        latency_s = max(latency_s, depth_s)
-        for child, parent in edges:
-            for source, target in ((child, parent), (parent, child)):
-                for resource, weight in fabric.hop(source, target)[0].items():
-                    loads[resource] += weight * size_bytes / 2 / TREE_BANDWIDTH_SHARE
-    return CollectiveCost("tree", LAUNCH_LATENCY_S + 2 * latency_s, dict(loads))
-
-
-def _tree_edges(fabric: Fabric, order: Sequence[int]) -> tuple[list[tuple[int, int]], float]:
-    """Edges (child, parent) of one tree, and the latency from its deepest leaf to its root."""
-    by_node: dict[int, list[int]] = {}
-    for rank in order:
-        by_node.setdefault(fabric.places[rank][0], []).append(rank)
-    chains = list(by_node.values())
-    if len(chains) == 1 and len(chains[0]) > 1:
-        chains = [[rank] for rank in order]  # one node: the tree is among its ranks
-    edges = [pair for chain in chains for pair in zip(chain[1:], chain, strict=False)]
-    leaders = [chain[0] for chain in chains]
-    up = [(leaders[i], leaders[(i - 1) // 2]) for i in range(1, len(leaders))]
-    inside_s = max((sum(fabric.hop(c, p)[1] for c, p in zip(chain[1:], chain, strict=False)) for chain in chains), default=0.0)
-    levels = math.ceil(math.log2(len(leaders) + 1)) - 1
-    across_s = levels * max((fabric.hop(c, p)[1] for c, p in up), default=0.0)
-    return [*edges, *up], inside_s + across_s
-
-
-def _checked(ranks: Sequence[int], size_bytes: float) -> None:
-    if len(set(ranks)) != len(ranks) or not ranks:
-        raise InputError(f"a collective needs distinct ranks, not {list(ranks)!r}")
-    if size_bytes < 0 or not math.isfinite(size_bytes):
-        raise InputError(f"a collective cannot carry {size_bytes!r} bytes")
-
-
-def all_reduce(fabric: Fabric, ranks: Sequence[int], size_bytes: float, algorithm: Algorithm = "auto") -> CollectiveCost:
-    """Sums a buffer over ranks, everyone gets the sum.
-
-    A ring sends `2 (n-1)/n` of the buffer over each hop in `2 (n-1)` steps; two trees send it up and down in `2 log2 n` steps.
-    "auto" takes whichever is predicted faster, which is what library tuners aim at; trees count for the rate they sustain less.
-
-    Args:
-        fabric: Routes.
-        ranks: Participants in ring order.
-        size_bytes: Of the buffer.
-        algorithm: "auto", "ring" or "tree".
-
-    Raises:
-        InputError: Ranks repeat, or the size is negative.
-    """
-    _checked(ranks, size_bytes)
-    n = len(ranks)
-    if n == 1:
-        return CollectiveCost("none", 0.0, {})
-    ring = _ring(fabric, ranks, 2 * (n - 1) / n * size_bytes, 2 * (n - 1))
-    if algorithm == "ring":
-        return ring
-    tree = _tree(fabric, ranks, size_bytes)
-    return tree if algorithm == "tree" or tree.time_s < ring.time_s else ring
-
-
-def all_gather(fabric: Fabric, ranks: Sequence[int], size_bytes: float) -> CollectiveCost:
-    """Collects shards of a buffer of `size_bytes` in all on every rank: a ring of `n-1` steps that carries `(n-1)/n` of it.
-
-    Raises:
-        InputError: Ranks repeat, or the size is negative.
-    """
-    _checked(ranks, size_bytes)
-    n = len(ranks)
-    if n == 1:
-        return CollectiveCost("none", 0.0, {})
-    return _ring(fabric, ranks, (n - 1) / n * size_bytes, n - 1)
-
-
-reduce_scatter = all_gather
-"""Sums a buffer and leaves each rank its shard: the same messages as an all-gather, in the other direction."""
+    def time_s(self, size_bytes: float) -> float:
+        return self.fixed_s + (self.serial_s + self.busiest_s) * size_bytes
 
 
 def collective(
-    fabric: Fabric, kind: Collective, ranks: Sequence[int], size_bytes: float, *, concurrent: Sequence[Sequence[int]] = ()
+    fabric: Fabric,
+    kind: Collective,
+    ranks: Sequence[int],
+    size_bytes: float,
+    *,
+    concurrent: Sequence[Sequence[int]] = (),
+    algorithm: str | None = None,
 ) -> CollectiveCost:
-    if kind is Collective.ALL_REDUCE:
-        one = lambda r: all_reduce(fabric, r, size_bytes)
-    else:
-        one = lambda r: all_gather(fabric, r, size_bytes)
-    base = one(ranks)
-    loads = dict(base.loads)
-    for other in concurrent[:16]:
-        for resource, amount in one(other).loads.items():
-            if resource in loads:
-                loads[resource] += amount
-    return CollectiveCost(base.algorithm, base.latency_s, loads)
+    """Prices a collective.
+
+    Args:
+        fabric: Routes.
+        kind: What is done.
+        ranks: Global ranks of the group, in order.
+        size_bytes: Of the buffer that `Collective` names.
+        concurrent: Other groups that do the same at the same moment; what they load on the group's resources is added.
+        algorithm: A name in `ALGORITHMS`; "auto" (the same as `None`) takes the faster of ring and tree for an all-reduce and what is
+            usual for the others, "best" the fastest that the group allows.
+
+    Raises:
+        InputError: Ranks repeat or do not exist, nodes are not connected, or the size is negative.
+        UnknownNameError: No such algorithm.
+        UnsupportedError: The algorithm does not exist for this collective or group.
+    """
+    groups = _checked(fabric, kind, ranks, concurrent, size_bytes)
+    if len(ranks) == 1:
+        return CollectiveCost("none", 0.0, {})
+    names = _candidates(fabric, kind, algorithm or "auto")
+    found: list[_UnitCost] = []
+    refusal: UnsupportedError | None = None
+    for name in names:
+        try:
+            found.append(_unit_cost(fabric, kind, name, groups))
+        except UnsupportedError as error:
+            refusal = error
+    if not found:
+        assert refusal is not None
+        raise refusal
+    return min(found, key=lambda unit: unit.time_s(size_bytes)).of(size_bytes)
 
 
 def point_to_point(
-    fabric: Fabric, source: int, target: int, size_bytes: float, *, concurrent: Sequence[Sequence[int]] = ()
+    fabric: Fabric, source: int, target: int, size_bytes: float, *, concurrent: Sequence[tuple[int, int]] = ()
 ) -> CollectiveCost:
-    hop, latency_s = fabric.hop(source, target)
-    loads = {r: w * size_bytes for r, w in hop.items()}
-    for a, b in concurrent:
-        for r, w in fabric.hop(a, b)[0].items():
-            if r in loads:
-                loads[r] += w * size_bytes
-    return CollectiveCost("send", LAUNCH_LATENCY_S + latency_s, loads)
+    """Prices a message between two ranks; `concurrent` are other pairs that send as much at the same moment.
+
+    Raises:
+        InputError: As `collective`.
+    """
+    return collective(fabric, Collective.POINT_TO_POINT, (source, target), size_bytes, concurrent=concurrent)
+
+
+def all_reduce(fabric: Fabric, ranks: Sequence[int], size_bytes: float, algorithm: str = "auto") -> CollectiveCost:
+    """Sums a buffer over ranks, everyone gets the sum; see `collective`."""
+    return collective(fabric, Collective.ALL_REDUCE, ranks, size_bytes, algorithm=algorithm)
+
+
+def all_gather(fabric: Fabric, ranks: Sequence[int], size_bytes: float) -> CollectiveCost:
+    """Collects shards of a buffer of `size_bytes` in all on every rank; see `collective`."""
+    return collective(fabric, Collective.ALL_GATHER, ranks, size_bytes)
+
+
+def _candidates(fabric: Fabric, kind: Collective, algorithm: str) -> tuple[str, ...]:
+    available = ALGORITHMS[kind]
+    if algorithm == "best":
+        return tuple(available)
+    if algorithm != "auto":
+        known = {name for names in ALGORITHMS.values() for name in names}
+        if algorithm not in known:
+            raise UnknownNameError("collective algorithm", algorithm, {*known, *CHOOSERS})
+        return (algorithm,)
+    if kind is Collective.ALL_REDUCE and fabric.topology.torus is None:
+        return AUTO
+    return ("torus", *available)[:2] if fabric.topology.torus is not None and "torus" in available else (next(iter(available)),)
+
+
+def _unit_cost(fabric: Fabric, kind: Collective, algorithm: str, groups: tuple[tuple[int, ...], ...]) -> _UnitCost:
+    key = (kind, algorithm, groups)
+    found = fabric.memo.get(key)
+    if isinstance(found, _UnitCost):
+        return found
+    unit = _priced(fabric, kind, algorithm, [np.array(group, dtype=np.int64) for group in groups])
+    fabric.memo[key] = unit
+    return unit
+
+
+def _priced(fabric: Fabric, kind: Collective, algorithm: str, groups: list[IntArray]) -> _UnitCost:
+    plans = [plan(fabric, kind, algorithm, group) for group in groups]
+    own = plans[0]
+    phases = np.array([fabric.loads(phase, groups[0]) for phase in own.phases]) / own.rate_share
+    used = np.flatnonzero(phases.sum(axis=0))
+    phases = phases[:, used]
+    for group, other in zip(groups[1:], plans[1:], strict=True):
+        phases += np.array([fabric.loads(phase, group)[used] for phase in other.phases]) / other.rate_share
+    total, capacity = phases.sum(axis=0), fabric.capacity[used]
+    busiest_s = float((total / capacity).max())
+    serial_s = float((phases / capacity).max(axis=1).sum()) - busiest_s
+    return _UnitCost(own.algorithm, own.latency_s, max(serial_s, 0.0), tuple(fabric.resources(used)), total, busiest_s)
+
+
+def _checked(
+    fabric: Fabric, kind: Collective, ranks: Sequence[int], concurrent: Sequence[Sequence[int]], size_bytes: float
+) -> tuple[tuple[int, ...], ...]:
+    groups = tuple(tuple(map(int, group)) for group in (ranks, *concurrent))
+    size = len(fabric.places)
+    for group in groups:
+        if len(set(group)) != len(group) or not group:
+            raise InputError(f"a collective needs distinct ranks, not {list(group)!r}")
+        if len(group) != len(groups[0]):
+            raise InputError(f"concurrent groups must be as large as the group itself: {len(groups[0])} ranks, not {len(group)}")
+        if min(group) < 0 or max(group) >= size:
+            raise InputError(f"cluster {fabric.cluster.name!r} has ranks 0 to {size - 1}, but a group names {min(group)} to {max(group)}")
+    if kind is Collective.POINT_TO_POINT and len(groups[0]) != 2:
+        raise InputError(f"a point-to-point message has two different ranks, not {list(groups[0])!r}")
+    if size_bytes < 0 or not math.isfinite(size_bytes):
+        raise InputError(f"a collective cannot carry {size_bytes!r} bytes")
+    return groups

@@ -1,17 +1,31 @@
-"""The fabric as shared resources: which directed links a message between two ranks loads.
+"""The fabric as shared resources: which directed links messages between ranks load.
 
-A resource is one direction of one device's link, a node's network ports, or a node's host memory. Traffic between devices without a
-peer link is staged in host memory: it is written there and read again.
+A resource is one direction of a device's link, of a direct link between two devices, of a node's network port or of what lies between
+nodes, or a node's host memory. Resources are numbered in blocks (`Fabric.blocks`), so that the loads of thousands of messages are one
+array; a `Resource` is made only for what is loaded. Traffic between devices without a peer link is staged in host memory: it is written
+there and read again.
+
+What a group of ranks sends between nodes is spread evenly over the ports its own devices reach: libraries build a ring or a tree for
+every port, each leaving a node through the device at that port. A device reaches the ports at its position in the node (port
+`i * nics // devices`, or its share of them where ports are more), so one group with one device per node uses one rail, and eight such
+groups use eight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from simtrain.core.errors import InputError
-from simtrain.core.hardware import Cluster, Link, Node
-from simtrain.core.program import Resource
+from simtrain.core.hardware import Cluster, Node
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.program import IntArray, Resource
+from simtrain.cost.topology import Block, Topology, topology
+from simtrain.cost.traffic import Flows, SwitchFlows, Traffic
 
 HOST_MEMORY_SHARE = 0.8
 """Share of the peak of host memory that transfers through it sustain (assumption: what STREAM reaches on desktop processors)."""
@@ -28,9 +42,92 @@ class Fabric:
     cluster: Cluster
 
     @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What was computed before, by question; costs are linear in the size of the message, so sizes share one entry."""
+        return {}
+
+    @cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
         """Node and position in the node of each rank."""
         return tuple((n, i) for n, node in enumerate(self.cluster.nodes) for i in range(len(node.devices)))
+
+    @cached_property
+    def node_of(self) -> IntArray:
+        """Node of each rank."""
+        return np.array([n for n, _ in self.places], dtype=np.int64)
+
+    @cached_property
+    def first_of(self) -> IntArray:
+        """First rank of each node."""
+        return np.cumsum([0] + [len(n.devices) for n in self.cluster.nodes], dtype=np.int64)[:-1]
+
+    @cached_property
+    def peers_of(self) -> IntArray:
+        """Number of each rank's peer group; ranks without a peer link are alone in theirs."""
+        found = []
+        for rank, (n, i) in enumerate(self.places):
+            node = self.cluster.nodes[n]
+            alone, base = node.peer_link is None, int(self.first_of[n])
+            found.append(rank if alone else base + (i // node.peer_group * node.peer_group if node.peer_group else 0))
+        return np.array(found, dtype=np.int64)
+
+    @cached_property
+    def topology(self) -> Topology:
+        """What lies between the nodes."""
+        return topology(self.cluster)
+
+    @cached_property
+    def ports(self) -> int:
+        """Largest number of network ports of a node."""
+        return max(node.nics for node in self.cluster.nodes)
+
+    @cached_property
+    def blocks(self) -> dict[str, Block]:
+        """Names and rates of all resources, block by block."""
+        nodes, ranks = self.cluster.nodes, len(self.places)
+        widest = max(len(node.devices) for node in nodes)
+        of_rank = [nodes[n] for n, _ in self.places]
+        peer = np.array([n.peer_link.sustained_bytes_per_s if n.peer_link else 0.0 for n in of_rank])
+        direct = np.array([max(_group_size(n) - 1, 1) for n in of_rank])
+        host = np.array([n.host_link.sustained_bytes_per_s for n in of_rank])
+        memory = np.array([n.host.memory.bandwidth_bytes_per_s * HOST_MEMORY_SHARE if n.host else 0.0 for n in nodes])
+        nic = np.repeat([n.nic.sustained_bytes_per_s if n.nic else 0.0 for n in nodes], self.ports)
+        table: list[tuple[str, Iterable[str], FloatArray]] = [
+            ("peer out", (f"rank {r} peer out" for r in range(ranks)), peer),
+            ("peer in", (f"rank {r} peer in" for r in range(ranks)), peer),
+            ("host out", (f"rank {r} host link out" for r in range(ranks)), host),
+            ("host in", (f"rank {r} host link in" for r in range(ranks)), host),
+            ("uplink out", (f"host switch of rank {r} out" for r in range(ranks)), host),
+            ("uplink in", (f"host switch of rank {r} in" for r in range(ranks)), host),
+            ("memory", (f"node {n} host memory" for n in range(len(nodes))), memory),
+            ("nic out", (f"node {n} port {k} network out" for n in range(len(nodes)) for k in range(self.ports)), nic),
+            ("nic in", (f"node {n} port {k} network in" for n in range(len(nodes)) for k in range(self.ports)), nic),
+        ]
+        if any(node.peer_shape == "mesh" for node in nodes):
+            names = (f"rank {r} to device {i} of its node" for r in range(ranks) for i in range(widest))
+            table.append(("mesh", names, np.repeat(peer / direct, widest)))
+        table += [(key, names, capacity) for key, names, capacity in self.topology.tables]
+        start, found = 0, {}
+        for key, labels, capacity in table:
+            found[key] = Block(start, tuple(labels), np.asarray(capacity, dtype=np.float64))
+            start += len(found[key].capacity)
+        return found
+
+    @cached_property
+    def capacity(self) -> FloatArray:
+        """Bytes per second of each resource."""
+        return np.concatenate([block.capacity for block in self.blocks.values()])
+
+    def resources(self, numbers: IntArray) -> list[Resource]:
+        """Returns the resources with these numbers."""
+        made: dict[int, Resource] = self.memo.setdefault("resources", {})
+        found = []
+        for number in numbers.tolist():
+            if number not in made:
+                block = next(b for b in self.blocks.values() if number < b.start + len(b.capacity))
+                made[number] = Resource(block.names[number - block.start], float(block.capacity[number - block.start]))
+            found.append(made[number])
+        return found
 
     def hop(self, source: int, target: int) -> tuple[dict[Resource, float], float]:
         """Returns the resources that one byte from a rank to another loads (bytes each), and the latency of a message.
@@ -38,55 +135,152 @@ class Fabric:
         Raises:
             InputError: The ranks' nodes are not connected.
         """
-        (a, i), (b, j) = self.places[source], self.places[target]
-        node = self.cluster.nodes[a]
-        if a == b and _are_peers(node, i, j):
-            peer = node.peer_link
-            if peer is None:
-                raise InputError(f"node {a} has no peer link")
-            return {
-                Resource(f"rank {source} peer out", peer.sustained_bytes_per_s): 1.0,
-                Resource(f"rank {target} peer in", peer.sustained_bytes_per_s): 1.0,
-            }, peer.latency_s
-        if a == b:
-            return self._through_host(a, source, target), node.host_link.latency_s
-        return self._between_nodes(a, b), max(x.latency_s for x in self._nics(a, b))
+        flows = Flows(np.array([source]), np.array([target]), np.array([1.0]))
+        loads = self.loads(Traffic((flows,)), np.array([source, target]))
+        used = np.flatnonzero(loads)
+        return dict(zip(self.resources(used), loads[used].tolist(), strict=True)), float(self.latencies_s(flows.source, flows.target)[0])
 
-    def _through_host(self, a: int, source: int, target: int) -> dict[Resource, float]:
-        node = self.cluster.nodes[a]
-        rate = node.host_link.sustained_bytes_per_s
-        loads = {Resource(f"rank {source} host link out", rate): 1.0, Resource(f"rank {target} host link in", rate): 1.0}
-        if node.host is not None:
-            sustained = node.host.memory.bandwidth_bytes_per_s * HOST_MEMORY_SHARE
-            loads[Resource(f"node {a} host memory", sustained)] = 2.0
+    def latencies_s(self, source: IntArray, target: IntArray) -> FloatArray:
+        """Latency of a message from each source to its target.
+
+        Raises:
+            InputError: Nodes that are not connected.
+        """
+        if self.topology.torus is not None:
+            return self.topology.torus.latencies_s(source, target)
+        nodes = self.cluster.nodes
+        a, b = self.node_of[source], self.node_of[target]
+        self._check_connected(a, b)
+        peer = np.array([n.peer_link.latency_s if n.peer_link else 0.0 for n in nodes])
+        host = np.array([n.host_link.latency_s for n in nodes])
+        nic = np.array([n.nic.latency_s if n.nic else 0.0 for n in nodes])
+        inside = np.where(self.peers_of[source] == self.peers_of[target], peer[a], host[a])
+        return np.asarray(np.where(a == b, inside, np.maximum(nic[a], nic[b])))
+
+    def loads(self, traffic: Traffic, members: IntArray) -> FloatArray:
+        """Bytes on each resource (by number) that traffic of a group of ranks causes.
+
+        Args:
+            traffic: What is sent.
+            members: Ranks of the group; their ports carry what it sends between nodes.
+
+        Raises:
+            InputError: The ranks' nodes are not connected.
+        """
+        loads = np.zeros(len(self.capacity))
+        for flows in traffic.flows:
+            self._route(loads, flows, members)
+        for through in traffic.switch_flows:
+            self._through_switch(loads, through, members)
         return loads
 
-    def _between_nodes(self, a: int, b: int) -> dict[Resource, float]:
-        """Traffic between nodes is spread over rails: as many rings as ports, each leaving through a device of its own."""
-        out_nic, in_nic = self._nics(a, b)
-        node, other = self.cluster.nodes[a], self.cluster.nodes[b]
-        loads: dict[Resource, float] = {
-            Resource(f"node {a} network out", out_nic.sustained_bytes_per_s * node.nics): 1.0,
-            Resource(f"node {b} network in", in_nic.sustained_bytes_per_s * other.nics): 1.0,
-        }
-        for n, machine, direction in ((a, node, "out"), (b, other, "in")):
-            rails = min(machine.nics, len(machine.devices))
-            for rank in range(self.first_rank(n), self.first_rank(n) + rails):
-                loads[Resource(f"rank {rank} host link {direction}", machine.host_link.sustained_bytes_per_s)] = 1.0 / rails
-        return loads
+    def _route(self, loads: FloatArray, flows: Flows, members: IntArray) -> None:
+        if self.topology.torus is not None:
+            self.topology.torus.route(self._view(loads, "torus"), flows)
+            return
+        a, b = self.node_of[flows.source], self.node_of[flows.target]
+        peer = self.peers_of[flows.source] == self.peers_of[flows.target]
+        self._between_peers(loads, flows.where(peer), members)
+        self._through_host(loads, flows.where((a == b) & ~peer))
+        across = a != b
+        if across.any():
+            self._check_connected(a, b)
+            count = len(self.cluster.nodes)
+            pairs, place = np.unique(a[across] * count + b[across], return_inverse=True)
+            amount: FloatArray = np.bincount(place, flows.size_bytes[across]).astype(np.float64)
+            source, target = pairs // count, pairs % count
+            share = self._port_shares(members)
+            out, into = (np.bincount(end, amount, count).astype(np.float64) for end in (source, target))
+            self._through_ports(loads, out, into, members)
+            self.topology.route({key: self._view(loads, key) for key, _, _ in self.topology.tables}, source, target, amount, share)
 
-    def _nics(self, a: int, b: int) -> tuple[Link, Link]:
-        out_nic, in_nic = self.cluster.nodes[a].nic, self.cluster.nodes[b].nic
-        if out_nic is None or in_nic is None:
-            raise InputError(f"nodes {a} and {b} of cluster {self.cluster.name!r} have no network link: give the nodes a `nic`")
-        return out_nic, in_nic
+    def _between_peers(self, loads: FloatArray, flows: Flows, members: IntArray) -> None:
+        """Through a switch each device's link is loaded; a mesh spreads a group's traffic over the links between its members."""
+        mesh = np.array([n.peer_shape == "mesh" for n in self.cluster.nodes])[self.node_of[flows.source]]
+        switched = flows.where(~mesh)
+        self._view(loads, "peer out")[:] += np.bincount(switched.source, switched.size_bytes, len(self.places))
+        self._view(loads, "peer in")[:] += np.bincount(switched.target, switched.size_bytes, len(self.places))
+        meshed = flows.where(mesh)
+        by_group = np.bincount(self.peers_of[meshed.source], meshed.size_bytes, len(self.places))
+        for group in np.flatnonzero(by_group).tolist():
+            inside = members[self.peers_of[members] == group]
+            view = self._view(loads, "mesh").reshape(len(self.places), -1)
+            local = inside - self.first_of[self.node_of[group]]
+            view[np.ix_(inside, local)] += by_group[group] / (len(inside) * (len(inside) - 1)) * (1 - np.eye(len(inside)))
 
-    def first_rank(self, node: int) -> int:
-        """The first rank on a node."""
-        return sum(len(n.devices) for n in self.cluster.nodes[:node])
+    def _through_host(self, loads: FloatArray, flows: Flows) -> None:
+        ranks = len(self.places)
+        self._view(loads, "host out")[:] += np.bincount(flows.source, flows.size_bytes, ranks)
+        self._view(loads, "host in")[:] += np.bincount(flows.target, flows.size_bytes, ranks)
+        shared, switch = self._host_switches
+        for key, end in (("uplink out", flows.source), ("uplink in", flows.target)):
+            self._view(loads, key)[:] += np.bincount(switch[end], flows.size_bytes * shared[end], ranks)
+        known = np.array([n.host is not None for n in self.cluster.nodes])
+        self._view(loads, "memory")[:] += 2 * known * np.bincount(self.node_of[flows.source], flows.size_bytes, len(known))
+
+    def _through_ports(self, loads: FloatArray, out: FloatArray, into: FloatArray, members: IntArray) -> None:
+        share, exits = self._port_shares(members), self._exits(members)
+        for direction, amount in (("out", out), ("in", into)):
+            by_port = amount[:, None] * share
+            self._view(loads, f"nic {direction}")[:] += by_port.ravel()
+            self._view(loads, f"host {direction}")[:] += np.bincount(exits[share > 0], by_port[share > 0], len(self.places))
+
+    def _through_switch(self, loads: FloatArray, through: SwitchFlows, members: IntArray) -> None:
+        """Traffic that ends at a switch that adds up, or begins there."""
+        if not through.between_nodes:
+            self._view(loads, "peer out")[through.ranks] += through.out_bytes
+            self._view(loads, "peer in")[through.ranks] += through.in_bytes
+            return
+        used = np.zeros(len(self.cluster.nodes))
+        used[self.node_of[through.ranks]] = 1.0
+        self._through_ports(loads, used * through.out_bytes, used * through.in_bytes, members)
+
+    def _port_shares(self, members: IntArray) -> FloatArray:
+        """Share of a group's traffic that each port of each node carries, shape (nodes, ports)."""
+        reached = self._reached[members]
+        by_port = np.zeros((len(self.cluster.nodes), self.ports))
+        np.maximum.at(by_port, self.node_of[members], reached)
+        return np.asarray(by_port / np.maximum(by_port.sum(axis=1, keepdims=True), 1.0))
+
+    def _exits(self, members: IntArray) -> IntArray:
+        """The member of a group at each port of each node, shape (nodes, ports); -1 where none reaches it."""
+        exits = np.full((len(self.cluster.nodes), self.ports), -1, dtype=np.int64)
+        rank, port = np.nonzero(self._reached[members[::-1]])
+        exits[self.node_of[members[::-1][rank]], port] = members[::-1][rank]
+        return exits
+
+    @cached_property
+    def _reached(self) -> FloatArray:
+        """Whether a rank reaches a port of its node, shape (ranks, ports)."""
+        reached = np.zeros((len(self.places), self.ports))
+        for rank, (n, i) in enumerate(self.places):
+            node = self.cluster.nodes[n]
+            devices = len(node.devices)
+            if node.nics < devices:
+                reached[rank, i * node.nics // devices] = 1.0
+            else:
+                reached[rank, [k for k in range(node.nics) if k * devices // node.nics == i]] = 1.0
+        return reached
+
+    @cached_property
+    def _host_switches(self) -> tuple[FloatArray, IntArray]:
+        """Whether each rank shares a switch to the host, and the first rank of that switch."""
+        size = [self.cluster.nodes[n].host_group for n, _ in self.places]
+        first = [int(self.first_of[n]) + (i // g * g if g else i) for g, (n, i) in zip(size, self.places, strict=True)]
+        return np.array([float(g > 1) for g in size]), np.array(first, dtype=np.int64)
+
+    def _view(self, loads: FloatArray, key: str) -> FloatArray:
+        block = self.blocks[key]
+        return loads[block.start : block.start + len(block.capacity)]
+
+    def _check_connected(self, a: IntArray, b: IntArray) -> None:
+        lacking = np.array([n.nic is None for n in self.cluster.nodes])
+        wrong = np.flatnonzero((a != b) & (lacking[a] | lacking[b]))
+        if len(wrong):
+            raise InputError(
+                f"nodes {a[wrong[0]]} and {b[wrong[0]]} of cluster {self.cluster.name!r} have no network link: give the nodes a `nic`"
+            )
 
 
-def _are_peers(node: Node, i: int, j: int) -> bool:
-    if node.peer_link is None:
-        return False
-    return node.peer_group == 0 or i // node.peer_group == j // node.peer_group
+def _group_size(node: Node) -> int:
+    return node.peer_group or len(node.devices)

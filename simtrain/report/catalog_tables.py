@@ -76,7 +76,14 @@ def cluster_details(cluster: Cluster) -> RenderableType:
     """Returns one cluster in full: its nodes, the numbers of its links with their sources, and what was assumed."""
     from rich.console import Group
 
-    head = facts([("cluster", cluster.name), ("also called", ", ".join(cluster.aliases) or "-"), ("ranks", str(cluster.size))])
+    head = facts(
+        [
+            ("cluster", cluster.name),
+            ("also called", ", ".join(cluster.aliases) or "-"),
+            ("ranks", str(cluster.size)),
+            ("between nodes", str(cluster.network)),
+        ]
+    )
     parts: list[RenderableType] = [head, "", _nodes_table(cluster)]
     if cluster.provenance:
         parts.append(_numbers_table("Numbers of the cluster", cluster, cluster.provenance))
@@ -136,7 +143,8 @@ def _nodes_table(cluster: Cluster) -> Table:
 def _node_row(node: Node) -> tuple[str, ...]:
     devices = " + ".join(f"{count}x {name}" for name, count in Counter(d.name for d in node.devices).items())
     group = f", in groups of {node.peer_group}" if node.peer_group else ""
-    peers = f"{node.peer_link.name}{group}" if node.peer_link else "none (through the host)"
+    shape = ", direct links" if node.peer_shape == "mesh" else ""
+    peers = f"{node.peer_link.name}{shape}{group}" if node.peer_link else "none (through the host)"
     network = f"{node.nics}x {node.nic.name}" if node.nic else "none"
     return devices, node.host.name if node.host else "not stated", node.host_link.name, peers, network
 

@@ -77,7 +77,7 @@ def test_the_best_can_be_drawn_and_traced(run, tmp_path):
         (("--global-batch", 0), "Invalid value for '--global-batch'"),
         (("--objective", "speed"), "'speed' is not one of 'throughput', 'step_time', 'memory', 'energy', 'cost'"),
         (("--precision", "fp61"), "unknown precision 'fp61'"),
-        (("--checkpoint", "some"), "checkpoint must be none, full, sqrt or every:K"),
+        (("--checkpoint", "some"), "checkpoint must be none, full, sqrt, selective or every:K"),
         (("--zero", 7), "zero must be 0, 1, 2 or 3, not 7"),
         (("--optimizer", "adamv"), "unknown optimizer 'adamv': did you mean 'adam"),
         (("--top", 0), "Invalid value for '--top'"),

@@ -148,9 +148,8 @@ def test_more_ranks_than_devices_are_refused(run):
     assert "4" in err
 
 
-@pytest.mark.parametrize("strategy", ["data=2,tensor=2", "data=2,pipeline=2", "data=4,zero=3"])
-def test_what_is_not_modelled_has_exit_code_3(run_json, strategy):
-    code, data = run_json(*PREDICT, "--strategy", strategy)
+def test_what_is_not_modelled_has_exit_code_3(run_json):
+    code, data = run_json("predict", "resnet50", "--cluster", "4x rtx-3090", "--strategy", "data=2,tensor=2")
     assert code == 3
     assert data["error"]["type"] == "UnsupportedError"
     assert data["error"]["exit_code"] == 3

@@ -185,3 +185,35 @@ def test_junk_in_any_field_is_refused_or_read_but_never_crashes(tmp_path, kind, 
 @pytest.mark.parametrize("kind", ["device", "link", "cluster"])
 def test_files_of_the_wrong_shape_are_refused(tmp_path, kind, text):
     assert "field" in _refusal(tmp_path, kind, text)
+
+
+NETWORKED = CLUSTER.replace("[numbers]", '[network]\nkind = "fat-tree"\nnodes_per_group = 2\nsource = "me"\n[numbers]').replace(
+    'host_memory = ["32', 'oversubscription = ["2", "measurement", "me"]\nhost_memory = ["32'
+)
+
+
+def test_a_network_reads_with_its_origin(tmp_path):
+    (tmp_path / "card.toml").write_text(DEVICE, encoding="utf-8")
+    (tmp_path / "mine.toml").write_text(NETWORKED, encoding="utf-8")
+    cluster = core_catalog.cluster(str(tmp_path / "mine.toml"))
+    assert (cluster.network.kind, cluster.network.nodes_per_group, cluster.network.oversubscription) == ("fat-tree", 2, 2.0)
+    assert cluster.provenance["network.oversubscription"].kind == "measurement"
+    assert cluster.provenance["network"].source == "My own machine"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "fix"),
+    [
+        ('"fat-tree"', '"fattree"', "network.kind", "did you mean 'fat-tree'"),
+        ('"fat-tree"', '"torus"\ndimensions = [2, 2]', "network.dimensions", "multiply to 7"),
+        ("nodes_per_group = 2", "", "network.kind", "nodes_per_group of at least 1"),
+        ("nodes_per_group", "nodes_per_groop", "network.nodes_per_groop", "nodes_per_group"),
+        ('source = "me"', 'source = "you"', "network.source", "not in [sources]"),
+        ('[network]\nkind = "fat-tree"\nnodes_per_group = 2\nsource = "me"', "", "numbers.oversubscription", "add [network]"),
+    ],
+)
+def test_a_broken_network_names_field_and_fix(tmp_path, old, new, field, fix):
+    (tmp_path / "card.toml").write_text(DEVICE, encoding="utf-8")
+    message = _refusal(tmp_path, "cluster", NETWORKED.replace(old, new))
+    assert f"field {field}:" in message, message
+    assert fix in message

@@ -15,7 +15,10 @@ SimtrainError
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_DROPPED = re.compile(r"[^\w.]|_|(?<!\d)\.|\.(?!\d)")
 
 
 class SimtrainError(Exception):
@@ -89,5 +92,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> tuple[str, ...]:
 
 
 def fold(name: str) -> str:
-    """Folds a name for comparison: lower case, letters and digits only (`RTX 3090` and `rtx-3090` are one name)."""
-    return "".join(c for c in name.lower() if c.isalnum())
+    """Folds a name for comparison: lower case, letters and digits only (`RTX 3090` and `rtx-3090` are one name).
+
+    A point between two digits stays: 1.3b and 13b are two sizes.
+    """
+    return _DROPPED.sub("", name.lower())

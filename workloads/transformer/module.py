@@ -7,7 +7,7 @@ parameters of the same names in the same order. Every sample fills its sequence:
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the usual name)
@@ -86,18 +86,39 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """Two matrices around a GELU."""
+    """Two matrices around a GELU or a squared ReLU."""
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
-        self.approximate = "tanh" if spec.activation == "gelu-tanh" else "none"
+        self.activation = spec.activation
         self.fc1 = nn.Linear(spec.hidden, spec.ffn_width, bias=spec.bias)
         self.fc2 = nn.Linear(spec.ffn_width, spec.hidden, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transforms every position on its own."""
-        mixed: Tensor = self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        inner = self.fc1(x)
+        if self.activation == "relu-squared":
+            act: Tensor = SquaredReLU.apply(inner)  # type: ignore[no-untyped-call]
+        else:
+            act = F.gelu(inner, approximate="tanh" if self.activation == "gelu-tanh" else "none")
+        mixed: Tensor = self.fc2(act)
         return mixed
+
+
+class SquaredReLU(torch.autograd.Function):
+    """`max(x, 0)^2`, keeping its input alone for the backward pass, as a fused kernel does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Returns the squares of what is positive."""
+        ctx.save_for_backward(x)
+        return F.relu(x).square_()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        """Returns `2 max(x, 0)` times the gradient."""
+        (x,) = ctx.saved_tensors
+        return F.relu(x).mul_(gradient).mul_(2)
 
 
 class GatedFeedForward(nn.Module):
@@ -159,7 +180,7 @@ class Embedding(nn.Module):
         self.wte = nn.Embedding(spec.vocabulary, spec.hidden)
         self.wpe = nn.Embedding(spec.max_positions, spec.hidden) if spec.positions == "learned" else None
         self.token_type = nn.Embedding(spec.token_types, spec.hidden) if spec.token_types else None
-        self.norm = make_norm(spec) if spec.norm_position == "post" else nn.Identity()
+        self.norm = make_norm(spec) if spec.norm_position == "post" or spec.embedding_norm else nn.Identity()
         self.dropout = make_dropout(spec)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def embedding(part: Part) -> Layer:
         tape.run(Operator("types", OperatorKind.ELEMENTWISE, (), (types,)), holds=(x,))
         rows = _lookup(tape, "token_type", (spec.token_types, spec.hidden), "types", wide, holds=(x,))
         x = add(tape, x, rows, "typed")
-    if spec.norm_position == "post":
+    if spec.norm_position == "post" or spec.embedding_norm:
         x = _normalize(tape, x, "norm", "normalized", part)
     x = dropout(tape, x, "dropped", spec.dropout)
     return tape.layer("embedding", out=x, cut=wide, inputs=False)
@@ -114,7 +114,7 @@ def feed_forward(tape: Tape, x: str, out: str, part: Part) -> str:
             linear(tape, x, "mlp.up", "u", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias, holds=("s",))
         multiply(tape, "s", "u", "act")
     else:
-        unary(tape, "f", "gelu", "act")
+        unary(tape, "f", "relu_squared" if spec.activation == "relu-squared" else "gelu", "act")
     last = "mlp.down" if gated else "mlp.fc2"
     return leave(tape, "act", last, out, inner, part, holds=(x,))
 

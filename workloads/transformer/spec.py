@@ -8,10 +8,10 @@ from typing import Any, Literal
 from simtrain.core.errors import InputError
 from workloads.common.options import check_at_least, check_types, merged
 
-Positions = Literal["learned", "rotary"]
+Positions = Literal["learned", "rotary", "none"]
 Norm = Literal["layernorm", "rmsnorm"]
 NormPosition = Literal["pre", "post"]
-Activation = Literal["gelu", "gelu-tanh", "swiglu"]
+Activation = Literal["gelu", "gelu-tanh", "relu-squared", "swiglu"]
 HeadKind = Literal["lm", "span"]
 
 
@@ -30,13 +30,15 @@ class TransformerSpec:
         max_positions: Longest sequence.
         sequence: Sequence length of a training sample unless asked otherwise.
         causal: Whether a token sees only what stands before it.
-        positions: A learned table, or rotation of queries and keys.
+        positions: A learned table, rotation of queries and keys, or nothing that costs an operator: "none" also stands for biases that
+            the attention kernel adds to its scores on the way (ALiBi).
         norm: Normalization.
         norm_position: Before each half of a block (with a last one in the head), or after each residual addition.
-        activation: Non-linearity of the feed-forward part; "swiglu" has a gate and three matrices.
+        activation: Non-linearity of the feed-forward part; "swiglu" has a gate and three matrices, "relu-squared" is one kernel.
         bias: Whether linear layers have biases (the language model head never has one).
         fused_qkv: Whether one matrix makes queries, keys and values.
         tied_head: Whether the language model head uses the token table.
+        embedding_norm: Whether the embedding is normalized before the first block (BLOOM), whatever `norm_position` says.
         dropout: Probability, in the embedding, the attention probabilities and before each residual addition.
         token_types: Rows of a segment table (BERT has 2); 0 for none.
         head: "lm" predicts every next token; "span" scores every position as start or end of an answer (SQuAD).
@@ -61,6 +63,7 @@ class TransformerSpec:
     bias: bool = True
     fused_qkv: bool = True
     tied_head: bool = True
+    embedding_norm: bool = False
     dropout: float = 0.0
     token_types: int = 0
     head: HeadKind = "lm"

@@ -1,0 +1,370 @@
+"""Published runs over many layouts: compact row files, and what each row means as workload, cluster, strategy and runtime.
+
+A file in `published/layouts/` holds one source: what all rows share (`[defaults]`, `[machines.*]`, `[models.*]`), and the figures as
+rows under a header. A cell of `""` is a figure that the source does not give.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
+from importlib.resources import files
+from typing import Any, Literal
+
+from simtrain.core import catalog
+from simtrain.core.errors import CatalogError, UnknownNameError
+from simtrain.core.hardware import Cluster, Device
+from simtrain.core.precision import precision
+from simtrain.core.runtime import Runtime, runtime
+from simtrain.core.strategy import Strategy
+from simtrain.core.workload import Workload
+
+LAYOUT_SETS = (
+    "vtrain_multi_node",
+    "vtrain_single_node",
+    "llm_foundry_mpt",
+    "megatron_papers",
+    "bigscience_bloom",
+    "dgxc",
+    "internevo",
+    "megatron_reference",
+)
+"""Shipped sources, by file name."""
+
+_STRATEGY_FIELDS = (
+    "data",
+    "micro_batch",
+    "accumulation",
+    "precision",
+    "checkpoint",
+    "zero",
+    "tensor",
+    "pipeline",
+    "context",
+    "sequence_parallel",
+    "chunks",
+    "shard",
+)
+_MODEL_NOTES = ("preset", "published_parameters")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where rows of a source ran.
+
+    Attributes:
+        device: Catalog name.
+        node: Cluster of the catalog that is one node of it.
+        per_node: Devices in a node; fewer devices than these are taken as so many devices of one node.
+    """
+
+    device: str
+    node: str
+    per_node: int
+
+    def cluster(self, devices: int) -> str:
+        """Returns the text of a cluster of so many devices."""
+        whole, rest = divmod(devices, self.per_node)
+        return f"{devices}x {self.device}" if rest or not whole else f"{whole}x {self.node}"
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutRow:
+    """One measured run, in the terms of a strategy.
+
+    Attributes:
+        model: Key of the source's models.
+        machine: Key of the source's machines.
+        devices: How many.
+        sequence: Tokens per sample.
+        global_batch: Samples per step.
+        micro_batch: Samples per forward pass of a replica.
+        data: Data-parallel degree.
+        tensor: Tensor-parallel degree.
+        pipeline: Pipeline stages.
+        context: Context-parallel degree.
+        chunks: Model chunks per stage under interleaving.
+        zero: ZeRO stage.
+        shard: Size of the sharding group; 0 for all of a data-parallel group.
+        sequence_parallel: Whether what tensor parallelism replicates is sharded by tokens.
+        checkpoint: Activation checkpointing.
+        precision: Recipe.
+        fused_attention: Where rows of one source differ; `None` for the source's.
+        step_time_s: As printed; `None` where throughput is.
+        tokens_per_s: Over all devices, as printed.
+        samples_per_s: Over all devices, as printed.
+        hardware_tflops: TFLOP/s per device with the recomputed forward pass counted, where the source prints nothing else.
+        reported_tflops: TFLOP/s per device that the source prints beside a time or throughput.
+        reported_mfu: The same as a share of the peak.
+        memory_printed: Peak memory in the source's unit.
+        steady_printed: What stays allocated after a step, in the source's unit.
+        outcome: "ok", or "oom" for a run that ran out of memory.
+        recalled: Whether the figure is from memory of the source, not looked up.
+        where: Place in the source.
+    """
+
+    model: str
+    machine: str
+    devices: int
+    sequence: int
+    global_batch: int
+    micro_batch: int
+    data: int
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    chunks: int = 1
+    zero: int = 0
+    shard: int = 0
+    sequence_parallel: bool = False
+    checkpoint: str = "none"
+    precision: str = "bf16"
+    fused_attention: bool | None = None
+    step_time_s: float | None = None
+    tokens_per_s: float | None = None
+    samples_per_s: float | None = None
+    hardware_tflops: float | None = None
+    reported_tflops: float | None = None
+    reported_mfu: float | None = None
+    memory_printed: float | None = None
+    steady_printed: float | None = None
+    outcome: Literal["ok", "oom"] = "ok"
+    recalled: bool = False
+    where: str = ""
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per replica and step."""
+        return self.global_batch // (self.data * self.micro_batch)
+
+    @property
+    def layout(self) -> tuple[int | str | bool, ...]:
+        """What was chosen, for grouping: two rows with the same are one alternative measured twice."""
+        return tuple(getattr(self, name) for name in _STRATEGY_FIELDS)
+
+    def strategy(self) -> Strategy:
+        """Returns the row as a strategy; what equals a default of `Strategy` is left to it.
+
+        Raises:
+            StrategyError: A choice that `Strategy` has no field for.
+            UnknownNameError: A recipe or schedule that is not modelled.
+        """
+        known = {f.name: f.default for f in fields(Strategy)}
+        defaults = _ROW_DEFAULTS | known
+        chosen = {name: value for name in _STRATEGY_FIELDS if (value := getattr(self, name)) != defaults[name]}
+        if self.pipeline > 1:
+            chosen["schedule"] = "interleaved" if self.chunks > 1 else "1f1b"
+        return Strategy.from_dict(chosen)
+
+
+_ROW_DEFAULTS: dict[str, Any] = {"sequence_parallel": False, "chunks": 1, "shard": 0}
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutSet:
+    """Rows of one source.
+
+    Attributes:
+        name: Of the file.
+        title: One line.
+        repository: Where the figures were read.
+        commit: At which state.
+        file: In the repository.
+        runtime: Name of the framework preset.
+        runtime_options: Its behaviour in this source.
+        evidence: "measured", or "simulator" where the source prints what another simulator composes.
+        flops: Formula behind the source's own TFLOP/s: "narayanan", "mpt" or "none".
+        memory_reading: Which memory the source prints: "allocated", "reserved" or "device".
+        memory_rank: Whose: "worst" or "last" (the last pipeline stage).
+        memory_unit_bytes: What one unit of the memory column is.
+        group_by: Fields whose rows err together (for intervals and held-out nulls).
+        fit_group_by: Fields that are held out together when constants are fitted.
+        variants_looked_at: Ways of predicting these rows that were tried with their errors in sight.
+        notes: What the source says.
+        assumptions: What it does not say.
+        machines: By key.
+        models: By key: preset, its options (`max_positions = 0` for a table as long as the sequence), and the size that the source prints.
+        rows: The figures.
+    """
+
+    name: str
+    title: str
+    repository: str
+    commit: str
+    file: str
+    runtime: str
+    runtime_options: Mapping[str, Any]
+    evidence: Literal["measured", "simulator"]
+    flops: Literal["narayanan", "mpt", "none"]
+    group_by: tuple[str, ...]
+    fit_group_by: tuple[str, ...]
+    variants_looked_at: int
+    notes: tuple[str, ...]
+    assumptions: tuple[str, ...]
+    machines: Mapping[str, Machine]
+    models: Mapping[str, Mapping[str, Any]]
+    rows: tuple[LayoutRow, ...] = field(repr=False)
+    memory_reading: Literal["allocated", "reserved", "device"] = "allocated"
+    memory_rank: Literal["worst", "last"] = "worst"
+    memory_unit_bytes: float = float(2**30)
+
+    def label(self, row: LayoutRow) -> str:
+        """Returns a short name of a row for reports."""
+        degrees = (("d", row.data), ("t", row.tensor), ("p", row.pipeline), ("c", row.context), ("v", row.chunks))
+        layout = " ".join(f"{letter}{degree}" for letter, degree in degrees if degree > 1)
+        return f"{row.model} x{row.devices} s{row.sequence} b{row.global_batch}/{row.micro_batch} {layout} {row.precision}".replace(
+            "  ", " "
+        )
+
+    def group(self, row: LayoutRow, by: tuple[str, ...] | None = None) -> tuple[Any, ...]:
+        """Returns what rows that err together share."""
+        return tuple(getattr(row, name) for name in by or self.group_by)
+
+    def choice(self, row: LayoutRow) -> tuple[Any, ...]:
+        """Returns what the alternatives of one decision share: model, machine, devices, batch, sequence and number format."""
+        return (row.model, row.machine, row.devices, row.global_batch, row.sequence, row.precision)
+
+    def workload(self, row: LayoutRow) -> Workload:
+        """Builds a row's workload.
+
+        Raises:
+            UnknownNameError: No such preset.
+            InputError: An option that the family does not have.
+        """
+        return _workload(self.name, row.model, row.sequence)
+
+    def cluster(self, row: LayoutRow) -> Cluster:
+        """Returns a row's cluster."""
+        return _cluster(self.machines[row.machine].cluster(row.devices))
+
+    def device(self, row: LayoutRow) -> Device:
+        """Returns the device of a row."""
+        return catalog.device(self.machines[row.machine].device)
+
+    def runtime_of(self, row: LayoutRow) -> Runtime:
+        """Returns a row's runtime.
+
+        Raises:
+            UnknownNameError: It is not modelled.
+            InputError: It lacks a behaviour that the source has.
+        """
+        own = {} if row.fused_attention is None else {"fused_attention": row.fused_attention}
+        return runtime(self.runtime).with_(**{**self.runtime_options, **own})
+
+    def step_time_s(self, row: LayoutRow) -> float | None:
+        """Returns the measured time of a step, from whatever the source prints; `None` if it ran out of memory or none is printed."""
+        if row.step_time_s is not None:
+            return row.step_time_s
+        if row.tokens_per_s is not None:
+            return row.global_batch * row.sequence / row.tokens_per_s
+        if row.samples_per_s is not None:
+            return row.global_batch / row.samples_per_s
+        if row.hardware_tflops is not None:
+            return narayanan_flops(self, row) / (row.hardware_tflops * 1e12 * row.devices)
+        return None
+
+    def memory_bytes(self, row: LayoutRow) -> float | None:
+        """Returns the measured peak memory; `None` if none is printed."""
+        return None if row.memory_printed is None else row.memory_printed * self.memory_unit_bytes
+
+    def seconds_at_peak(self, row: LayoutRow) -> float:
+        """Returns the time that a step's model FLOPs would take at the dense peak of all devices.
+
+        Raises:
+            SimtrainError: The workload cannot be built, or the number format has no peak.
+        """
+        peak = self.device(row).peak(precision(peak_recipe(row.precision)).arithmetic)
+        return self.workload(row).model_flops(row.global_batch) / (peak * row.devices)
+
+    @cached_property
+    def source(self) -> str:
+        """Repository, state and file as one line."""
+        at = f" at {self.commit}" if self.commit else ""
+        return f"{self.repository}{at}{', ' if self.file else ''}{self.file}"
+
+
+def narayanan_flops(dataset: LayoutSet, row: LayoutRow) -> float:
+    """FLOPs of a step as Megatron-LM counts them (Narayanan et al. 2021, arXiv:2104.04473, equation 3).
+
+    24 B s l h^2 (1 + s/6h + V/16lh) forward, twice that backward, and the forward pass again under full checkpointing.
+    """
+    shape = dataset.workload(row)
+    options = _spec_numbers(dataset.name, row.model)
+    layers, hidden, vocabulary = options["layers"], options["hidden"], options["vocabulary"]
+    tokens = row.global_batch * shape.sequence
+    passes = 4 if row.checkpoint == "full" else 3
+    terms = 1 + row.sequence / (6 * hidden) + vocabulary / (16 * layers * hidden)
+    return 24.0 * passes * tokens * layers * hidden**2 * terms
+
+
+def peak_recipe(recipe: str) -> str:
+    """Returns a modelled recipe with the same matrix arithmetic, for null models (`bf16-master` multiplies as `bf16` does)."""
+    return {"bf16-master": "bf16"}.get(recipe, recipe)
+
+
+@cache
+def load_layouts(name: str) -> LayoutSet:
+    """Reads a shipped source.
+
+    Raises:
+        UnknownNameError: No such source.
+        CatalogError: A row that does not match the header or contradicts itself.
+    """
+    if name not in LAYOUT_SETS:
+        raise UnknownNameError("set of published layouts", name, LAYOUT_SETS)
+    text = (files("validation") / "published" / "layouts" / f"{name}.toml").read_text(encoding="utf-8")
+    return read_layouts(name, tomllib.loads(text))
+
+
+def read_layouts(name: str, data: Mapping[str, Any]) -> LayoutSet:
+    """Builds a set from the tables of its file.
+
+    Raises:
+        CatalogError: See `load_layouts`.
+    """
+    rest = dict(data)
+    header, defaults = rest.pop("header"), rest.pop("defaults", {})
+    rows = tuple(_row(name, header, defaults, cells, number) for number, cells in enumerate(rest.pop("rows"), 1))
+    machines = {key: Machine(**table) for key, table in rest.pop("machines").items()}
+    for number, row in enumerate(rows, 1):
+        if row.model not in rest["models"] or row.machine not in machines:
+            raise CatalogError(f"{name}, row {number}: model {row.model!r} or machine {row.machine!r} is not described")
+    lists = {key: tuple(rest.pop(key)) for key in ("notes", "assumptions", "group_by", "fit_group_by")}
+    return LayoutSet(name=name, rows=rows, machines=machines, **lists, **rest)
+
+
+def _row(name: str, header: list[str], defaults: Mapping[str, Any], cells: list[Any], number: int) -> LayoutRow:
+    known = {f.name for f in fields(LayoutRow)}
+    if len(cells) != len(header) or not known.issuperset(header):
+        raise CatalogError(f"{name}, row {number}: {len(cells)} cells under {len(header)} columns, known columns are {', '.join(known)}")
+    row = LayoutRow(**defaults, **{key: cell for key, cell in zip(header, cells, strict=True) if cell != ""})
+    where = f"{name}, row {number} ({row.where or row.model})"
+    if row.data * row.tensor * row.pipeline * row.context != row.devices:
+        product = f"data {row.data} x tensor {row.tensor} x pipeline {row.pipeline} x context {row.context}"
+        raise CatalogError(f"{where}: {product} is not {row.devices} devices")
+    if row.accumulation * row.data * row.micro_batch != row.global_batch:
+        raise CatalogError(f"{where}: a batch of {row.global_batch} is no whole number of micro-batches of {row.micro_batch} x {row.data}")
+    return row
+
+
+@cache
+def _workload(name: str, model: str, sequence: int) -> Workload:
+    table = load_layouts(name).models[model]
+    options = {key: value for key, value in table.items() if key not in _MODEL_NOTES}
+    if options.get("max_positions") == 0:
+        options["max_positions"] = sequence
+    return catalog.workload(table["preset"], seq_len=sequence, **options)
+
+
+@cache
+def _spec_numbers(name: str, model: str) -> dict[str, int]:
+    table = load_layouts(name).models[model]
+    spec = catalog.find("workloads", table["preset"]).spec()
+    return {key: table.get(key, getattr(spec, key)) for key in ("layers", "hidden", "vocabulary")}
+
+
+@cache
+def _cluster(text: str) -> Cluster:
+    return catalog.cluster(text)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simtrain.cli.output import write_json
-from simtrain.core.errors import InputError
+from simtrain.cli.output import write_json, write_table
+from simtrain.core.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
     from validation.compare import ComparisonReport
@@ -68,15 +68,31 @@ def validate_torch(
         typer.echo(str(report))
 
 
-def validate_published(as_json: Json = False) -> None:
-    """Compare predictions from data sheets alone with published throughput, beside null models."""
-    from validation.published import compare_all
+def validate_published(
+    sources: Annotated[list[str] | None, typer.Argument(help="Names of sources; all by default.")] = None,
+    as_json: Json = False,
+    save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
+) -> None:
+    """Compare predictions from data sheets alone with published runs, beside null models."""
+    from validation.layouts import LAYOUT_SETS
+    from validation.published import DATASETS, compare_all
+    from validation.report import compare_all_layouts
+    from validation.report_tables import layout_tables
 
-    reports = compare_all()
+    if unknown := set(sources or ()) - {*DATASETS, *LAYOUT_SETS}:
+        raise UnknownNameError("published source", min(unknown), (*DATASETS, *LAYOUT_SETS))
+    reports = compare_all([name for name in DATASETS if name in (sources or DATASETS)])
+    layouts = compare_all_layouts([name for name in LAYOUT_SETS if name in (sources or LAYOUT_SETS)])
+    data = {"reports": [r.to_dict() for r in reports], "layouts": [r.to_dict() for r in layouts]}
+    if save:
+        save.write_text(json.dumps(data, indent=1) + "\n")
     if as_json:
-        write_json({"reports": [r.to_dict() for r in reports]})
-    else:
-        typer.echo("\n\n".join(str(r) for r in reports))
+        write_json(data)
+        return
+    if reports:
+        typer.echo("\n\n".join(str(r) for r in reports) + "\n")
+    if layouts:
+        write_table(*layout_tables(layouts))
 
 
 def validate_decisions(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from simtrain.core import catalog
 from simtrain.core.errors import CatalogError, UnknownNameError
 from simtrain.core.hardware import Cluster, Device
-from simtrain.core.precision import precision
+from simtrain.core.precision import DType
 from simtrain.core.runtime import Runtime, runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
@@ -273,9 +273,9 @@ class LayoutSet:
         """Returns the time that a step's model FLOPs would take at the dense peak of all devices.
 
         Raises:
-            SimtrainError: The workload cannot be built, or the number format has no peak.
+            SimtrainError: The workload cannot be built, or the device lacks the arithmetic.
         """
-        peak = self.device(row).peak(precision(peak_recipe(row.precision)).arithmetic)
+        peak = self.device(row).peak(arithmetic(row.precision))
         return self.workload(row).model_flops(row.global_batch) / (peak * row.devices)
 
     @cached_property
@@ -285,23 +285,31 @@ class LayoutSet:
         return f"{self.repository}{at}{', ' if self.file else ''}{self.file}"
 
 
-def narayanan_flops(dataset: LayoutSet, row: LayoutRow) -> float:
+def narayanan_flops(dataset: LayoutSet, row: LayoutRow, *, blocks_alone: bool = False) -> float:
     """FLOPs of a step as Megatron-LM counts them (Narayanan et al. 2021, arXiv:2104.04473, equation 3).
 
-    24 B s l h^2 (1 + s/6h + V/16lh) forward, twice that backward, and the forward pass again under full checkpointing.
+    24 B s l h^2 (1 + s/6h + V/16lh) forward, twice that backward, and the forward pass again under full checkpointing. With
+    `blocks_alone` the attention and vocabulary terms in the bracket are left out, as an older version did.
     """
     shape = dataset.workload(row)
     options = _spec_numbers(dataset.name, row.model)
     layers, hidden, vocabulary = options["layers"], options["hidden"], options["vocabulary"]
     tokens = row.global_batch * shape.sequence
     passes = 4 if row.checkpoint == "full" else 3
-    terms = 1 + row.sequence / (6 * hidden) + vocabulary / (16 * layers * hidden)
+    terms = 1.0 if blocks_alone else 1 + row.sequence / (6 * hidden) + vocabulary / (16 * layers * hidden)
     return 24.0 * passes * tokens * layers * hidden**2 * terms
 
 
-def peak_recipe(recipe: str) -> str:
-    """Returns a modelled recipe with the same matrix arithmetic, for null models (`bf16-master` multiplies as `bf16` does)."""
-    return {"bf16-master": "bf16"}.get(recipe, recipe)
+def mpt_flops(dataset: LayoutSet, row: LayoutRow) -> float:
+    """Model FLOPs of a step as llm-foundry counts them: 6 per parameter and token, and attention in full (12 L h s per token)."""
+    numbers = _spec_numbers(dataset.name, row.model)
+    per_token = 6.0 * dataset.workload(row).parameter_count + 12.0 * numbers["layers"] * numbers["hidden"] * row.sequence
+    return per_token * row.global_batch * row.sequence
+
+
+def arithmetic(recipe: str) -> DType:
+    """Returns the arithmetic path of a recipe by the beginning of its name, modelled or not."""
+    return DType(recipe.split("-", maxsplit=1)[0])
 
 
 @cache

@@ -1,0 +1,113 @@
+"""Tables of published layouts beside predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from simtrain.report.text import bullets, plain_table
+from validation.consistency import contradictions
+from validation.report import LayoutReport
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from validation.errors import ErrorSummary
+
+WORST_ROWS = 3
+
+
+def layout_tables(reports: Sequence[LayoutReport]) -> list[RenderableType]:
+    """Returns errors by source, memory, what was refused, the worst rows, and what sources contradict themselves about."""
+    tables: list[RenderableType] = [_times(reports)]
+    if any(r.memory or r.fits for r in reports):
+        tables.append(_memory(reports))
+    if any(r.decisions for r in reports):
+        tables.append(_decisions(reports))
+    if any(r.timed for r in reports):
+        tables.append(_worst(reports))
+    if any(r.refused for r in reports):
+        tables.append(_refusals(reports))
+    tables.append(_contradictions(reports))
+    tables.append(bullets("Sources", [_source(r) for r in reports]))
+    return [t for t in tables if t]
+
+
+def _times(reports: Sequence[LayoutReport]) -> Table:
+    columns = ("rows", "refused", "mean", "90 % interval", "median", "p90", "worst", "bias", "null", "held out", "skill", "null, all rows")
+    table = plain_table("Step times: errors beside the best constant per device (null)", "source", *columns, numeric=columns)
+    for r in reports:
+        interval = f"{r.interval[0]:.1%} to {r.interval[1]:.1%}" if r.interval else "-"
+        mark = " (simulator)" if r.dataset.evidence == "simulator" else ""
+        cells = [_percent(r.errors, name) for name in ("median", "p90", "worst", "bias")]
+        nulls = [_percent(null, "mean") for null in (r.null, r.null_held_out)]
+        skill = f"{r.skill:.2f}" if r.skill is not None else "-"
+        counts = (str(len(r.dataset.rows)), str(len(r.refused)))
+        ends = (*nulls, skill, _percent(r.null_of_source, "mean"))
+        table.add_row(r.dataset.name + mark, *counts, _percent(r.errors, "mean"), interval, *cells, *ends)
+    return table
+
+
+def _memory(reports: Sequence[LayoutReport]) -> Table:
+    columns = ("rows", "mean", "median", "p90", "worst", "bias")
+    table = plain_table("Peak memory", "source", "reading", *columns, "what fits", numeric=columns)
+    for r in reports:
+        if r.memory or r.fits:
+            cells = [_percent(r.memory, name) for name in ("mean", "median", "p90", "worst", "bias")]
+            reading = f"{r.dataset.memory_reading}, {r.dataset.memory_rank} rank"
+            table.add_row(r.dataset.name, reading, str(r.memory.count if r.memory else 0), *cells, str(r.fits or "-"))
+    return table
+
+
+def _decisions(reports: Sequence[LayoutReport]) -> Table:
+    columns = ("choices", "best found", "mean regret", "worst", "by chance", "pairs in order", "rank correlation")
+    table = plain_table("Choosing the layout: one model, machine and batch, at least three layouts", "source", *columns, numeric=columns)
+    for r in reports:
+        if d := r.decisions:
+            shares = (d.best_found, d.mean, d.worst, d.random, d.pairwise)
+            table.add_row(r.dataset.name, str(d.choices), *(f"{s:.1%}" for s in shares), f"{d.rank_correlation:.2f}")
+    return table
+
+
+def _worst(reports: Sequence[LayoutReport]) -> Table:
+    table = plain_table("Worst rows", "source", "row", "measured s", "predicted s", "error", numeric=("measured s", "predicted s", "error"))
+    for r in reports:
+        for c in sorted(r.timed, key=lambda c: -abs(c.error or 0.0))[:WORST_ROWS]:
+            cells = (f"{c.measured_s or 0.0:.4g}", f"{c.prediction.step_time_s:.4g}", f"{c.error or 0.0:+.1%}")
+            table.add_row(r.dataset.name, r.dataset.label(c.row), *cells)
+    return table
+
+
+def _refusals(reports: Sequence[LayoutReport]) -> Table:
+    table = plain_table("Rows that were not predicted", "source", "rows", "reason", numeric=("rows",))
+    for r in reports:
+        for reason, count in r.refusals.items():
+            table.add_row(r.dataset.name, str(count), reason)
+    return table
+
+
+def _contradictions(reports: Sequence[LayoutReport]) -> Table | str:
+    """Contradictions of a source by quantity and model: how many rows, and between which factors."""
+    table = plain_table("Columns of one source that contradict each other (the time is what counts here)", "source", "rows", "what")
+    for r in reports:
+        groups: dict[tuple[str, str], list[float]] = {}
+        for c in contradictions(r.dataset):
+            groups.setdefault((c.quantity, c.row.model), []).append(c.difference)
+        for (quantity, model), off in groups.items():
+            spread = f"{min(off):+.1%}" if len(off) == 1 else f"{min(off):+.1%} to {max(off):+.1%}"
+            table.add_row(r.dataset.name, str(len(off)), f"{quantity} of {model}: other columns give {spread}")
+    return table if table.rows else ""
+
+
+def _source(r: LayoutReport) -> str:
+    d = r.dataset
+    evidence = "another simulator's output, not measured; " if d.evidence == "simulator" else ""
+    return f"{d.name}: {d.title}; {evidence}{d.source}; variants looked at: {d.variants_looked_at}"
+
+
+def _percent(summary: ErrorSummary | None, name: str) -> str:
+    if summary is None:
+        return "-"
+    value: float = getattr(summary, name)
+    return f"{value:+.1%}" if name == "bias" else f"{value:.1%}"

@@ -21,6 +21,8 @@ def test_exit_codes_follow_the_tree():
 
 def test_names_fold_over_case_spaces_and_hyphens():
     assert fold("RTX 3090") == fold("rtx-3090") == "rtx3090"
+    assert fold("GPT3 1.3B.") == "gpt31.3b"
+    assert fold("gpt3-13b") == "gpt313b"
 
 
 def test_the_nearest_name_comes_first():

@@ -25,6 +25,8 @@ CASES = {
     "gpt, exact gelu, no biases, own head": ("gpt", GPT | {"activation": "gelu", "bias": False, "tied_head": False}),
     "gpt, wide heads, not causal": ("gpt", GPT | {"head_dim": 20, "causal": False}),
     "gpt, separate projections": ("gpt", GPT | {"fused_qkv": False, "kv_heads": 2}),
+    "gpt, no positions, normalized embedding": ("gpt", GPT | {"positions": "none", "embedding_norm": True}),
+    "gpt, squared relu": ("gpt", GPT | {"activation": "relu-squared", "bias": False}),
     "llama": ("llama", GPT | {"ffn": 80}),
     "llama, as many key as query heads, tied": ("llama", GPT | {"kv_heads": 4, "tied_head": True, "ffn": 31}),
     "llama, one key head, three blocks": ("llama", GPT | {"kv_heads": 1, "layers": 3, "ffn": 64, "bias": True}),

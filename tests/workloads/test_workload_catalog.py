@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from simtrain.core import catalog
-from simtrain.core.errors import InputError, UnknownNameError
+from simtrain.core.errors import InputError, UnknownNameError, fold
 from workloads.catalog import workloads
 
 PUBLISHED = {
@@ -17,6 +17,17 @@ PUBLISHED = {
     "gpt2-xl": 1_557_611_200,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
+    # Parameters as printed by llm-foundry's benchmarking table, the Llama 2 weights, and BLOOM's paper (table 3)
+    "mpt-125m": 125_311_488,
+    "mpt-350m": 355_985_408,
+    "mpt-1b": 1_315_950_592,
+    "mpt-3b": 2_651_837_440,
+    "mpt-13b": 12_853_954_560,
+    "mpt-70b": 64_862_437_376,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "bloom": 176_247_271_424,
     "bert-base": 108_891_648 + 6 * 768 + 2 * 769,
     "bert-large": 334_092_288 + 6 * 1024 + 2 * 1025,
     # torchvision's documentation of its weights, and timm's table of results
@@ -36,8 +47,38 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
     assert catalog.workload(name).parameter_count == PUBLISHED[name]
 
 
-def test_gpt3_has_its_name_in_parameters() -> None:
-    assert catalog.workload("gpt3-175b").parameter_count == pytest.approx(175e9, rel=0.005)
+@pytest.mark.parametrize(
+    ("name", "billions", "rel"),
+    [
+        ("gpt3-175b", 175, 0.005),
+        ("gpt3-13b", 13, 0.015),
+        ("gpt3-6.7b", 6.7, 0.01),
+        ("gpt3-1.3b", 1.3, 0.015),
+        ("gpt3-125m", 0.125, 0.005),
+        ("megatron-1.7b", 1.7, 0.03),
+        ("megatron-3.6b", 3.6, 0.015),
+        ("megatron-7.5b", 7.5, 0.005),
+        ("megatron-18.4b", 18.4, 0.005),
+        ("megatron-39.1b", 39.1, 0.001),
+        ("megatron-76.1b", 76.1, 0.001),
+        ("megatron-145.6b", 145.6, 0.001),
+        ("megatron-310.1b", 310.1, 0.001),
+        ("megatron-529.6b", 529.6, 0.001),
+        ("megatron-1t", 1008, 0.001),
+        ("megatron-22b", 22, 0.02),
+        ("llama3.1-405b", 405.9, 0.001),
+        ("nemotron4-15b", 15.6, 0.005),
+        ("internlm-7b", 7.3, 0.005),
+        ("mpt-7b", 6.65, 0.005),
+    ],
+)
+def test_models_have_their_names_in_parameters(name: str, billions: float, rel: float) -> None:
+    assert catalog.workload(name).parameter_count == pytest.approx(billions * 1e9, rel=rel)
+
+
+def test_no_two_presets_are_one_name_in_other_spellings() -> None:
+    spellings = [n for name, preset in workloads().items() for n in {fold(n) for n in (name, *getattr(preset, "aliases", ()))}]
+    assert len(spellings) == len(set(spellings))
 
 
 def test_flops_of_gpt3_are_about_six_per_parameter_and_token() -> None:

@@ -1,0 +1,168 @@
+"""The report on rows and predictors whose answers are known."""
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from simtrain.core.errors import CatalogError, InputError, InternalError, UnsupportedError
+from simtrain.report.text import render
+from validation.fit_published import Constant, Values
+from validation.fit_sources import fit_problem
+from validation.layouts import LayoutRow, LayoutSet, read_layouts
+from validation.report import LayoutPrediction, compare_layouts, predict_layout
+from validation.report_tables import layout_tables
+
+HEADER = ["model", "data", "tensor", "devices", "micro_batch", "step_time_s", "memory_printed", "outcome"]
+FILE: dict[str, Any] = {
+    "title": "made up",
+    "repository": "https://example.org",
+    "commit": "0",
+    "file": "table",
+    "runtime": "torch-eager",
+    "runtime_options": {"fused_attention": True},
+    "evidence": "measured",
+    "flops": "none",
+    "memory_reading": "device",
+    "group_by": ["model"],
+    "fit_group_by": ["model"],
+    "variants_looked_at": 0,
+    "notes": [],
+    "assumptions": [],
+    "defaults": {"machine": "box", "sequence": 256, "global_batch": 32, "precision": "fp16-amp"},
+    "machines": {"box": {"device": "a100-sxm-80g", "node": "dgx-a100-80gb", "per_node": 8}},
+    "models": {name: {"preset": "gpt", "layers": n} for name, n in (("small", 2), ("middle", 4), ("large", 8))},
+    "header": HEADER,
+    "rows": [
+        ["small", 8, 1, 8, 4, 1.0, 10.0, "ok"],
+        ["small", 4, 2, 8, 4, 2.0, 10.0, "ok"],
+        ["small", 4, 2, 8, 8, 4.0, "", "ok"],
+        ["middle", 8, 1, 8, 4, 2.0, "", "ok"],
+        ["large", 8, 1, 8, 4, 4.0, "", "ok"],
+        ["large", 8, 1, 8, 2, "", "", "oom"],
+    ],
+}
+
+
+def made(**changes: Any) -> LayoutSet:
+    return read_layouts("made", copy.deepcopy(FILE) | changes)
+
+
+@pytest.fixture(autouse=True)
+def _own_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("validation.layouts.load_layouts", lambda name: made())
+
+
+def perfect(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
+    return LayoutPrediction(dataset.step_time_s(row) or 1.0, dataset.memory_bytes(row), row.outcome == "ok")
+
+
+def half_right(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
+    if row.tensor > 1:
+        raise UnsupportedError("tensor parallelism is not modelled")
+    return LayoutPrediction(1.1 * (dataset.step_time_s(row) or 1.0), 5.0 * 2**30, True)
+
+
+def test_a_perfect_prediction_has_full_skill_and_no_regret() -> None:
+    report = compare_layouts(made(), perfect)
+    assert report.errors is not None
+    assert (report.errors.worst, report.skill) == (0.0, 1.0)
+    assert report.interval == (0.0, 0.0)
+    assert report.decisions is not None
+    assert (report.decisions.choices, report.decisions.mean, report.decisions.rank_correlation) == (1, 0.0, pytest.approx(1.0))
+    assert report.fits is not None
+    assert (report.fits.fits_right, report.fits.over_right) == (5, 1)
+    assert report.memory is not None
+    assert report.memory.worst == 0
+
+
+def test_refused_rows_are_counted_by_reason_and_the_rest_judged() -> None:
+    report = compare_layouts(made(), half_right)
+    assert report.refusals == {"UnsupportedError: tensor parallelism is not modelled": 2}
+    assert [len(report.rows), len(report.timed)] == [4, 3]
+    assert report.errors is not None
+    assert (report.errors.mean, report.errors.bias) == (pytest.approx(0.1), pytest.approx(0.1))
+    assert report.memory is not None
+    assert report.memory.mean == pytest.approx(0.5)
+    assert report.fits is not None
+    assert (report.fits.over_wrong, report.fits.over_right) == (1, 0)
+
+
+def test_the_null_is_exact_where_time_follows_flops_and_leaves_the_group_out() -> None:
+    dataset = made()
+    flops = {r.model: dataset.workload(r).model_flops(32) for r in dataset.rows}
+    rows = [[*cells[:5], flops[cells[0]] * 1e-12, "", "ok"] for cells in FILE["rows"] if cells[2] == 1 and cells[7] == "ok"]
+    report = compare_layouts(made(rows=rows), perfect)
+    assert report.null is not None
+    assert report.null_held_out is not None
+    assert report.null.worst == pytest.approx(0, abs=1e-12)
+    assert report.null_held_out.worst == pytest.approx(0, abs=1e-12)
+    spoilt = [[*r[:5], r[5] * (3 if r[0] == "large" else 1), "", "ok"] for r in rows]
+    report = compare_layouts(made(rows=spoilt), perfect)
+    held = {r.row.model: (r.null_held_out_s or 0.0) / (r.measured_s or 1.0) for r in report.timed}
+    assert held["large"] == pytest.approx(1 / 3)
+
+
+def test_a_defect_is_not_taken_for_a_refusal() -> None:
+    def broken(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
+        raise InternalError("negative time")
+
+    with pytest.raises(InternalError):
+        compare_layouts(made(), broken)
+
+
+def test_the_report_is_plain_data_and_tables() -> None:
+    report = compare_layouts(made(), half_right)
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["counts"] == {"rows": 6, "predicted": 4, "timed": 3, "refused": 2}
+    text = "".join(render(t, 160) for t in layout_tables([report]))
+    assert "tensor parallelism is not modelled" in text
+    assert "0 of 1 that ran out of memory said not to fit" in text
+
+
+def test_the_engine_predicts_data_parallel_rows_and_refuses_the_others() -> None:
+    report = compare_layouts(made(), predict_layout)
+    assert len(report.rows) + len(report.refused) == 6
+    assert {r.row.tensor for r in report.rows} >= {1}
+    assert all(r.prediction.step_time_s > 0 and (r.prediction.memory_bytes or 0) > 0 for r in report.rows)
+
+
+def test_constants_of_the_engine_are_found_again_from_its_own_times() -> None:
+    dataset = made()
+    alone = [cells for cells in FILE["rows"] if cells[2] == 1 and cells[7] == "ok"]
+    truth = fit_problem([made(rows=alone)]).predict({"runtime.launch_s": 2e-5}, range(len(alone)))
+    rows = [[*cells[:5], float(t), "", "ok"] for cells, t in zip(alone, truth, strict=True)]
+    problem = fit_problem([made(rows=rows)])
+    judged = problem.hold_out([Constant("runtime.launch_s", 6e-6, 3.0, 1e-6, 1e-4, "assumed")])
+    assert judged.fit.values["runtime.launch_s"] == pytest.approx(2e-5, rel=1e-2)
+    assert judged.errors.worst < 0.01
+    assert len(judged.folds) == len({r.model for r in dataset.rows})
+
+
+def test_sources_count_alike_and_simulators_do_not_count() -> None:
+    def flat(dataset: LayoutSet, row: LayoutRow, values: Values) -> float:
+        return 1.0
+
+    first, second = made(), made(rows=FILE["rows"][:1])
+    second = LayoutSet(**{f: getattr(second, f) for f in second.__dataclass_fields__} | {"name": "other"})
+    problem = fit_problem([first, second], flat)
+    assert problem.weights.sum() == pytest.approx(6)
+    assert np.allclose(problem.weights, [0.6] * 5 + [3.0])
+    with pytest.raises(InputError, match="another simulator"):
+        fit_problem([made(evidence="simulator")], flat)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (["small", 8, 2, 8, 4, 1.0, "", "ok"], "is not 8 devices"),
+        (["small", 8, 1, 8, 3, 1.0, "", "ok"], "no whole number of micro-batches"),
+        (["tiny", 8, 1, 8, 4, 1.0, "", "ok"], "'tiny'"),
+        (["small", 8, 1], "3 cells under 8 columns"),
+    ],
+)
+def test_rows_that_contradict_themselves_are_refused(cells: list[Any], message: str) -> None:
+    with pytest.raises(CatalogError, match=message):
+        made(rows=[cells])

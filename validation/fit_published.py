@@ -186,8 +186,9 @@ def fit_constants(
         return np.concatenate([misfit * scale, (logs - prior) / spread])
 
     limits = (np.log([c.low for c in constants]) - 1e-12, np.log([c.high for c in constants]) + 1e-12)
-    found = least_squares(residuals, prior, bounds=limits, diff_step=STEP, x_scale=spread)
-    deviation = np.sqrt(np.diag(np.linalg.inv(found.jac.T @ found.jac)))
+    found = least_squares(residuals, prior, bounds=limits, diff_step=np.full(len(prior), STEP), x_scale=spread)
+    slopes: FloatArray = np.asarray(found.jac, dtype=np.float64)
+    deviation = np.sqrt(np.diag(np.linalg.inv(slopes.T @ slopes)))
     values = dict(zip(names, np.exp(found.x).tolist(), strict=True))
     errors = np.asarray(predict(values, chosen)) / measured[chosen] - 1
     at_limit = tuple(c.name for c in constants if min(values[c.name] / c.low, c.high / values[c.name]) < 1 + 1e-6)
@@ -309,7 +310,7 @@ def with_constants(cluster: Cluster, runtime: Runtime, values: Values) -> tuple[
     def changed(link: Link | None) -> Link | None:
         if link is None:
             return None
-        own = {name.rpartition(".")[2]: v for name, v in values.items() if name.startswith(f"link.{link.name}.")}
+        own: dict[str, Any] = {name.rpartition(".")[2]: v for name, v in values.items() if name.startswith(f"link.{link.name}.")}
         if unknown := set(own) - {"bandwidth_bytes_per_s", "efficiency", "latency_s"}:
             raise InputError(f"a link has no {min(unknown)!r} to fit: bandwidth_bytes_per_s, efficiency or latency_s")
         return replace(link, **own)

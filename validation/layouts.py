@@ -339,7 +339,7 @@ def read_layouts(name: str, data: Mapping[str, Any]) -> LayoutSet:
     for number, row in enumerate(rows, 1):
         if row.model not in rest["models"] or row.machine not in machines:
             raise CatalogError(f"{name}, row {number}: model {row.model!r} or machine {row.machine!r} is not described")
-    lists = {key: tuple(rest.pop(key)) for key in ("notes", "assumptions", "group_by", "fit_group_by")}
+    lists: dict[str, Any] = {key: tuple(rest.pop(key)) for key in ("notes", "assumptions", "group_by", "fit_group_by")}
     return LayoutSet(name=name, rows=rows, machines=machines, **lists, **rest)
 
 

@@ -93,7 +93,8 @@ class Choice:
         """Measured costs of the alternatives that the prediction takes for the best (several where it ties)."""
         predicted = np.asarray(self.predicted)
         best = predicted.min()
-        return np.asarray(self.measured, dtype=np.float64)[predicted <= best * (1 + TIE)]
+        measured: FloatArray = np.asarray(self.measured, dtype=np.float64)
+        return np.asarray(measured[predicted <= best * (1 + TIE)], dtype=np.float64)
 
     @property
     def regret(self) -> float:

@@ -115,7 +115,7 @@ class SquaredReLU(torch.autograd.Function):
         return F.relu(x).square_()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """Returns `2 max(x, 0)` times the gradient."""
         (x,) = ctx.saved_tensors
         return F.relu(x).mul_(gradient).mul_(2)

@@ -27,6 +27,7 @@ CASES = {
     "gpt, separate projections": ("gpt", GPT | {"fused_qkv": False, "kv_heads": 2}),
     "gpt, no positions, normalized embedding": ("gpt", GPT | {"positions": "none", "embedding_norm": True}),
     "gpt, squared relu": ("gpt", GPT | {"activation": "relu-squared", "bias": False}),
+    "gpt, normalized queries and keys": ("gpt", GPT | {"fused_qkv": False, "qk_norm": True}),
     "llama": ("llama", GPT | {"ffn": 80}),
     "llama, as many key as query heads, tied": ("llama", GPT | {"kv_heads": 4, "tied_head": True, "ffn": 31}),
     "llama, one key head, three blocks": ("llama", GPT | {"kv_heads": 1, "layers": 3, "ffn": 64, "bias": True}),
@@ -36,6 +37,8 @@ CASES = {
     "bert, no segments, norms before": ("bert", GPT | {"dropout": 0.0, "token_types": 0, "norm_position": "pre"}),
 }
 BATCH = 3
+NOT_ON_A_CPU = {("gpt, normalized queries and keys", "bf16-amp")}
+"""Autocast on the CPU leaves a norm of 16-bit values in 16 bit, on CUDA it does not."""
 
 
 def spec_of(case: str) -> TransformerSpec:
@@ -59,6 +62,8 @@ def flops(work: Workload, batch: int, *, unfused: bool = False) -> float:
 @pytest.mark.parametrize("name", AUTOCAST)
 @pytest.mark.parametrize("case", CASES)
 def test_every_allocation_and_release_is_as_in_pytorch(case: str, name: str) -> None:
+    if (case, name) in NOT_ON_A_CPU:
+        pytest.skip("only CUDA's autocast runs norms in fp32")
     spec = spec_of(case)
     model, batch = real_model(spec), example_batch(spec, BATCH)
     real = record_allocations(model, batch, AUTOCAST[name])
@@ -69,6 +74,8 @@ def test_every_allocation_and_release_is_as_in_pytorch(case: str, name: str) -> 
 @pytest.mark.parametrize("name", AUTOCAST)
 @pytest.mark.parametrize("case", CASES)
 def test_saved_tensors_are_those_autograd_packs(case: str, name: str) -> None:
+    if (case, name) in NOT_ON_A_CPU:
+        pytest.skip("only CUDA's autocast runs norms in fp32")
     spec = spec_of(case)
     model, batch = real_model(spec), example_batch(spec, BATCH)
     assert Replay(workload(spec), BATCH, precision(name)).saved() == record_saved(model, batch, AUTOCAST[name])

@@ -12,7 +12,7 @@ from dataclasses import replace
 from simtrain.core.polynomial import ZERO, B, Polynomial, S, as_polynomial
 from simtrain.core.workload import Collective, Dim, Operator, OperatorKind, Role, Tensor
 from workloads.common.parallel import Product, column_parallel, row_parallel
-from workloads.common.pieces import FP32, LOW, Axis, linear
+from workloads.common.pieces import FP32, HIGH, LOW, Axis, linear, norm
 from workloads.common.tape import Tape
 from workloads.transformer.part import Part
 from workloads.transformer.unfused import Operand, unfused_product
@@ -25,6 +25,8 @@ def attention(tape: Tape, x: str, out: str, part: Part) -> str:
     """
     spec = part.spec
     q, k, v = _project(tape, x, part)
+    if spec.qk_norm:
+        q, k = normalize_heads(tape, q, part.heads, part), normalize_heads(tape, k, part.kv_width // spec.size_of_head, part)
     if spec.positions == "rotary":
         q, k = rotate(tape, q, part), rotate(tape, k, part)
     if part.form.context > 1 and part.form.context_style == "ulysses":
@@ -90,6 +92,13 @@ def _pass_around(name: str, reads: tuple[str, ...], elements: Polynomial) -> Ope
         group="context",
         overlaps=True,
     )
+
+
+def normalize_heads(tape: Tape, x: str, heads: int, part: Part) -> str:
+    """A norm over the width of each head, with one set of weights for all heads; CUDA's autocast runs norms in fp32."""
+    rows, rms = part.tokens * heads, part.spec.norm == "rmsnorm"
+    out = norm(tape, tape.cast(x, HIGH), f"attention.{x}_norm", f"{x}.normed", tokens=rows, width=part.spec.size_of_head, rms=rms)
+    return out if part.spec.positions == "rotary" else tape.cast(out, LOW, holds=(x,))
 
 
 def rotate(tape: Tape, x: str, part: Part) -> str:

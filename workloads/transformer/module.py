@@ -35,6 +35,8 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(spec.hidden, sum(self.widths), bias=spec.bias)
         else:
             self.q, self.k, self.v = (nn.Linear(spec.hidden, width, bias=spec.bias) for width in self.widths)
+        self.q_norm = make_norm(spec, spec.size_of_head) if spec.qk_norm else nn.Identity()
+        self.k_norm = make_norm(spec, spec.size_of_head) if spec.qk_norm else nn.Identity()
         self.proj = nn.Linear(spec.query_width, spec.hidden, bias=spec.bias)
         if spec.positions == "rotary":
             self.register_buffer("rotation", rotation_table(spec), persistent=False)
@@ -46,6 +48,7 @@ class Attention(nn.Module):
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
         q, k, v = (t.view(*t.shape[:2], -1, self.spec.size_of_head) for t in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.positions == "rotary":
             q = rotate(q, self.get_buffer("rotation"))
             k = rotate(k, self.get_buffer("rotation"))
@@ -248,10 +251,10 @@ class Transformer(nn.Module):
         return loss
 
 
-def make_norm(spec: TransformerSpec) -> nn.Module:
-    """Returns the spec's kind of norm."""
+def make_norm(spec: TransformerSpec, width: int = 0) -> nn.Module:
+    """Returns the spec's kind of norm, over the residual stream or another width."""
     kind = nn.RMSNorm if spec.norm == "rmsnorm" else nn.LayerNorm
-    return kind(spec.hidden, eps=spec.norm_epsilon)
+    return kind(width or spec.hidden, eps=spec.norm_epsilon)
 
 
 def make_feed_forward(spec: TransformerSpec) -> nn.Module:

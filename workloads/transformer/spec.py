@@ -37,6 +37,7 @@ class TransformerSpec:
         activation: Non-linearity of the feed-forward part; "swiglu" has a gate and three matrices, "relu-squared" is one kernel.
         bias: Whether linear layers have biases (the language model head never has one).
         fused_qkv: Whether one matrix makes queries, keys and values.
+        qk_norm: Whether each head's queries and keys are normalized before attention.
         tied_head: Whether the language model head uses the token table.
         embedding_norm: Whether the embedding is normalized before the first block (BLOOM), whatever `norm_position` says.
         dropout: Probability, in the embedding, the attention probabilities and before each residual addition.
@@ -62,6 +63,7 @@ class TransformerSpec:
     activation: Activation = "gelu-tanh"
     bias: bool = True
     fused_qkv: bool = True
+    qk_norm: bool = False
     tied_head: bool = True
     embedding_norm: bool = False
     dropout: float = 0.0
@@ -88,6 +90,9 @@ class TransformerSpec:
             raise InputError(f"rotary positions need an even head size, not {self.size_of_head}")
         if self.positions == "rotary" and self.fused_qkv:
             raise InputError("rotary positions need separate projections of queries and keys: set fused_qkv = false")
+
+        if self.qk_norm and self.fused_qkv:
+            raise InputError("norms of queries and keys need separate projections of both: set fused_qkv = false")
 
     def check_sequence(self, sequence: int) -> None:
         """Refuses a sequence length that this model cannot process.

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from simtrain.core.errors import InternalError, SimtrainError
@@ -134,6 +135,17 @@ class LayoutReport:
         found = [null / measured - 1 for row, (null, _) in pairs if null and (measured := _measured_s(self.dataset, row))]
         return summarise(found) if found else None
 
+    @cached_property
+    def noise(self) -> ErrorSummary | None:
+        """Of runs whose configuration the source measured several times, against their mean: no prediction can do better."""
+        repeats: dict[tuple[Any, ...], list[float]] = {}
+        for row in self.dataset.rows:
+            if measured := _measured_s(self.dataset, row):
+                fused = self.dataset.runtime_options if row.fused_attention is None else row.fused_attention
+                repeats.setdefault((*self.dataset.choice(row), row.layout, str(fused)), []).append(measured)
+        found = [t / fmean(times) - 1 for times in repeats.values() if len(times) > 1 for t in times]
+        return summarise(found) if found else None
+
     @property
     def skill(self) -> float | None:
         """1 - error / error of the null that was fitted to these rows."""
@@ -175,6 +187,7 @@ class LayoutReport:
             "null": self.null,
             "null_held_out": self.null_held_out,
             "null_of_source": self.null_of_source,
+            "noise": self.noise,
             "memory": self.memory,
             "decisions": self.decisions,
             "fits": self.fits,

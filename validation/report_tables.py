@@ -20,7 +20,7 @@ WORST_ROWS = 3
 
 def layout_tables(reports: Sequence[LayoutReport]) -> list[RenderableType]:
     """Returns errors by source, memory, what was refused, the worst rows, and what sources contradict themselves about."""
-    tables: list[RenderableType] = [_times(reports)]
+    tables: list[RenderableType] = [_times(reports), _nulls(reports)]
     if any(r.memory or r.fits for r in reports):
         tables.append(_memory(reports))
     if any(r.decisions for r in reports):
@@ -35,17 +35,23 @@ def layout_tables(reports: Sequence[LayoutReport]) -> list[RenderableType]:
 
 
 def _times(reports: Sequence[LayoutReport]) -> Table:
-    columns = ("rows", "refused", "mean", "90 % interval", "median", "p90", "worst", "bias", "null", "held out", "skill", "null, all rows")
-    table = plain_table("Step times: errors beside the best constant per device (null)", "source", *columns, numeric=columns)
+    columns = ("rows", "refused", "mean", "90 % interval", "median", "p90", "worst", "bias", "skill")
+    table = plain_table("Step times: errors of the rows that were predicted", "source", *columns, numeric=columns)
     for r in reports:
         interval = f"{r.interval[0]:.1%} to {r.interval[1]:.1%}" if r.interval else "-"
-        mark = " (simulator)" if r.dataset.evidence == "simulator" else ""
         cells = [_percent(r.errors, name) for name in ("median", "p90", "worst", "bias")]
-        nulls = [_percent(null, "mean") for null in (r.null, r.null_held_out)]
         skill = f"{r.skill:.2f}" if r.skill is not None else "-"
         counts = (str(len(r.dataset.rows)), str(len(r.refused)))
-        ends = (*nulls, skill, _percent(r.null_of_source, "mean"))
-        table.add_row(r.dataset.name + mark, *counts, _percent(r.errors, "mean"), interval, *cells, *ends)
+        table.add_row(_name(r), *counts, _percent(r.errors, "mean"), interval, *cells, skill)
+    return table
+
+
+def _nulls(reports: Sequence[LayoutReport]) -> Table:
+    title = "What there is to beat: mean error of the best constant per device and arithmetic path, and what repeated runs differ by"
+    columns = ("on the predicted rows", "its group left out", "on all rows", "repeated runs")
+    table = plain_table(title, "source", *columns, numeric=columns)
+    for r in reports:
+        table.add_row(_name(r), *(_percent(s, "mean") for s in (r.null, r.null_held_out, r.null_of_source, r.noise)))
     return table
 
 
@@ -98,6 +104,10 @@ def _contradictions(reports: Sequence[LayoutReport]) -> Table | str:
             spread = f"{min(off):+.1%}" if len(off) == 1 else f"{min(off):+.1%} to {max(off):+.1%}"
             table.add_row(r.dataset.name, str(len(off)), f"{quantity} of {model}: other columns give {spread}")
     return table if table.rows else ""
+
+
+def _name(r: LayoutReport) -> str:
+    return r.dataset.name + (" (simulator)" if r.dataset.evidence == "simulator" else "")
 
 
 def _source(r: LayoutReport) -> str:

@@ -100,10 +100,11 @@ PRECISIONS: dict[str, Precision] = {
         Precision("fp16-master", DType.FP16, DType.FP16, DType.FP16, DType.FP16, master=DType.FP32, loss_scaling=True),
         Precision("bf16-amp", DType.BF16, DType.FP32, DType.FP32, DType.BF16),
         Precision("bf16", DType.BF16, DType.BF16, DType.BF16, DType.BF16),
+        Precision("bf16-master", DType.BF16, DType.BF16, DType.BF16, DType.BF16, master=DType.FP32),
     )
 }
 """Recipes by name: `fp32`, `tf32` (fp32 storage), `fp16-amp`/`bf16-amp` (autocast over fp32 weights), `bf16` (everything), and
-`fp16-master` (everything in fp16, the optimizer on an fp32 copy: what NVIDIA's Apex calls O2)."""
+`fp16-master`/`bf16-master` (everything in 16 bit, the optimizer on an fp32 copy: what NVIDIA's Apex calls O2, and Megatron-LM's way)."""
 
 
 def precision(name: str) -> Precision:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from simtrain.core.errors import CatalogError, InputError, InternalError, Unsupp
 from simtrain.report.text import render
 from validation.fit_published import Constant, Values
 from validation.fit_sources import fit_problem
-from validation.layouts import LayoutRow, LayoutSet, read_layouts
+from validation.layouts import LayoutRow, LayoutSet, load_layouts, read_layouts
 from validation.report import LayoutPrediction, compare_layouts, predict_layout
 from validation.report_tables import layout_tables
 
@@ -52,7 +53,8 @@ def made(**changes: Any) -> LayoutSet:
 
 @pytest.fixture(autouse=True)
 def _own_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("validation.layouts.load_layouts", lambda name: made())
+    shipped = load_layouts
+    monkeypatch.setattr("validation.layouts.load_layouts", lambda name: made() if name == "made" else shipped(name))
 
 
 def perfect(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
@@ -103,6 +105,15 @@ def test_the_null_is_exact_where_time_follows_flops_and_leaves_the_group_out() -
     report = compare_layouts(made(rows=spoilt), perfect)
     held = {r.row.model: (r.null_held_out_s or 0.0) / (r.measured_s or 1.0) for r in report.timed}
     assert held["large"] == pytest.approx(1 / 3)
+
+
+def test_repeated_runs_give_the_noise() -> None:
+    first = FILE["rows"][0]
+    rows = [[*first[:5], t, "", "ok"] for t in (0.9, 1.1)] + [FILE["rows"][3]]
+    report = compare_layouts(made(rows=rows), perfect)
+    assert report.noise is not None
+    assert (report.noise.count, report.noise.mean) == (2, pytest.approx(0.1))
+    assert compare_layouts(made(rows=FILE["rows"][:2]), perfect).noise is None
 
 
 def test_a_defect_is_not_taken_for_a_refusal() -> None:
@@ -166,3 +177,16 @@ def test_sources_count_alike_and_simulators_do_not_count() -> None:
 def test_rows_that_contradict_themselves_are_refused(cells: list[Any], message: str) -> None:
     with pytest.raises(CatalogError, match=message):
         made(rows=[cells])
+
+
+def test_the_command_reports_chosen_sources_and_saves_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from simtrain.cli.main import main
+
+    made_file = tmp_path / "published.json"
+    assert main(["validate", "published", "internevo", "--save", str(made_file)]) == 0
+    assert "internevo" in capsys.readouterr().out
+    data = json.loads(made_file.read_text())
+    assert (data["reports"], [r["name"] for r in data["layouts"]]) == ([], ["internevo"])
+    assert sum(data["layouts"][0]["counts"][k] for k in ("predicted", "refused")) == 32
+    assert main(["validate", "published", "internev"]) == 2
+    assert "did you mean 'internevo'" in capsys.readouterr().err

@@ -1,7 +1,8 @@
 """`simulate`: the program as a discrete-event simulation in SimPy, with disturbances.
 
-Without disturbances it must agree with `schedule` (tests hold it to 1e-9): both read one program, one through a recursion, the other
-through events. Stragglers slow a rank's compute by a constant factor; jitter draws a factor for every rank and step.
+Where nothing contends it must agree with `schedule` (tests hold it to 1e-9): both read one program, one through a recursion, the other
+through events. Transfers of different streams that meet on a link share it fairly (`simtrain.step.fluid`).
+Stragglers slow a rank's compute by a constant factor; jitter draws a factor for every rank and step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import Program, TermKind
 from simtrain.core.result import Result
 from simtrain.step.breakdown import PARTS, breakdown, busy_s
+from simtrain.step.fluid import FluidPool, shared_terms
 from simtrain.step.lower import lower
 from simtrain.step.results import assemble, by_rank
 from simtrain.step.schedule import first_compute_s, slowest_class, timed_memory, trace_events
@@ -43,6 +45,9 @@ class _Run:
     def __post_init__(self) -> None:
         program = self.program
         self.durations = program.durations_s().tolist()
+        self.latencies = program.latency_s.tolist()
+        self.shared = shared_terms(program).tolist()
+        self.pool = FluidPool(self.env, program, self._end)
         self.needed = np.diff(program.predecessor_pointer)
         self.carried_needed = np.bincount(program.carry_target, minlength=len(program))
         self.successors: list[list[tuple[int, float]]] = [[] for _ in range(len(program))]
@@ -73,6 +78,10 @@ class _Run:
 
     def _begin(self, step: int, term: int) -> None:
         self.start_s[step, term] = self.env.now
+        if self.shared[term]:
+            waited = self.env.timeout(self.latencies[term])
+            waited.callbacks.append(lambda _: self.pool.start(step, term))
+            return
         done = self.env.timeout(self.durations[term] * self.factors[step, term])
         done.callbacks.append(lambda _: self._end(step, term))
 
@@ -102,22 +111,12 @@ def run_program(program: Program, factors: FloatArray) -> tuple[FloatArray, Floa
         Start and end of each term in each step.
 
     Raises:
-        UnsupportedError: Terms of different streams share a resource.
         InternalError: The program deadlocks.
     """
-    _refuse_contention(program)
     shape = factors.shape
     run = _Run(program, factors, shape[0], np.full(shape, np.nan), np.full(shape, np.nan))
     run.go()
     return run.start_s, run.end_s
-
-
-def _refuse_contention(program: Program) -> None:
-    owner = np.repeat(np.arange(len(program)), np.diff(program.demand_pointer))
-    pairs = np.unique(np.stack([program.demand_resource, program.stream[owner]], axis=1), axis=0)
-    shared = pairs[:-1][np.diff(pairs[:, 0]) == 0]
-    if len(shared):
-        raise UnsupportedError(f"several streams share {program.resources[int(shared[0, 0])].name!r}: contention is not modelled yet")
 
 
 def simulate_setting(

@@ -1,0 +1,115 @@
+"""Transfers that share links: each runs at its max-min fair rate, which changes whenever one of those it meets begins or ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import simpy
+
+from simtrain.core.program import Program
+from simtrain.cost.sharing import max_min_rates
+
+Key = tuple[int, int]
+"""A step and a term."""
+
+
+@dataclass(slots=True)
+class _Flow:
+    term: int
+    left: float
+    rate: float
+    since: float
+    turn: int
+
+
+class FluidPool:
+    """Flows under way, with what they demand of which resources.
+
+    Only the flows that are connected to a change, directly or over others, get new rates.
+
+    Args:
+        env: The simulation.
+        program: Whose terms flow.
+        done: Called with the step and the term when a flow has ended.
+    """
+
+    def __init__(self, env: simpy.Environment, program: Program, done: Callable[[int, int], None]) -> None:
+        self.env, self.program, self.done = env, program, done
+        self.capacity = np.array([r.capacity for r in program.resources])
+        self.flows: dict[Key, _Flow] = {}
+        self.users: dict[int, set[Key]] = {}
+        pointer = program.demand_pointer.tolist()
+        self.resources = [program.demand_resource[a:b] for a, b in pairwise(pointer)]
+        self.amounts = [program.demand_amount[a:b] for a, b in pairwise(pointer)]
+
+    def start(self, step: int, term: int) -> None:
+        """Begins a flow."""
+        key = (step, term)
+        if not np.any(self.amounts[term] > 0):
+            self.done(step, term)
+            return
+        self.flows[key] = _Flow(term, 1.0, 0.0, self.env.now, 0)
+        for resource in self.resources[term].tolist():
+            self.users.setdefault(resource, set()).add(key)
+        self._share(self._connected(key))
+
+    def _ended(self, key: Key, turn: int, _: simpy.Event) -> None:
+        flow = self.flows.get(key)
+        if flow is None or flow.turn != turn:
+            return  # its rate has changed since
+        met = self._connected(key) - {key}
+        del self.flows[key]
+        for resource in self.resources[flow.term].tolist():
+            self.users[resource].discard(key)
+        self.done(*key)
+        self._share({k for k in met if k in self.flows})
+
+    def _connected(self, key: Key) -> set[Key]:
+        found, edge = {key}, [key]
+        while edge:
+            for resource in self.resources[edge.pop()[1]].tolist():
+                new = self.users.get(resource, set()) - found
+                found |= new
+                edge += new
+        return found
+
+    def _share(self, keys: set[Key]) -> None:
+        """Gives connected flows the rates that are fair now."""
+        if not keys:
+            return
+        order = sorted(keys)
+        for key, rate in zip(order, self._rates(order), strict=True):
+            flow = self.flows[key]
+            flow.left -= flow.rate * (self.env.now - flow.since)
+            flow.since = self.env.now
+            flow.rate, flow.turn = rate, flow.turn + 1
+            remaining = max(flow.left, 0.0) / rate
+            event = self.env.timeout(remaining)
+            event.callbacks.append(partial(self._ended, key, flow.turn))
+
+    def _rates(self, keys: list[Key]) -> list[float]:
+        if len(keys) == 1:
+            term = keys[0][1]
+            return [1.0 / float(np.max(self.amounts[term] / self.capacity[self.resources[term]]))]
+        from scipy.sparse import csr_array
+
+        used = [self.resources[term] for _, term in keys]
+        pointer = np.concatenate([[0], np.cumsum([len(u) for u in used])])
+        data, columns = np.concatenate([self.amounts[term] for _, term in keys]), np.concatenate(used)
+        demand = csr_array((data, columns, pointer), shape=(len(keys), len(self.capacity)))
+        return [float(rate) for rate in max_min_rates(demand, self.capacity, np.full(len(keys), np.inf))]
+
+
+def shared_terms(program: Program) -> np.ndarray:
+    """Whether each term demands something that terms of another stream demand too."""
+    owner = np.repeat(np.arange(len(program)), np.diff(program.demand_pointer))
+    pairs = np.unique(np.stack([program.demand_resource, program.stream[owner]], axis=1), axis=0)
+    resources, counts = np.unique(pairs[:, 0], return_counts=True)
+    contended = np.isin(program.demand_resource, resources[counts > 1])
+    shared = np.zeros(len(program), dtype=bool)
+    shared[owner[contended]] = True
+    return shared

@@ -1,7 +1,9 @@
 """ZeRO stage 3 (FSDP): every layer's parameters are gathered for its passes, its gradients scattered after them.
 
-All transfers of a stage share one in-order stream, in the order in which PyTorch's FSDP2 issues them: the next layer's parameters before
-a layer's pass, its gradients after its backward pass. Sources: Zhao et al. 2023, PyTorch FSDP; `torch/distributed/fsdp/_fully_shard`.
+Blocks are gathered one by one and let go after each pass; everything else (embedding, head) is one group that stays gathered from the
+beginning of a micro-batch's forward to the end of its backward. All transfers of a stage share one in-order stream, in the order in which
+PyTorch's FSDP2 issues them: the next block's parameters before a block's pass, its gradients after its backward pass. Sources: Zhao et
+al. 2023, PyTorch FSDP; `torch/distributed/fsdp/_fully_shard`; recorded ranks of FSDP2 jobs under PyTorch's fake process group.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from simtrain.core.program import TermKind
 from simtrain.core.workload import Collective
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.step.builder import Builder
+from simtrain.step.costs import ADDS_GRADIENTS
 from simtrain.step.instructions import Step, chunk_costs, gradient_order
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.schedules import Action
+from simtrain.step.shard import REST
 from simtrain.step.synchronise import update_cost
 
 Visit = tuple[int, int]
-"""A chunk and a layer in it."""
+"""A chunk and a layer in it, or `REST`."""
 
 
 class FullySharded:
@@ -38,25 +42,28 @@ class FullySharded:
         self.next = [0] * grid.pipeline
         self.gathered: list[list[int]] = [[] for _ in stages]
         self.computed: list[list[list[int]]] = [[] for _ in stages]
+        self.latest: dict[tuple[int, int, int], int] = {}
         self.reduced: dict[int, int] = {}
         self.known: dict[tuple[int, Collective, float, bool], CollectiveCost] = {}
 
-    def _visits(self, stage: int) -> list[Visit]:
-        """Layers in the order in which a stage needs their parameters; one that comes twice in a row is still there."""
+    def _visits(self, stage: int) -> list[tuple[Visit, bool]]:
+        """What a stage needs gathered, in the order of its passes, and whether it must be gathered anew."""
         layout, plan = self.layout, self.layout.plan
         lane = layout.by_stage[stage][0]
         priced = [chunk_costs(self.setting, lane, chunk) for chunk in lane.chunks]
-        visits: list[Visit] = []
+        visits: list[tuple[Visit, bool]] = []
+        there: set[Visit] = set()
         for i in plan.of_rank(stage).tolist():
             action, chunk = Action(int(plan.action[i])), int(plan.chunk[i])
             first = action is not Action.FORWARD and int(plan.micro_batch[i]) == gradient_order(plan, stage, chunk)[0]
             for which in priced[chunk].passes(action, adding=not first):
-                visits.append((chunk, which.layer))
+                held = lane.chunks[chunk]
+                visit = (chunk, which.layer if held.is_block(which.layer) else REST)
+                visits.append((visit, visit not in there))
+                there = {v for v in there if v[1] == REST} | {visit}
+                if which.mode in ADDS_GRADIENTS and which.layer == held.last_of_rest:
+                    there.discard(visit)
         return visits
-
-    def _fresh(self, stage: int, n: int) -> bool:
-        visits = self.visits[stage]
-        return n == 0 or visits[n] != visits[n - 1]
 
     def ready_after(self, lane: Lane, chunk: int) -> frozenset[int]:  # noqa: ARG002
         """Passes are terms of their own."""
@@ -74,26 +81,28 @@ class FullySharded:
 
     def _gather(self, lanes: Sequence[Lane], visit: int) -> int:
         stage = lanes[0].stage
-        if not self._fresh(stage, visit):
-            return self.gathered[stage][visit - 1]
-        chunk, layer = self.visits[stage][visit]
-        elements = _elements(lanes[0], chunk, layer)
-        if not elements:
-            return -1
+        (chunk, layer), anew = self.visits[stage][visit]
+        elements = lanes[0].chunks[chunk].unit_parameters(layer)
+        if not anew or not elements:
+            return self.latest.get((stage, chunk, layer), -1)
         precision = self.setting.precision
         size = elements * min(precision.low.size_bytes, precision.parameter.size_bytes)
         price = self._cost(stage, Collective.ALL_GATHER, size, self.inside[stage])
         # what is gathered takes the room of the layer before last
         earlier = visit - 1 - self.setting.runtime.prefetch
         waits = self.computed[stage][earlier] if earlier >= 0 else []
-        return self.build.transfer(TermKind.COLLECTIVE, self._stream(lanes), "gather parameters", price, waits)
+        term = self.build.transfer(TermKind.COLLECTIVE, self._stream(lanes), "gather parameters", price, waits)
+        self.latest[stage, chunk, layer] = term
+        return term
 
     def after(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], terms: Sequence[int], micro_batch: int) -> None:  # noqa: ARG002
         """Scatters the gradients of a layer whose backward pass is done."""
         stage = lanes[0].stage
         self.computed[stage].append(list(terms))
-        elements = _elements(lanes[0], chunk, steps[0].which.layer)
-        if not steps[0].ends_gradients or not elements:
+        held, layer = lanes[0].chunks[chunk], steps[0].which.layer
+        block = held.is_block(layer)
+        elements = held.unit_parameters(layer if block else REST)
+        if not steps[0].ends_gradients or not elements or not (block or layer == held.last_of_rest):
             return
         precision = self.setting.precision
         width = 4 if self.setting.runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
@@ -127,12 +136,3 @@ class FullySharded:
             if first is not None:
                 self.build.carries += [(updates[lane.index], first, 0.0) for lane in lanes]
         return updates
-
-
-def _elements(lane: Lane, chunk: int, layer: int) -> int:
-    """Parameters of a layer, by its position in a chunk."""
-    for kind in lane.chunks[chunk].workload.layers:
-        if layer < kind.repeats:
-            return kind.parameter_count
-        layer -= kind.repeats
-    return 0

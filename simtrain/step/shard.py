@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.precision import Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
-from simtrain.core.workload import Form, Parameter, Workload
+from simtrain.core.workload import Form, Layer, Parameter, Workload
 from simtrain.step.specialize import ConcreteLayer, concrete_layers
 
+REST = -1
+"""In place of a layer: all layers of a chunk that are no blocks, which full sharding treats as one."""
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """Consecutive layers that one rank holds.
 
@@ -37,6 +40,25 @@ class Chunk:
     def parameters(self) -> list[Parameter]:
         """Every parameter, repeats counted, in registration order."""
         return [p for layer in self.workload for p in layer.parameters if p.tied_to is None]
+
+    @cached_property
+    def _layers(self) -> tuple[Layer, ...]:
+        return tuple(self.workload)
+
+    def is_block(self, layer: int) -> bool:
+        """Whether a layer, by its position in the chunk, is one of the blocks that the model stacks."""
+        return self._layers[layer].block
+
+    @cached_property
+    def last_of_rest(self) -> int:
+        """The layer that is no block and whose backward pass comes last; `REST` where all are blocks."""
+        return next((i for i, layer in enumerate(self._layers) if not layer.block), REST)
+
+    def unit_parameters(self, layer: int) -> int:
+        """Parameters that full sharding gathers together: those of a block, or of all that is none (`REST`)."""
+        if layer != REST:
+            return self._layers[layer].parameter_count
+        return sum(x.parameter_count for x in self._layers if not x.block)
 
 
 def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime) -> Workload:

@@ -21,7 +21,7 @@ from simtrain.step.layout import Lane
 from simtrain.step.occupancy import BLOCK_BYTES, COLUMN, KINDS, Mode, Sizer
 from simtrain.step.passes import Pass
 from simtrain.step.setting import Setting
-from simtrain.step.shard import Chunk
+from simtrain.step.shard import REST, Chunk
 from simtrain.step.specialize import ConcreteLayer
 
 STEP_COUNTER_BYTES = 4
@@ -126,17 +126,16 @@ class FullShards:
         return cls(setting.precision, setting.runtime.prefetch)
 
     def held(self, chunk: Chunk, passes: Sequence[Pass], at: int) -> FloatArray:
-        """Gathered parameters while a pass runs."""
+        """Gathered parameters while a pass runs: its block, those gathered ahead, and what is no block."""
         visited: list[int] = []
         for step in passes[at:]:
             if not visited or visited[-1] != step.layer:
                 visited.append(step.layer)
             if len(visited) > self.ahead:
                 break
-        kinds = {p.layer: p.kind for p in passes}
         row = np.zeros(len(KINDS))
-        counts = [chunk.workload.layers[kinds[layer]].parameter_count for layer in dict.fromkeys(visited)]
-        row[COLUMN[MemoryKind.COMMUNICATION]] = sum(counts) * self.precision.parameter.size_bytes
+        units = {layer if chunk.is_block(layer) else REST for layer in visited} | {REST}
+        row[COLUMN[MemoryKind.COMMUNICATION]] = sum(map(chunk.unit_parameters, units)) * self.precision.parameter.size_bytes
         return row
 
     def scattered(self, concrete: ConcreteLayer, sizer: Sizer, mode: Mode, adding: bool) -> FloatArray:

@@ -1,0 +1,165 @@
+"""Many devices: what is divided adds up again, volumes are those of the papers, readers agree, cost does not grow with replicas."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+
+import simtrain as st
+from simtrain.core.program import TermKind
+from simtrain.core.runtime import RUNTIMES
+from simtrain.core.workload import Collective, Form, OperatorKind, Workload
+from simtrain.step.longest_path import steady_state
+from simtrain.step.lower import lower
+from simtrain.step.setting import resolve
+
+SIZES = {"layers": 8, "hidden": 256, "heads": 8, "vocabulary": 2048}
+BOX = "8x a100-sxm-80g"
+
+
+def model(family: str = "gpt", **options: object) -> Workload:
+    heads = {"kv_heads": SIZES["heads"]} if family == "llama" else {}
+    return st.workload(family, seq_len=128, **(SIZES | heads | options))
+
+
+def form(whole: Workload, **options: object) -> Workload:
+    assert whole.reform is not None
+    return whole.reform(Form(**options))
+
+
+def flops(work: Workload, batch: int = 2) -> float:
+    return sum(op.flops(batch, work.sequence) * x.repeats for x in work.layers for op in x.forward + x.backward)
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+@pytest.mark.parametrize("options", [{"tensor": 4}, {"tensor": 4, "sequence_parallel": True}, {"context": 4}, {"tensor": 2, "context": 2}])
+@pytest.mark.parametrize("style", ["ring", "ulysses"])
+def test_ranks_together_do_the_work_of_one(family, options, style):
+    whole, part = model(family), form(model(family), context_style=style, **options)
+    ranks = options.get("tensor", 1) * options.get("context", 1)
+    assert ranks * flops(part) == pytest.approx(flops(whole))
+
+
+def test_the_last_rank_of_a_contiguous_ring_has_most_to_do():
+    """Half of its own piece and all before it: `S (1 - 1/(2c))` keys, against S/2 in the mean."""
+    context = 4
+    attention = {
+        style: next(op for op in form(model(), context=context, context_style=style).layers[1].forward if op.kind is OperatorKind.ATTENTION)
+        for style in ("ring", "ring-contiguous")
+    }
+    done = {style: op.flops(1, 128) * (0.5 if op.causal else 1.0) for style, op in attention.items()}
+    assert done["ring-contiguous"] / done["ring"] == pytest.approx(2 - 1 / context)
+
+
+def carried(work: Workload, batch: int) -> dict[tuple[str, Collective], float]:
+    """Elements that the collectives of one block carry, forward and backward."""
+    found: dict[tuple[str, Collective], float] = {}
+    block = work.layers[1]
+    sizes = {t.name: t.elements(batch, work.sequence) for op in block.forward + block.backward for t in op.writes}
+    sizes["x"] = block.cut(batch, work.sequence)
+    for op in block.forward + block.backward:
+        if op.collective is not None:
+            name = op.writes[0].name if op.collective is Collective.ALL_GATHER else (*op.updates, *op.reads)[0]
+            key = (op.group, op.collective)
+            found[key] = found.get(key, 0) + sizes[name]
+    return found
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_tensor_parallel_blocks_carry_what_the_papers_say(family):
+    """Shoeybi et al. 2019: four all-reduces; Korthikanti et al. 2022: as many gathers and scatters, two more gathers to save memory."""
+    wide = 2 * 128 * SIZES["hidden"]
+    plain = carried(form(model(family), tensor=4), 2)
+    assert plain == {("tensor", Collective.ALL_REDUCE): pytest.approx(4 * wide)}
+    kept = carried(form(model(family), tensor=4, sequence_parallel=True), 2)
+    again = carried(form(model(family), tensor=4, sequence_parallel=True, regather=True), 2)
+    for found, gathers in ((kept, 4), (again, 6)):
+        assert found[("tensor", Collective.ALL_GATHER)] == pytest.approx(gathers * wide)
+        assert found[("tensor", Collective.REDUCE_SCATTER)] == pytest.approx(4 * wide)
+
+
+def test_parameters_of_all_ranks_are_those_of_the_model():
+    """Products and tables are divided, norms and biases behind sums are held by all."""
+    whole, part = model(), form(model(), tensor=4)
+    held = SIZES["layers"] * (4 + 2) * SIZES["hidden"] + 2 * SIZES["hidden"] + 1024 * SIZES["hidden"]
+    max_positions = next(p for p in whole.layers[0].parameters if p.name == "wpe.weight").shape[0]
+    held += (max_positions - 1024) * SIZES["hidden"]
+    assert 4 * (part.parameter_count - held) == whole.parameter_count - held
+
+
+def period(strategy: str, cluster: str = BOX, runtime: str = "megatron", work: Workload | None = None) -> float:
+    lowered = lower(resolve(work or model(), cluster, strategy, RUNTIMES[runtime].with_(launch_s=1e-9)))
+    return steady_state(lowered.program, lowered.program.durations_s()).period_s
+
+
+@pytest.mark.parametrize("stages", [2, 4, 8])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_bubbles_are_those_of_even_pipelines(stages, schedule):
+    """A stage works m of m + p - 1 slots (Huang et al. 2019); the rest is the loss, the update and what is sent."""
+    m, work = 16, model("llama", layers=64, vocabulary=128, hidden=1024)
+    alone = period(f"micro_batch=4,accumulation={m},precision=bf16,optimizer=sgd", work=work)
+    got = period(f"micro_batch=4,accumulation={m},pipeline={stages},schedule={schedule},precision=bf16,optimizer=sgd", work=work)
+    assert got / (alone / stages * (m + stages - 1) / m) == pytest.approx(1.0, abs=0.06)
+
+
+def test_interleaving_and_zero_bubbles_make_bubbles_smaller():
+    work = model("llama", layers=32, vocabulary=128, hidden=1024)
+    base = "micro_batch=4,accumulation=8,pipeline=4,precision=bf16,optimizer=sgd"
+    plain, halves, split, none = (period(f"{base},schedule={name}", work=work) for name in ("1f1b", "interleaved", "zb-h1", "zb-h2"))
+    assert plain > halves > none
+    assert plain > split > none
+
+
+STRATEGIES = some.fixed_dictionaries(
+    {
+        "data": some.sampled_from([1, 2, 4]),
+        "tensor": some.sampled_from([1, 2, 4]),
+        "pipeline": some.sampled_from([1, 2, 4]),
+        "context": some.sampled_from([1, 2]),
+        "zero": some.sampled_from([0, 1, 2, 3]),
+        "schedule": some.sampled_from(["1f1b", "gpipe", "interleaved", "zb-h1", "breadth-first"]),
+        "micro_batch": some.sampled_from([1, 4]),
+        "accumulation": some.sampled_from([4, 8, 16]),
+        "checkpoint": some.sampled_from(["none", "full"]),
+        "precision": some.sampled_from(["bf16", "bf16-amp", "fp16-amp"]),
+    }
+)
+RUNTIME = some.sampled_from(["torch-eager", "megatron", "deepspeed", "fsdp2"])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(choice=STRATEGIES, runtime=RUNTIME)
+def test_simulation_agrees_where_nothing_meets_and_is_never_faster(choice, runtime):
+    strategy = st.Strategy(**choice)
+    cluster = f"{strategy.ranks}x a100-sxm-80g"
+    frozen = st.schedule(model(), cluster, strategy, runtime=runtime)
+    fluid = st.simulate(model(), cluster, strategy, runtime=runtime)
+    assert fluid.step_time_s >= frozen.step_time_s * (1 - 1e-9)
+    assert fluid.step_time_s <= 1.5 * frozen.step_time_s
+    for result in (frozen, fluid):
+        assert sum(result.breakdown_s.values()) == pytest.approx(result.step_time_s, rel=1e-6)
+        assert min(result.breakdown_s.values()) >= -1e-9
+
+
+def test_programs_do_not_grow_with_replicas():
+    few, many = (
+        lower(resolve(model(), "512x a100-sxm-80g", f"data={d},tensor=2,pipeline=4,accumulation=8,precision=bf16", "megatron"))
+        for d in (2, 64)
+    )
+    assert len(few.program) == len(many.program)
+    assert len(few.layout.lanes) == len(many.layout.lanes) == 4
+
+
+def test_full_sharding_carries_what_recorded_ranks_carry():
+    """Everything is gathered in forward, blocks once more in backward, all gradients are scattered (FSDP2, recorded rank of 8)."""
+    work = model()
+    lowered = lower(resolve(work, BOX, "data=8,zero=3,micro_batch=2", "fsdp2"))
+    program, share = lowered.program, 7 / 8
+    blocks = 4 * work.layers[1].parameter_count * work.layers[1].repeats
+    everything = 4 * work.parameter_count
+    sent = {"gather parameters": 0.0, "scatter gradients": 0.0}
+    for i in range(len(program)):
+        if program.kind[i] == TermKind.COLLECTIVE:
+            amounts = program.demand_amount[program.demand_pointer[i] : program.demand_pointer[i + 1]]
+            sent[program.labels[program.label[i]]] += float(amounts.max())
+    assert sent["gather parameters"] == pytest.approx(share * (everything + blocks), rel=1e-3)
+    assert sent["scatter gradients"] == pytest.approx(share * everything, rel=1e-3)

@@ -1,0 +1,276 @@
+"""Which layers of a chain to recompute: the least added time within a memory budget.
+
+A plan cuts the chain into segments. A kept segment saves what its backward pass needs; a recomputed segment saves its input alone and
+runs forward once more, all of it, when backward arrives (Chen et al. 2016, arXiv 1604.06174, with segments of any length). Whatever
+happens inside a segment happens on top of what the segments before it hold, and less held is never worse; so it is enough to carry, from
+segment to segment, the pairs of bytes held and time added that no other pair beats in both.
+
+All functions are pure and know arrays only. `remat_bounds` has the bound over a wider class of plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simtrain.core.errors import StrategyError
+from simtrain.core.polynomial import FloatArray
+
+LABELS = 256
+"""Pairs of bytes held and time added that are carried per layer; beyond it they are thinned out, and the plan may miss the optimum."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chain:
+    """Layers in forward order, each known by its times and by what it holds.
+
+    Attributes:
+        forward_s: Forward time of each layer; the time to recompute it inside a segment.
+        last_s: Time to recompute it as the last of its segment (recomputation may stop early).
+        input_bytes: Its input, which is the output of the layer before and, backward, as large as the gradient handed down.
+        saved_bytes: What it saves for backward, without its input.
+        keeps_input: Whether its backward pass reads its input.
+        forward_peak_bytes: The most that its forward pass holds beyond its input, if it saves.
+        dropping_peak_bytes: The same if it saves nothing.
+        backward_peak_bytes: The most that its backward pass holds beyond what is there when it begins (input, what is saved, and the
+            gradient of its output).
+        left_bytes: What its backward pass leaves behind (gradients of parameters).
+        recomputable: Whether it may run forward twice.
+    """
+
+    forward_s: FloatArray
+    last_s: FloatArray
+    input_bytes: FloatArray
+    saved_bytes: FloatArray
+    keeps_input: NDArray[np.bool_]
+    forward_peak_bytes: FloatArray
+    dropping_peak_bytes: FloatArray
+    backward_peak_bytes: FloatArray
+    left_bytes: FloatArray
+    recomputable: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.forward_s)
+
+    @property
+    def output_gradient_bytes(self) -> FloatArray:
+        """Gradient of the output of each layer; the last one makes its own."""
+        return np.append(self.input_bytes[1:], 0.0)
+
+    @property
+    def kept_bytes(self) -> FloatArray:
+        """What each layer holds from its forward to its backward pass if it is kept."""
+        return self.saved_bytes + np.where(self.keeps_input, self.input_bytes, 0.0)
+
+    @property
+    def left_behind_bytes(self) -> FloatArray:
+        """What the backward passes from each layer to the end have left, and 0 behind the last."""
+        return np.append(np.cumsum(self.left_bytes[::-1])[::-1], 0.0)
+
+
+class Span(NamedTuple):
+    """Layers from `start` up to but not including `stop`, recomputed together or kept."""
+
+    start: int
+    stop: int
+    recomputed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RematPlan:
+    """What is recomputed.
+
+    Attributes:
+        spans: Segments in forward order.
+        added_s: Time of the recomputation.
+        peak_bytes: Most that is held at once.
+        bound_s: No plan of segments within the budget adds less; equal to `added_s` where the plan is proven optimal.
+    """
+
+    spans: tuple[Span, ...]
+    added_s: float
+    peak_bytes: float
+    bound_s: float
+
+
+def peak_bytes(chain: Chain, spans: Sequence[Span]) -> float:
+    """Replays forward and backward with a plan, allocating and releasing, and returns the most that is held."""
+    x, saved, kept, gradient = (a.tolist() for a in (chain.input_bytes, chain.saved_bytes, chain.kept_bytes, chain.output_gradient_bytes))
+    held, peak = 0.0, 0.0
+    for start, stop, recomputed in spans:
+        for i in range(start, stop):
+            running = chain.dropping_peak_bytes[i] + (x[start] if i > start else 0.0) if recomputed else chain.forward_peak_bytes[i]
+            peak = max(peak, held + x[i] + running)
+            held += 0.0 if recomputed else kept[i]
+        held += x[start] if recomputed else 0.0
+    for start, stop, recomputed in reversed(spans):
+        if recomputed:
+            for i in range(start, stop):
+                peak = max(peak, held + gradient[stop - 1] + (x[i] if i > start else 0.0) + chain.forward_peak_bytes[i])
+                held += kept[i] if i > start else saved[i]
+        for i in reversed(range(start, stop)):
+            peak = max(peak, held + gradient[i] + chain.backward_peak_bytes[i])
+            held += chain.left_bytes[i] - (saved[i] if recomputed and i == start else kept[i])
+        held -= x[start] if recomputed else 0.0
+    return float(peak)
+
+
+def optimal_segments(chain: Chain, budget_bytes: float) -> RematPlan:
+    """Finds the segments that add least time within a budget.
+
+    Exact as long as no layer carries more than `LABELS` pairs; then thinned out, never past what fits, with a proven bound.
+
+    Args:
+        chain: The layers.
+        budget_bytes: What may be held at once.
+
+    Raises:
+        StrategyError: No plan fits; the message says what the smallest one takes.
+    """
+    inside = _inside(chain)
+    found = _search(chain, inside, budget_bytes, inside.hold, inside.kept_hold)
+    if found is None:
+        least = least_budget_bytes(chain)
+        raise StrategyError(
+            f"no choice of recomputed layers fits {budget_bytes / 2**30:.3f} GiB; the smallest takes {least / 2**30:.3f} GiB: give more "
+            "memory, or choose a smaller micro-batch"
+        )
+    spans, added_s, thinned = found
+    bound_s = added_s
+    if thinned:
+        unit = budget_bytes / LABELS
+        relaxed = _search(chain, inside, budget_bytes, np.floor(inside.hold / unit) * unit, np.floor(inside.kept_hold / unit) * unit)
+        bound_s = min(relaxed[1], added_s) if relaxed else added_s
+    return RematPlan(spans, added_s, peak_bytes(chain, spans), bound_s)
+
+
+def least_budget_bytes(chain: Chain) -> float:
+    """The smallest budget that some plan of segments fits (to a relative 1e-9, from above)."""
+    inside = _inside(chain)
+    high = peak_bytes(chain, [Span(i, i + 1, recomputed=False) for i in range(len(chain))])
+    low = 0.0
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if _fits(inside, middle) else (middle, high)
+    return high
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Inside:
+    """Segments by start and stop, seen from what is held before them.
+
+    Attributes:
+        peak: Most that a recomputed segment holds on top; infinite where it may not be recomputed.
+        cost: Time that recomputing it adds.
+        hold: What it holds between its forward and its backward pass, by start.
+        kept_peak: Most that a kept layer holds on top.
+        kept_hold: What a kept layer holds.
+    """
+
+    peak: FloatArray
+    cost: FloatArray
+    hold: FloatArray
+    kept_peak: FloatArray
+    kept_hold: FloatArray
+
+
+def _inside(chain: Chain) -> _Inside:
+    n = len(chain)
+    x, kept, gradient, left = chain.input_bytes, chain.kept_bytes, chain.output_gradient_bytes, chain.left_behind_bytes
+    backward_top = gradient + chain.backward_peak_bytes + left[1:]
+    peak, cost = np.full((n, n + 1), np.inf), np.zeros((n, n + 1))
+    time = np.concatenate(([0.0], np.cumsum(chain.forward_s)))
+    for a in np.flatnonzero(chain.recomputable).tolist():
+        blocked = np.flatnonzero(~chain.recomputable[a:])
+        b = a + int(blocked[0]) if len(blocked) else n
+        own = kept[a:b].copy()
+        own[0] = chain.saved_bytes[a]
+        inner = x[a:b].copy()
+        inner[0] = 0.0  # the input of the segment counts once
+        filled = np.cumsum(own)
+        first_pass = np.maximum.accumulate(inner + chain.dropping_peak_bytes[a:b])
+        again = np.maximum.accumulate(filled - own + inner + chain.forward_peak_bytes[a:b]) + gradient[a:b] + left[a + 1 : b + 1]
+        back = np.maximum.accumulate(filled + backward_top[a:b])
+        peak[a, a + 1 : b + 1] = x[a] + np.maximum(first_pass, np.maximum(again, back))
+        cost[a, a + 1 : b + 1] = time[a:b] - time[a] + chain.last_s[a:b]
+    kept_peak = np.maximum(x + chain.forward_peak_bytes, kept + backward_top)
+    return _Inside(peak, cost, x, kept_peak, kept)
+
+
+class _Labels(NamedTuple):
+    """Pairs that no other beats, by bytes held, with where each came from (layer, pair, kept or recomputed)."""
+
+    held: FloatArray
+    cost: FloatArray
+    layer: NDArray[np.int64]
+    pair: NDArray[np.int64]
+    recomputed: NDArray[np.bool_]
+
+
+def _search(
+    chain: Chain, inside: _Inside, budget_bytes: float, hold: FloatArray, kept_hold: FloatArray
+) -> tuple[tuple[Span, ...], float, bool] | None:
+    none = np.zeros(1, dtype=np.int64)
+    labels = [_Labels(np.zeros(1), np.zeros(1), none, none, np.zeros(1, dtype=np.bool_))]
+    thinned = False
+    for stop in range(1, len(chain) + 1):
+        parts: list[tuple[int, int, float, float, bool]] = []
+        starts = np.flatnonzero(inside.peak[:stop, stop] <= budget_bytes).tolist()
+        options = [(a, hold[a], inside.cost[a, stop], inside.peak[a, stop], True) for a in starts]
+        options.append((stop - 1, kept_hold[stop - 1], 0.0, inside.kept_peak[stop - 1], False))
+        for a, holds, cost, top, recomputed in options:
+            fitting = int(np.searchsorted(labels[a].held, budget_bytes - top, side="right"))
+            if fitting:
+                parts.append((a, fitting, holds, cost, recomputed))
+        if not parts:
+            labels.append(_Labels(*(array[:0] for array in labels[0])))
+            continue
+        best = _best(labels, parts)
+        if len(best.held) > LABELS:
+            thinned = True
+            best = _Labels(*(array[np.linspace(0, len(best.held) - 1, LABELS).round().astype(np.int64)] for array in best))
+        labels.append(best)
+    if not len(labels[-1].held):
+        return None
+    return _trace(labels), float(labels[-1].cost[-1]), thinned
+
+
+def _best(labels: list[_Labels], parts: list[tuple[int, int, float, float, bool]]) -> _Labels:
+    """Extends the pairs of earlier layers and leaves those that no other beats, by bytes held upwards and time added downwards."""
+    held = np.concatenate([labels[a].held[:k] + holds for a, k, holds, _, _ in parts])
+    cost = np.concatenate([labels[a].cost[:k] + added for a, k, _, added, _ in parts])
+    counts = [k for _, k, _, _, _ in parts]
+    order = np.lexsort((cost, held))
+    lowest = np.minimum.accumulate(cost[order])
+    order = order[np.concatenate(([True], lowest[1:] < lowest[:-1]))]
+    layer = np.repeat([a for a, *_ in parts], counts)
+    pair = np.concatenate([np.arange(k) for k in counts])
+    recomputed = np.repeat([part[-1] for part in parts], counts)
+    return _Labels(held[order], cost[order], layer[order], pair[order], recomputed[order])
+
+
+def _trace(labels: list[_Labels]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    stop, pair = len(labels) - 1, len(labels[-1].held) - 1
+    while stop:
+        here = labels[stop]
+        start = int(here.layer[pair])
+        spans.append(Span(start, stop, recomputed=bool(here.recomputed[pair])))
+        stop, pair = start, int(here.pair[pair])
+    return tuple(reversed(spans))
+
+
+def _fits(inside: _Inside, budget_bytes: float) -> bool:
+    """Whether some plan fits: the least that can be held before each layer decides."""
+    least = np.full(len(inside.hold) + 1, np.inf)
+    least[0] = 0.0
+    for stop in range(1, len(least)):
+        before = least[:stop]
+        recomputed = np.where(before + inside.peak[:stop, stop] <= budget_bytes, before + inside.hold[:stop], np.inf).min()
+        fits = least[stop - 1] + inside.kept_peak[stop - 1] <= budget_bytes
+        least[stop] = min(recomputed, least[stop - 1] + inside.kept_hold[stop - 1] if fits else np.inf)
+    return bool(np.isfinite(least[-1]))

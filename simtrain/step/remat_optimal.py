@@ -3,7 +3,8 @@
 A plan cuts the chain into segments. A kept segment saves what its backward pass needs; a recomputed segment saves its input alone and
 runs forward once more, all of it, when backward arrives (Chen et al. 2016, arXiv 1604.06174, with segments of any length). Whatever
 happens inside a segment happens on top of what the segments before it hold, and less held is never worse; so it is enough to carry, from
-segment to segment, the pairs of bytes held and time added that no other pair beats in both.
+segment to segment, the pairs of bytes held and time added that no other pair beats in both. A price on memory (a Lagrange multiplier of the
+budget) bounds from below what a pair can still become; pairs that cannot beat a plan already known are dropped, which leaves few.
 
 All functions are pure and know arrays only. `remat_bounds` has the bound over a wider class of plans.
 """
@@ -21,7 +22,14 @@ from simtrain.core.errors import StrategyError
 from simtrain.core.polynomial import FloatArray
 
 LABELS = 256
-"""Pairs of bytes held and time added that are carried per layer; beyond it they are thinned out, and the plan may miss the optimum."""
+"""Pairs of bytes held and time added that are carried per layer. Beyond it the least promising go; what they could have become bounds
+how far the plan is from the optimum."""
+
+FEW_LABELS = 32
+"""The same of a first search, whose plan lets a second one drop more."""
+
+PRICES = 24
+"""Prices of memory that are tried at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +39,9 @@ class Chain:
     Attributes:
         forward_s: Forward time of each layer; the time to recompute it inside a segment.
         last_s: Time to recompute it as the last of its segment (recomputation may stop early).
-        input_bytes: Its input, which is the output of the layer before and, backward, as large as the gradient handed down.
+        input_bytes: Its input.
+        output_gradient_bytes: The gradient of its output, which is there when its backward pass begins (0 for a layer that ends in the
+            loss).
         saved_bytes: What it saves for backward, without its input.
         keeps_input: Whether its backward pass reads its input.
         forward_peak_bytes: The most that its forward pass holds beyond its input, if it saves.
@@ -45,6 +55,7 @@ class Chain:
     forward_s: FloatArray
     last_s: FloatArray
     input_bytes: FloatArray
+    output_gradient_bytes: FloatArray
     saved_bytes: FloatArray
     keeps_input: NDArray[np.bool_]
     forward_peak_bytes: FloatArray
@@ -55,11 +66,6 @@ class Chain:
 
     def __len__(self) -> int:
         return len(self.forward_s)
-
-    @property
-    def output_gradient_bytes(self) -> FloatArray:
-        """Gradient of the output of each layer; the last one makes its own."""
-        return np.append(self.input_bytes[1:], 0.0)
 
     @property
     def kept_bytes(self) -> FloatArray:
@@ -122,7 +128,7 @@ def peak_bytes(chain: Chain, spans: Sequence[Span]) -> float:
 def optimal_segments(chain: Chain, budget_bytes: float) -> RematPlan:
     """Finds the segments that add least time within a budget.
 
-    Exact as long as no layer carries more than `LABELS` pairs; then thinned out, never past what fits, with a proven bound.
+    Exact unless a layer carries more than `LABELS` pairs that could still win; the plan fits in any case, and the bound is proven.
 
     Args:
         chain: The layers.
@@ -132,19 +138,17 @@ def optimal_segments(chain: Chain, budget_bytes: float) -> RematPlan:
         StrategyError: No plan fits; the message says what the smallest one takes.
     """
     inside = _inside(chain)
-    found = _search(chain, inside, budget_bytes, inside.hold, inside.kept_hold)
-    if found is None:
+    if not _fits(inside, budget_bytes):
         least = least_budget_bytes(chain)
         raise StrategyError(
             f"no choice of recomputed layers fits {budget_bytes / 2**30:.3f} GiB; the smallest takes {least / 2**30:.3f} GiB: give more "
             "memory, or choose a smaller micro-batch"
         )
-    spans, added_s, thinned = found
-    bound_s = added_s
-    if thinned:
-        unit = budget_bytes / LABELS
-        relaxed = _search(chain, inside, budget_bytes, np.floor(inside.hold / unit) * unit, np.floor(inside.kept_hold / unit) * unit)
-        bound_s = min(relaxed[1], added_s) if relaxed else added_s
+    prices = _prices(chain, inside, budget_bytes)
+    slack_s = 1e-9 * float(chain.forward_s.sum())  # rounding may not drop the best plan
+    spans, added_s, bound_s = _search(inside, budget_bytes, prices, prices.known_s + slack_s, FEW_LABELS)
+    if bound_s < added_s:
+        spans, added_s, bound_s = _search(inside, budget_bytes, prices, added_s + slack_s, LABELS)
     return RematPlan(spans, added_s, peak_bytes(chain, spans), bound_s)
 
 
@@ -211,17 +215,86 @@ class _Labels(NamedTuple):
     recomputed: NDArray[np.bool_]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prices:
+    """Lower bounds from prices on memory.
+
+    Attributes:
+        price: Seconds per byte held.
+        rest: By layer and price, the least of time added and price of memory from this layer to the end.
+        known_s: Time added by the best plan found this way; infinite if none fits.
+    """
+
+    price: FloatArray
+    rest: FloatArray
+    known_s: float
+
+    def least_s(self, layer: int, held: FloatArray, cost: FloatArray, budget_bytes: float) -> FloatArray:
+        """What pairs at a layer add to the end, at least."""
+        to_come = self.rest[layer] - self.price * (budget_bytes - held[:, None])
+        bound: FloatArray = cost + np.maximum(to_come.max(axis=1), 0.0)
+        return bound
+
+
+def _prices(chain: Chain, inside: _Inside, budget_bytes: float) -> _Prices:
+    """Prices around the one with the best bound for the whole chain."""
+    low, high = 1e-6, 1e6  # around the mean time per byte
+    scale = max(float(chain.forward_s.mean()), 1e-30) / max(float(inside.kept_hold.mean()), 1e-30)
+    known_s = np.inf
+    for _ in range(4):
+        price = np.append(0.0, scale * np.geomspace(low, high, PRICES))
+        rest, choice = _priced(inside, budget_bytes, price)
+        best = int(np.argmax(rest[0] - price * budget_bytes))
+        for k in range(len(price)):
+            spans = _follow(choice[:, k])
+            if peak_bytes(chain, spans) <= budget_bytes:
+                known_s = min(known_s, sum(float(inside.cost[a, b]) for a, b, recomputed in spans if recomputed))
+        low, high = price[max(best - 1, 1)] / scale, price[min(best + 1, PRICES)] / scale
+    return _Prices(price, rest, known_s)
+
+
+def _priced(inside: _Inside, budget_bytes: float, price: FloatArray) -> tuple[FloatArray, NDArray[np.int64]]:
+    """The cheapest way to the end from each layer at each price, and its first segment: its stop, or -1 for a kept layer.
+
+    The last segment pays for all that it holds at its peak, because that must fit too.
+    """
+    n = len(inside.hold)
+    rest, choice = np.zeros((n + 1, len(price))), np.full((n, len(price)), -1, dtype=np.int64)
+    for a in reversed(range(n)):
+        stops = a + 1 + np.flatnonzero(inside.peak[a, a + 1 :] <= budget_bytes)
+        weight = np.where(stops < n, inside.hold[a], inside.peak[a, stops])
+        recomputed = inside.cost[a, stops, None] + weight[:, None] * price + rest[stops]
+        rest[a] = (inside.kept_hold[a] if a + 1 < n else inside.kept_peak[a]) * price + rest[a + 1]
+        if len(stops):
+            least = recomputed.argmin(axis=0)
+            lower = recomputed[least, np.arange(len(price))]
+            choice[a] = np.where(lower < rest[a], stops[least], -1)
+            rest[a] = np.minimum(lower, rest[a])
+    return rest, choice
+
+
+def _follow(choice: NDArray[np.int64]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    at = 0
+    while at < len(choice):
+        stop = int(choice[at])
+        spans.append(Span(at, stop if stop > 0 else at + 1, recomputed=stop > 0))
+        at = spans[-1].stop
+    return tuple(spans)
+
+
 def _search(
-    chain: Chain, inside: _Inside, budget_bytes: float, hold: FloatArray, kept_hold: FloatArray
-) -> tuple[tuple[Span, ...], float, bool] | None:
+    inside: _Inside, budget_bytes: float, prices: _Prices, best_s: float, labels_carried: int
+) -> tuple[tuple[Span, ...], float, float]:
+    """Spans, time added, and a lower bound on it; pairs that must end above `best_s` are dropped."""
     none = np.zeros(1, dtype=np.int64)
     labels = [_Labels(np.zeros(1), np.zeros(1), none, none, np.zeros(1, dtype=np.bool_))]
-    thinned = False
-    for stop in range(1, len(chain) + 1):
+    last, dropped_s = len(inside.hold), np.inf
+    for stop in range(1, last + 1):
         parts: list[tuple[int, int, float, float, bool]] = []
         starts = np.flatnonzero(inside.peak[:stop, stop] <= budget_bytes).tolist()
-        options = [(a, hold[a], inside.cost[a, stop], inside.peak[a, stop], True) for a in starts]
-        options.append((stop - 1, kept_hold[stop - 1], 0.0, inside.kept_peak[stop - 1], False))
+        options = [(a, inside.hold[a], inside.cost[a, stop], inside.peak[a, stop], True) for a in starts]
+        options.append((stop - 1, inside.kept_hold[stop - 1], 0.0, inside.kept_peak[stop - 1], False))
         for a, holds, cost, top, recomputed in options:
             fitting = int(np.searchsorted(labels[a].held, budget_bytes - top, side="right"))
             if fitting:
@@ -230,13 +303,19 @@ def _search(
             labels.append(_Labels(*(array[:0] for array in labels[0])))
             continue
         best = _best(labels, parts)
-        if len(best.held) > LABELS:
-            thinned = True
-            best = _Labels(*(array[np.linspace(0, len(best.held) - 1, LABELS).round().astype(np.int64)] for array in best))
+        if stop < last:
+            bound = prices.least_s(stop, best.held, best.cost, budget_bytes)
+            chosen = bound <= best_s
+            chosen[0] = True  # whoever holds least can always go on
+            if chosen.sum() > labels_carried:
+                worst = np.partition(bound[chosen], labels_carried)[labels_carried]
+                out = chosen & (bound >= worst)
+                out[0] = False
+                dropped_s, chosen = min(dropped_s, float(worst)), chosen & ~out
+            best = _Labels(*(array[chosen] for array in best))
         labels.append(best)
-    if not len(labels[-1].held):
-        return None
-    return _trace(labels), float(labels[-1].cost[-1]), thinned
+    added_s = float(labels[-1].cost[-1])
+    return _trace(labels), added_s, min(added_s, dropped_s)
 
 
 def _best(labels: list[_Labels], parts: list[tuple[int, int, float, float, bool]]) -> _Labels:

@@ -10,33 +10,7 @@ from hypothesis import strategies as st
 from simtrain.core.errors import StrategyError
 from simtrain.step import remat_optimal
 from simtrain.step.remat_optimal import Chain, Span, least_budget_bytes, optimal_segments, peak_bytes
-
-
-def chain(n: int, seed: int, *, recomputable: bool = True) -> Chain:
-    random = np.random.default_rng(seed)
-
-    def draw(low: int, high: int):
-        return random.integers(low, high, n).astype(float)
-
-    forward_s, saved, x = draw(1, 9), draw(0, 12), draw(1, 5)
-    dropping = draw(1, 9)
-    return Chain(
-        forward_s=forward_s,
-        last_s=forward_s * random.choice([0.5, 1.0], n),
-        input_bytes=x,
-        saved_bytes=saved,
-        keeps_input=random.random(n) < 0.7,
-        forward_peak_bytes=saved + dropping,
-        dropping_peak_bytes=dropping,
-        backward_peak_bytes=draw(1, 12),
-        left_bytes=draw(0, 3),
-        recomputable=np.ones(n, dtype=bool) if recomputable else random.random(n) < 0.8,
-    )
-
-
-def uniform(n: int, *, saved: float = 4.0, x: float = 1.0) -> Chain:
-    one, none = np.ones(n), np.zeros(n)
-    return Chain(one, one, x * one, saved * one, one > 0, saved * one, none, none, none, one > 0)
+from tests.step.chains import chain, uniform
 
 
 def every_plan(n: int):
@@ -97,14 +71,14 @@ def test_more_memory_never_costs_time(n, seed):
 
 @pytest.mark.parametrize("n", [16, 36, 64])
 def test_square_root_segments_are_the_least_memory_of_equal_layers(n):
-    """Chen et al. 2016: inputs of the segments and the inside of one, 2 sqrt(n) - 1 activations where a layer saves only its input."""
+    """Chen et al. 2016: inputs of the segments and the inside of one, 2 sqrt(n) activations where a layer saves only its input."""
     layers = uniform(n, saved=0.0)
     root = round(np.sqrt(n))
     spans = [Span(a, a + root, recomputed=True) for a in range(0, n, root)]
-    assert peak_bytes(layers, spans) == 2 * root - 1
+    assert peak_bytes(layers, spans) == 2 * root
     least = least_budget_bytes(layers)
-    assert least <= 2 * root - 1  # the last segments may be longer than the first
-    assert optimal_segments(layers, 2 * root - 1).added_s <= n
+    assert least <= 2 * root  # the last segments may be longer than the first
+    assert optimal_segments(layers, 2 * root).added_s <= n
 
 
 def test_thinned_plans_carry_a_bound(monkeypatch):

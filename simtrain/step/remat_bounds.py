@@ -38,7 +38,7 @@ def persistent_added_s(chain: Chain, budget_bytes: float, *, levels: int = LEVEL
         raise StrategyError(f"the bound over persistent plans takes up to {MOST_LAYERS} layers, not {n}: join equal neighbours")
     rounding = np.floor if optimistic else np.ceil
     unit = budget_bytes / levels
-    available = unit * np.arange(levels + 1)
+    available: FloatArray = unit * np.arange(levels + 1, dtype=np.float64)
     available[-1] = budget_bytes
     kept, held = (
         np.minimum(rounding(a / unit * (1 + 1e-12 if optimistic else 1 - 1e-12)), levels + 1).astype(int)

@@ -135,7 +135,7 @@ def optimal_graph(graph: Graph, budget_bytes: float, *, time_limit_s: float = 60
     high[carry[0]] = 0.0
     _runs(program, graph, run, carry)
     _memory(program, graph, graph.bytes / budget_bytes, (run, carry, used), free)
-    integral = np.ones(binary)
+    integral = np.ones(binary, dtype=np.int64)
     integral[used.ravel()] = 0
     cost = np.zeros(binary)
     cost[run] = graph.time_s

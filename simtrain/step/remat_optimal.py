@@ -12,18 +12,21 @@ All functions are pure and know arrays only. `remat_bounds` has the bound over a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simtrain.core.errors import StrategyError
+from simtrain.core.errors import InternalError, StrategyError
 from simtrain.core.polynomial import FloatArray
 
 LABELS = 256
 """Pairs of bytes held and time added that are carried per layer. Beyond it the least promising go; what they could have become bounds
 how far the plan is from the optimum."""
+
+AIMS = 8
+"""Budgets that are tried where the plan for the whole budget holds too much until the loss."""
 
 FEW_LABELS = 32
 """The same of a first search, whose plan lets a second one drop more."""
@@ -50,6 +53,9 @@ class Chain:
             gradient of its output).
         left_bytes: What its backward pass leaves behind (gradients of parameters).
         recomputable: Whether it may run forward twice.
+        until_loss_bytes: What it holds from its forward pass until all layers have run forward, if it is kept (casts of weights that
+            autocast caches), beyond what it saves.
+        dropping_until_loss_bytes: The same if it is recomputed.
     """
 
     forward_s: FloatArray
@@ -63,6 +69,8 @@ class Chain:
     backward_peak_bytes: FloatArray
     left_bytes: FloatArray
     recomputable: NDArray[np.bool_]
+    until_loss_bytes: FloatArray
+    dropping_until_loss_bytes: FloatArray
 
     def __len__(self) -> int:
         return len(self.forward_s)
@@ -106,12 +114,13 @@ class RematPlan:
 def peak_bytes(chain: Chain, spans: Sequence[Span]) -> float:
     """Replays forward and backward with a plan, allocating and releasing, and returns the most that is held."""
     x, saved, kept, gradient = (a.tolist() for a in (chain.input_bytes, chain.saved_bytes, chain.kept_bytes, chain.output_gradient_bytes))
-    held, peak = 0.0, 0.0
+    held, peak, until_loss = 0.0, 0.0, 0.0
     for start, stop, recomputed in spans:
         for i in range(start, stop):
             running = chain.dropping_peak_bytes[i] + (x[start] if i > start else 0.0) if recomputed else chain.forward_peak_bytes[i]
-            peak = max(peak, held + x[i] + running)
+            peak = max(peak, held + until_loss + x[i] + running)
             held += 0.0 if recomputed else kept[i]
+            until_loss += (chain.dropping_until_loss_bytes if recomputed else chain.until_loss_bytes)[i]
         held += x[start] if recomputed else 0.0
     for start, stop, recomputed in reversed(spans):
         if recomputed:
@@ -138,12 +147,34 @@ def optimal_segments(chain: Chain, budget_bytes: float) -> RematPlan:
         StrategyError: No plan fits; the message says what the smallest one takes.
     """
     inside = _inside(chain)
-    if not _fits(inside, budget_bytes):
-        least = least_budget_bytes(chain)
+    plan = _within(chain, inside, budget_bytes)
+    if plan is not None and plan.peak_bytes <= budget_bytes * (1 + 1e-12):
+        return plan
+    bound_s, best = plan.bound_s if plan else np.inf, _smallest(chain, inside)
+    if best.peak_bytes > budget_bytes * (1 + 1e-12):
         raise StrategyError(
-            f"no choice of recomputed layers fits {budget_bytes / 2**30:.3f} GiB; the smallest takes {least / 2**30:.3f} GiB: give more "
-            "memory, or choose a smaller micro-batch"
+            f"no choice of recomputed layers fits {budget_bytes / 2**30:.3f} GiB; the smallest takes {best.peak_bytes / 2**30:.3f} GiB: "
+            "give more memory, or choose a smaller micro-batch"
         )
+    # what waits for the loss is not in the search: aim lower, as little as will do
+    low, high = _least(chain, inside), budget_bytes
+    for _ in range(AIMS):
+        plan = _within(chain, inside, (low + high) / 2)
+        fits = plan is not None and plan.peak_bytes <= budget_bytes
+        low, high = ((low + high) / 2, high) if fits else (low, (low + high) / 2)
+        best = plan if plan is not None and fits and plan.added_s < best.added_s else best
+    return replace(best, bound_s=min(bound_s, best.added_s))
+
+
+def least_budget_bytes(chain: Chain) -> float:
+    """The smallest budget for which `optimal_segments` has a plan."""
+    return _smallest(chain, _inside(chain)).peak_bytes
+
+
+def _within(chain: Chain, inside: _Inside, budget_bytes: float) -> RematPlan | None:
+    """The best plan by what is held between forward and backward alone; its peak is that of a replay."""
+    if not _fits(inside, budget_bytes):
+        return None
     prices = _prices(chain, inside, budget_bytes)
     slack_s = 1e-9 * float(chain.forward_s.sum())  # rounding may not drop the best plan
     spans, added_s, bound_s = _search(inside, budget_bytes, prices, prices.known_s + slack_s, FEW_LABELS)
@@ -152,12 +183,17 @@ def optimal_segments(chain: Chain, budget_bytes: float) -> RematPlan:
     return RematPlan(spans, added_s, peak_bytes(chain, spans), bound_s)
 
 
-def least_budget_bytes(chain: Chain) -> float:
-    """The smallest budget that some plan of segments fits (to a relative 1e-9, from above)."""
-    inside = _inside(chain)
-    high = peak_bytes(chain, [Span(i, i + 1, recomputed=False) for i in range(len(chain))])
-    low = 0.0
-    while high - low > 1e-9 * high:
+def _smallest(chain: Chain, inside: _Inside) -> RematPlan:
+    plan = _within(chain, inside, _least(chain, inside))
+    if plan is None:
+        raise InternalError("the smallest plan of recomputation does not fit its own memory")
+    return plan
+
+
+def _least(chain: Chain, inside: _Inside) -> float:
+    """The smallest budget that fits, not counting what waits for the loss; to a relative 1e-10, from above."""
+    low, high = 0.0, peak_bytes(chain, [Span(i, i + 1, recomputed=False) for i in range(len(chain))])
+    while high - low > 1e-10 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if _fits(inside, middle) else (middle, high)
     return high
@@ -205,7 +241,8 @@ def _inside(chain: Chain) -> _Inside:
     return _Inside(peak, cost, x, kept_peak, kept)
 
 
-class _Labels(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Labels:
     """Pairs that no other beats, by bytes held, with where each came from (layer, pair, kept or recomputed)."""
 
     held: FloatArray
@@ -213,6 +250,9 @@ class _Labels(NamedTuple):
     layer: NDArray[np.int64]
     pair: NDArray[np.int64]
     recomputed: NDArray[np.bool_]
+
+    def only(self, chosen: NDArray[np.bool_] | slice) -> _Labels:
+        return _Labels(self.held[chosen], self.cost[chosen], self.layer[chosen], self.pair[chosen], self.recomputed[chosen])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -300,7 +340,7 @@ def _search(
             if fitting:
                 parts.append((a, fitting, holds, cost, recomputed))
         if not parts:
-            labels.append(_Labels(*(array[:0] for array in labels[0])))
+            labels.append(labels[0].only(slice(0)))
             continue
         best = _best(labels, parts)
         if stop < last:
@@ -312,7 +352,7 @@ def _search(
                 out = chosen & (bound >= worst)
                 out[0] = False
                 dropped_s, chosen = min(dropped_s, float(worst)), chosen & ~out
-            best = _Labels(*(array[chosen] for array in best))
+            best = best.only(chosen)
         labels.append(best)
     added_s = float(labels[-1].cost[-1])
     return _trace(labels), added_s, min(added_s, dropped_s)

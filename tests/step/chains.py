@@ -25,9 +25,11 @@ def chain(n: int, seed: int, *, recomputable: bool = True) -> Chain:
         backward_peak_bytes=draw(1, 12),
         left_bytes=draw(0, 3),
         recomputable=np.ones(n, dtype=bool) if recomputable else random.random(n) < 0.8,
+        until_loss_bytes=np.zeros(n),
+        dropping_until_loss_bytes=np.zeros(n),
     )
 
 
 def uniform(n: int, *, saved: float = 4.0, x: float = 1.0) -> Chain:
     one, none = np.ones(n), np.zeros(n)
-    return Chain(one, one, x * one, x * one, saved * one, one > 0, saved * one, none, none, none, one > 0)
+    return Chain(one, one, x * one, x * one, saved * one, one > 0, saved * one, none, none, none, one > 0, none, none)

@@ -26,7 +26,7 @@ def test_equal_layers_take_the_binomial_optimum(checkpoints):
     """What a layer saves fits once, for the layer that goes backward; all else are inputs."""
     for length in range(1, 21):
         one, none = np.ones(length), np.zeros(length)
-        layers = Chain(one, one, one, none, (checkpoints + 1) * one, one > 0, none, none, none, none, one > 0)
+        layers = Chain(one, one, one, none, (checkpoints + 1) * one, one > 0, none, none, none, none, one > 0, none, none)
         budget = 2 * checkpoints + 2
         assert persistent_added_s(layers, budget, levels=budget) == binomial_advances(length, checkpoints)
 
@@ -114,7 +114,7 @@ def test_three_ways_on_uneven_chains(seed):
     none = np.zeros(n)
     x = np.append(0.0, result[:-1])  # the batch is held anyway
     grad_out = np.append(gradient[1:], result[-1])
-    layers = Chain(forward_s, none, x, grad_out, none, none == 0, result, result, gradient, none, none == 0)
+    layers = Chain(forward_s, none, x, grad_out, none, none == 0, result, result, gradient, none, none == 0, none, none)
     most = peak_bytes(layers, [Span(i, i + 1, recomputed=False) for i in range(n)])
     for budget in np.unique(np.linspace(0.6 * most, most, 4).round()):
         plan = optimal_graph(graph, budget)

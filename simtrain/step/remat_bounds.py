@@ -12,7 +12,7 @@ import numpy as np
 
 from simtrain.core.errors import StrategyError
 from simtrain.core.polynomial import FloatArray
-from simtrain.step.remat_optimal import Chain
+from simtrain.step.remat_plan import Chain
 
 LEVELS = 400
 """Steps into which the budget is cut."""

@@ -9,7 +9,7 @@ from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Workload
 from simtrain.step.occupancy import Mode, Occupancy, Sizer, occupancy, unsaved_cast_bytes
 from simtrain.step.passes import Pass, micro_batch_passes
-from simtrain.step.remat_optimal import Chain
+from simtrain.step.remat_plan import Chain
 from simtrain.step.specialize import ConcreteLayer
 
 

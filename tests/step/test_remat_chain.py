@@ -6,13 +6,13 @@ import pytest
 import simtrain as st
 from simtrain.core.precision import precision
 from simtrain.core.runtime import RUNTIMES
-from simtrain.step import passes
-from simtrain.step.ledger import ledger
+from simtrain.step import ledger, passes
 from simtrain.step.occupancy import BLOCK_BYTES
 from simtrain.step.remat import Segment
 from simtrain.step.remat_chain import chain_of
 from simtrain.step.remat_optimal import Span, least_budget_bytes, optimal_segments, peak_bytes
 from simtrain.step.specialize import concrete_layers
+from tests.step.books import ledger_of
 
 SIZES = {"layers": 8, "hidden": 128, "heads": 4, "vocabulary": 512, "seq_len": 64}
 WORKLOADS = {"gpt": SIZES, "llama": SIZES, "resnet18-cifar": {}, "vit-tiny": {}}
@@ -38,10 +38,16 @@ def as_segments(workload, spans) -> tuple[Segment, ...]:
     return tuple(Segment(tuple(range(s.start, s.stop)), tuple(kinds[s.start : s.stop]), s.recomputed) for s in spans)
 
 
+def cut_into(monkeypatch, spans) -> None:
+    """Makes the engine run these segments, whatever the strategy says."""
+    for module in (passes, ledger):
+        monkeypatch.setattr(module, "segments", lambda w, c: as_segments(w, spans))
+
+
 def held_on_top(workload, recipe: str, runtime, accumulation: int) -> float:
     """Most that a step holds besides what it begins with (and the gradients, where earlier micro-batches left them)."""
     strategy = st.Strategy(micro_batch=2, precision=recipe, accumulation=accumulation, checkpoint="full")
-    book = ledger(workload, strategy, precision(recipe), runtime, 1)
+    book = ledger_of(workload, strategy, runtime)
     totals = book.moments.sum(axis=1)
     base = totals[0]
     if accumulation > 1:
@@ -60,7 +66,7 @@ def test_chains_hold_what_the_ledger_holds(name, recipe, accumulation, monkeypat
     chain = chain_of(workload, concrete, 2, runtime, one, one, accumulating=accumulation > 1)
     for seed in range(6):
         spans = random_spans(chain.recomputable, seed)
-        monkeypatch.setattr(passes, "segments", lambda w, c, spans=spans: as_segments(w, spans))
+        cut_into(monkeypatch, spans)
         assert peak_bytes(chain, spans) == pytest.approx(held_on_top(workload, recipe, runtime, accumulation), rel=1e-9)
         monkeypatch.undo()
 
@@ -75,7 +81,7 @@ def test_optimal_plans_fit_in_the_ledger(recipe, monkeypatch):
     for part in (0.0, 0.4, 0.8, 1.0):
         budget = least + part * (most - least)
         plan = optimal_segments(chain, budget)
-        monkeypatch.setattr(passes, "segments", lambda w, c, plan=plan: as_segments(w, plan.spans))
+        cut_into(monkeypatch, plan.spans)
         held = held_on_top(workload, recipe, runtime, 2)
         monkeypatch.undo()
         assert held == pytest.approx(plan.peak_bytes)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simtrain.core.errors import StrategyError
-from simtrain.step import remat_optimal
+from simtrain.step import remat_search
 from simtrain.step.remat_optimal import Chain, Span, least_budget_bytes, optimal_segments, peak_bytes
 from tests.step.chains import chain, uniform
 
@@ -86,7 +86,7 @@ def test_thinned_plans_carry_a_bound(monkeypatch):
     budget = (least_budget_bytes(layers) + peak_bytes(layers, [Span(i, i + 1, recomputed=False) for i in range(40)])) / 2
     exact = optimal_segments(layers, budget)
     assert exact.bound_s == exact.added_s
-    monkeypatch.setattr(remat_optimal, "LABELS", 12)
+    monkeypatch.setattr(remat_search, "LABELS", 12)
     thin = optimal_segments(layers, budget)
     assert thin.peak_bytes <= budget
     assert thin.bound_s <= exact.added_s <= thin.added_s

@@ -178,6 +178,11 @@ def _checked_placement(schedule: Schedule, stages: int, chunks: int) -> Placemen
 
 
 def _list(name: str, placement: Placement, orders: Sequence[Sequence[Instruction]], chunks: int, micro_batches: int) -> _Listed:
+    for rank_of, order in enumerate(orders):
+        strange = [kind for kind in set(map(type, order)) if not issubclass(kind, Instruction)]
+        if strange or not len(order):
+            what = f"a {strange[0].__name__} where it should list Instructions" if strange else "nothing to do"
+            raise StrategyError(f"schedule {name!r} gives rank {rank_of} {what}")
     instructions = [instruction for order in orders for instruction in order]
     lengths = [len(order) for order in orders]
     action = np.array([i.action for i in instructions], dtype=np.int64)

@@ -112,6 +112,8 @@ GOOD = (forward(0), forward(1), backward(0), backward(1))
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
+        (GOOD, (), "gives rank 1 nothing to do"),
+        (GOOD, ("forward",), "gives rank 1 a str where it should list Instructions"),
         (GOOD, GOOD[:3], "forgets the backward pass .* of micro-batch 1 at position 1"),
         (GOOD, GOOD[1:], "forgets the forward pass of micro-batch 0 at position 1"),
         (GOOD, (*GOOD, backward(1)), r"repeats the backward of micro-batch 1 in chunk 0 \(rank 1, instruction 4\).*instruction 3"),

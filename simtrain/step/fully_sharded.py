@@ -26,6 +26,44 @@ Visit = tuple[int, int]
 """A chunk and a layer in it, or `REST`."""
 
 
+def stage_visits(layout: Layout, stage: int) -> list[tuple[Visit, bool]]:
+    """What a stage needs gathered, in the order of its passes, and whether it must be gathered anew."""
+    plan = layout.plan
+    lane = layout.by_stage[stage][0]
+    priced = [chunk_costs(layout.setting, lane, chunk) for chunk in lane.chunks]
+    visits: list[tuple[Visit, bool]] = []
+    there: set[Visit] = set()
+    for i in plan.of_rank(stage).tolist():
+        action, chunk = Action(int(plan.action[i])), int(plan.chunk[i])
+        first = action is not Action.FORWARD and int(plan.micro_batch[i]) == gradient_order(plan, stage, chunk)[0]
+        for which in priced[chunk].passes(action, adding=not first):
+            held = lane.chunks[chunk]
+            visit = (chunk, which.layer if held.is_block(which.layer) else REST)
+            visits.append((visit, visit not in there))
+            there = {v for v in there if v[1] == REST} | {visit}
+            if which.mode in ADDS_GRADIENTS and which.layer == held.last_of_rest:
+                there.discard(visit)
+    return visits
+
+
+def gathered_bytes(layout: Layout, lane: Lane, chunk: int, layer: int) -> float:
+    """Bytes that are gathered for a block, or for all that is none, in the format that products read."""
+    precision = layout.setting.precision
+    size = min(precision.low.size_bytes, precision.parameter.size_bytes)
+    return float(lane.chunks[chunk].unit_parameters(layer) * size)
+
+
+def scattered_bytes(layout: Layout, lane: Lane, chunk: int, step: Step) -> float:
+    """Bytes of the gradients that are complete after a pass; what is no block waits for the last of it."""
+    held, layer = lane.chunks[chunk], step.which.layer
+    block = held.is_block(layer)
+    if not step.ends_gradients or not (block or layer == held.last_of_rest):
+        return 0.0
+    precision = layout.setting.precision
+    width = 4 if layout.setting.runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
+    return float(held.unit_parameters(layer if block else REST) * width)
+
+
 class FullySharded:
     """Replicas that hold shards; see `simtrain.step.synchronise.Synchroniser`."""
 
@@ -38,32 +76,13 @@ class FullySharded:
         stages = range(grid.pipeline)
         self.inside = [place(layout.fabric, grid.holder_groups(s, self.shard)) for s in stages]
         self.across = [place(layout.fabric, grid.replica_groups(s, self.shard)) for s in stages]
-        self.visits = [self._visits(s) for s in stages]
+        self.visits = [stage_visits(layout, s) for s in stages]
         self.next = [0] * grid.pipeline
         self.gathered: list[list[int]] = [[] for _ in stages]
         self.computed: list[list[list[int]]] = [[] for _ in stages]
         self.latest: dict[tuple[int, int, int], int] = {}
         self.reduced: dict[int, int] = {}
         self.known: dict[tuple[int, Collective, float, bool], CollectiveCost] = {}
-
-    def _visits(self, stage: int) -> list[tuple[Visit, bool]]:
-        """What a stage needs gathered, in the order of its passes, and whether it must be gathered anew."""
-        layout, plan = self.layout, self.layout.plan
-        lane = layout.by_stage[stage][0]
-        priced = [chunk_costs(self.setting, lane, chunk) for chunk in lane.chunks]
-        visits: list[tuple[Visit, bool]] = []
-        there: set[Visit] = set()
-        for i in plan.of_rank(stage).tolist():
-            action, chunk = Action(int(plan.action[i])), int(plan.chunk[i])
-            first = action is not Action.FORWARD and int(plan.micro_batch[i]) == gradient_order(plan, stage, chunk)[0]
-            for which in priced[chunk].passes(action, adding=not first):
-                held = lane.chunks[chunk]
-                visit = (chunk, which.layer if held.is_block(which.layer) else REST)
-                visits.append((visit, visit not in there))
-                there = {v for v in there if v[1] == REST} | {visit}
-                if which.mode in ADDS_GRADIENTS and which.layer == held.last_of_rest:
-                    there.discard(visit)
-        return visits
 
     def ready_after(self, lane: Lane, chunk: int) -> frozenset[int]:  # noqa: ARG002
         """Passes are terms of their own."""
@@ -82,11 +101,9 @@ class FullySharded:
     def _gather(self, lanes: Sequence[Lane], visit: int) -> int:
         stage = lanes[0].stage
         (chunk, layer), anew = self.visits[stage][visit]
-        elements = lanes[0].chunks[chunk].unit_parameters(layer)
-        if not anew or not elements:
+        size = gathered_bytes(self.layout, lanes[0], chunk, layer)
+        if not anew or not size:
             return self.latest.get((stage, chunk, layer), -1)
-        precision = self.setting.precision
-        size = elements * min(precision.low.size_bytes, precision.parameter.size_bytes)
         price = self._cost(stage, Collective.ALL_GATHER, size, self.inside[stage])
         # what is gathered takes the room of the layer before last
         earlier = visit - 1 - self.setting.runtime.prefetch
@@ -99,18 +116,14 @@ class FullySharded:
         """Scatters the gradients of a layer whose backward pass is done."""
         stage = lanes[0].stage
         self.computed[stage].append(list(terms))
-        held, layer = lanes[0].chunks[chunk], steps[0].which.layer
-        block = held.is_block(layer)
-        elements = held.unit_parameters(layer if block else REST)
-        if not steps[0].ends_gradients or not elements or not (block or layer == held.last_of_rest):
+        size = scattered_bytes(self.layout, lanes[0], chunk, steps[0])
+        if not size:
             return
-        precision = self.setting.precision
-        width = 4 if self.setting.runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
-        price = self._cost(stage, Collective.REDUCE_SCATTER, elements * width, self.inside[stage])
+        price = self._cost(stage, Collective.REDUCE_SCATTER, size, self.inside[stage])
         stream = self._stream(lanes)
         self.reduced[stage] = self.build.transfer(TermKind.COLLECTIVE, stream, "scatter gradients", price, terms)
         if self.shard < self.layout.grid.holders and steps[0].last:
-            price = self._cost(stage, Collective.ALL_REDUCE, elements * width / self.shard, self.across[stage])
+            price = self._cost(stage, Collective.ALL_REDUCE, size / self.shard, self.across[stage])
             self.reduced[stage] = self.build.transfer(TermKind.COLLECTIVE, stream, "reduce shards", price, terms)
 
     def _cost(self, stage: int, kind: Collective, size: float, placed: Placed) -> CollectiveCost:

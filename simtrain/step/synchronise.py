@@ -84,6 +84,18 @@ def update_cost(setting: Setting, lane: Lane) -> PassCost:
     return pass_cost(lane.place.device, kernels, setting.runtime)
 
 
+def tie_cost(layout: Layout) -> CollectiveCost | None:
+    """What it costs to sum the gradients of a weight that both ends of a pipeline hold; `None` where there is none."""
+    setting, plan = layout.setting, layout.plan
+    parameter = tied_parameter(setting.workload, layout.local) if layout.grid.pipeline > 1 else None
+    first, end = plan.holders[0][0], plan.holders[-1][0]
+    if parameter is None or first == end:
+        return None
+    size = parameter.elements * gradient_bytes(setting.precision, setting.runtime)
+    pairs = list(zip(layout.grid.stage(first), layout.grid.stage(end), strict=True))
+    return cost(layout.fabric, Collective.ALL_REDUCE, place(layout.fabric, pairs), size)
+
+
 class Replicated:
     """Replicas that hold all parameters of their part of the model (ZeRO stages 0 to 2)."""
 
@@ -186,13 +198,10 @@ class Replicated:
     def _tie(self, last: Sequence[int]) -> dict[int, list[int]]:
         """Sums the gradients of a weight that both ends of a pipeline hold; returns the term by stage."""
         layout, plan = self.layout, self.layout.plan
-        parameter = tied_parameter(self.setting.workload, layout.local) if layout.grid.pipeline > 1 else None
-        first, end = plan.holders[0][0], plan.holders[-1][0]
-        if parameter is None or first == end:
+        price = tie_cost(layout)
+        if price is None:
             return {}
-        size = parameter.elements * gradient_bytes(self.setting.precision, self.setting.runtime)
-        pairs = list(zip(layout.grid.stage(first), layout.grid.stage(end), strict=True))
-        price = cost(layout.fabric, Collective.ALL_REDUCE, place(layout.fabric, pairs), size)
+        first, end = plan.holders[0][0], plan.holders[-1][0]
         lanes = [lane for s in (first, end) for lane in layout.by_stage[s]]
         waits = [t for lane in lanes for t in (last[lane.index], *self._reduced_terms(lane))]
         stream = self.build.stream([lane.index for lane in lanes], "tied weights")

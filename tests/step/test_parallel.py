@@ -135,7 +135,10 @@ def test_simulation_agrees_where_nothing_meets_and_is_never_faster(choice, runti
     fluid = st.simulate(model(), cluster, strategy, runtime=runtime)
     assert fluid.step_time_s >= frozen.step_time_s * (1 - 1e-9)
     assert fluid.step_time_s <= 1.5 * frozen.step_time_s
-    for result in (frozen, fluid):
+    closed = st.estimate(model(), cluster, strategy, runtime=runtime)
+    assert closed.step_time_s == pytest.approx(frozen.step_time_s, rel=0.15)
+    assert closed.memory.allocated_bytes == frozen.memory.allocated_bytes
+    for result in (closed, frozen, fluid):
         assert sum(result.breakdown_s.values()) == pytest.approx(result.step_time_s, rel=1e-6)
         assert min(result.breakdown_s.values()) >= -1e-9
 

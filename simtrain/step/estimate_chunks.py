@@ -1,0 +1,233 @@
+"""`estimate` where ranks do different things: the instructions of a pipeline, the gathered layers of full sharding.
+
+One pass over the instructions in their order, with three queues per stage that are never entered out of turn: what the device computes,
+what is sent each way, what is gathered and reduced. Hosts are taken as a whole: a host that needs longer than its device sets the period.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.result import Result
+from simtrain.core.workload import Collective
+from simtrain.step.breakdown import PARTS
+from simtrain.step.costs import PassCost, chain, pass_cost
+from simtrain.step.fully_sharded import gathered_bytes, scattered_bytes, stage_visits
+from simtrain.step.instructions import Step, chunk_costs
+from simtrain.step.kernels import bucket_copy_kernels
+from simtrain.step.layout import Lane, Layout
+from simtrain.step.network import Placed, cost, place, send
+from simtrain.step.results import assemble, by_rank, memory_report
+from simtrain.step.schedules import Action
+from simtrain.step.synchronise import chunk_buckets, reduction, tie_cost, update_cost
+
+
+def in_order(ready_s: FloatArray, durations_s: FloatArray, start_s: float = 0.0) -> FloatArray:
+    """Ends of jobs that run one after the other, none before it is ready: `end[j] = max(end[j-1], ready[j]) + t[j]`."""
+    before = np.concatenate([[0.0], np.cumsum(durations_s)])
+    latest = np.maximum.accumulate(np.maximum(ready_s - before[:-1], start_s))
+    return np.asarray(before[1:] + latest, dtype=np.float64)
+
+
+def gather_s(layout: Layout, stage: int) -> float:
+    """What gathering updated parameters adds to a step."""
+    setting = layout.setting
+    if setting.strategy.zero not in (1, 2) or layout.grid.holders == 1:
+        return 0.0
+    placed = place(layout.fabric, layout.grid.holder_groups(stage, setting.strategy.shard))
+    size = setting.precision.parameter.size_bytes
+    held = layout.by_stage[stage][0].chunks
+    if setting.runtime.overlap_gather:  # only what the first layer needs stands in the way
+        first = next((x.parameter_count for x in held[0].workload if x.parameter_count), 0)
+        return cost(layout.fabric, Collective.ALL_GATHER, placed, first * size).time_s
+    total = sum(p.elements for chunk in held for p in chunk.parameters)
+    return cost(layout.fabric, Collective.ALL_GATHER, placed, total * size).time_s
+
+
+def work_parts(passes: Sequence[PassCost]) -> dict[str, float]:
+    """The parts of a breakdown that passes account for; the others are zero."""
+    parts = dict.fromkeys(PARTS, 0.0)
+    parts["recompute"] = sum(c.recompute_s for c in passes)
+    parts["communication"] = sum(c.wire_s for c in passes)
+    parts["compute"] = sum(c.device_s for c in passes) - parts["recompute"] - parts["communication"]
+    return parts
+
+
+def estimate_chunks(layout: Layout, note: str) -> Result:
+    """Predicts a step of a pipeline, of fully sharded replicas, or of both."""
+    walks = [_Walk(layout, kind) for kind in sorted({lane.kind for lane in layout.lanes})]
+    periods = [walk.period_s() for walk in walks]
+    walk = walks[int(np.argmax(periods))]
+    period = max(periods)
+    bound = max(walk.lanes, key=lambda lane: walk.busy_s[lane.stage])
+    parts = work_parts(walk.passes[bound.stage])
+    parts["optimizer"] = walk.updates[bound.stage].device_s
+    rest = max(period - sum(parts.values()), 0.0)
+    host = max(period - walk.device_period_s, 0.0)
+    parts["host"] += min(rest, host)
+    parts["bubble" if layout.grid.pipeline > 1 else "communication"] += rest - min(rest, host)
+    busy = {(w.kind, lane.stage): w.busy_s[lane.stage] for w in walks for lane in w.lanes}
+    ranks = by_rank(layout.classes, [busy[lane.kind, lane.stage] for lane in layout.lanes])
+    streams = {"compute": walk.busy_s[bound.stage]}
+    return assemble(layout, "estimate", period, parts, streams, memory_report(layout), notes=(note,), busy_by_rank=ranks)
+
+
+class _Walk:
+    """The step of one kind of replica."""
+
+    def __init__(self, layout: Layout, kind: int) -> None:
+        self.layout, self.setting, self.kind = layout, layout.setting, kind
+        self.lanes = [next(x for x in lanes if x.kind == kind) for lanes in layout.by_stage]
+        stages = range(layout.grid.pipeline)
+        self.costs = {
+            (lane.stage, c): chunk_costs(layout.setting, lane, chunk) for lane in self.lanes for c, chunk in enumerate(lane.chunks)
+        }
+        self.updates = [update_cost(layout.setting, lane) for lane in self.lanes]
+        self.passes: list[list[PassCost]] = [[] for _ in stages]
+        self.synchronised = layout.setting.precision.loss_scaling and layout.setting.runtime.run_ahead_launches > 0
+        # a host that has waited for the reduction issues the update first, then the passes of the next step: there the clock starts
+        after = [u.device_s + gather_s(layout, stage) for stage, u in enumerate(self.updates)]
+        self.free = [u.lead_s + a if self.synchronised else 0.0 for u, a in zip(self.updates, after, strict=True)]
+        self.after = [0.0 if self.synchronised else a for a in after]
+        self.issued = [u.host_s for u in self.updates]
+        self.deferred: list[tuple[tuple[int, ...], int, float, PassCost | None]] = []
+        self.wire_free = [0.0 for _ in stages]
+        self.sent_free: dict[tuple[int, int], float] = {}
+        self.reduced: list[list[tuple[float, PassCost | None]]] = [[] for _ in stages]
+        self.sharded = layout.setting.strategy.zero == 3 and layout.grid.holders > 1
+        self.shards = [_Shards(layout, lane) for lane in self.lanes] if self.sharded else []
+        self._run()
+        self.busy_s = [sum(c.device_s for c in p) + u.device_s for p, u in zip(self.passes, self.updates, strict=True)]
+        self.device_period_s = self._finish()
+
+    def period_s(self) -> float:
+        """The larger of what devices and what hosts need."""
+        hosts = [sum(c.host_s for c in p) + u.host_s for p, u in zip(self.passes, self.updates, strict=True)]
+        return max(self.device_period_s, *hosts) if self.setting.runtime.run_ahead_launches else self.device_period_s
+
+    def _run(self) -> None:
+        plan = self.layout.plan
+        pointer, predecessor = plan.gates
+        end = [0.0] * len(plan)
+        arrival: dict[tuple[int, int], float] = {}
+        for i in range(len(plan)):
+            stage = int(plan.rank[i])
+            at = self.free[stage]
+            for j in predecessor[pointer[i] : pointer[i + 1]].tolist():
+                source = int(plan.rank[j])
+                if source != stage:
+                    if (j, stage) not in arrival:
+                        arrival[j, stage] = self._sent(j, source, stage, end[j])
+                    at = max(at, arrival[j, stage])
+                else:
+                    at = max(at, end[j])
+            end[i] = self.free[stage] = self._instruction(i, stage, at)
+
+    def _sent(self, i: int, source: int, to: int, ready: float) -> float:
+        plan, lane = self.layout.plan, self.lanes[source]
+        forward = plan.action[i] == Action.FORWARD
+        chunk = lane.chunks[int(plan.chunk[i])]
+        edge = chunk.concrete[-1].layer if forward else chunk.concrete[0].before
+        size = edge.cut(lane.place.batch, lane.place.sequence) * self.setting.precision.dtype(edge.cut_role).size_bytes
+        key = (source, int(forward))
+        start = max(ready, self.sent_free.get(key, 0.0))
+        self.sent_free[key] = start + send(self.layout.fabric, self.layout.grid, source, to, size).time_s
+        return self.sent_free[key]
+
+    def _instruction(self, i: int, stage: int, at: float) -> float:
+        plan, chunk = self.layout.plan, int(self.layout.plan.chunk[i])
+        steps = self.costs[stage, chunk].steps(Action(int(plan.action[i])), int(plan.micro_batch[i]), plan, stage, chunk)
+        self.passes[stage] += [s.cost for s in steps]
+        if self.synchronised:
+            whole = chain([s.cost for s in steps])
+            at, self.issued[stage] = max(at, self.issued[stage] + whole.lead_s), self.issued[stage] + whole.host_s
+        if self.sharded:
+            for step in steps:
+                at = self.shards[stage].run(chunk, step, at)
+            return at
+        ends = at + np.cumsum([s.cost.device_s for s in steps])
+        self._reduce(stage, chunk, steps, ends)
+        return float(ends[-1])
+
+    def _reduce(self, stage: int, chunk: int, steps: Sequence[Step], ends: FloatArray) -> None:
+        """Reduces the buckets that the last backward pass of a chunk completes."""
+        every = self.setting.strategy.zero == 2 and self.setting.runtime.reduce_every
+        complete = {s.which.layer: float(e) for s, e in zip(steps, ends, strict=True) if s.ends_gradients and (s.last or every)}
+        if not complete:
+            return
+        last = any(s.last for s in steps)
+        runtime, lane = self.setting.runtime, self.lanes[stage]
+        copied = not (runtime.gradient_as_bucket_view or runtime.main_gradients)
+        holders = self.layout.plan.holders[lane.chunks[chunk].position]
+        for bucket, placed in chunk_buckets(self.layout, stage, chunk):
+            ready = complete[bucket.ready_after_layer] if runtime.overlap_communication else float(ends[-1])
+            takes = reduction(self.layout, placed, bucket.size_bytes).time_s
+            kernels = bucket_copy_kernels(bucket.gradients, self.setting.precision)
+            back = pass_cost(lane.place.device, kernels, runtime) if copied else None
+            if last and len(holders) > 1:  # waits for the other stages that hold the chunk
+                self.deferred += [(holders, stage, takes, back)]
+                continue
+            self.wire_free[stage] = max(self.wire_free[stage], ready) + takes
+            if last:
+                self.reduced[stage].append((self.wire_free[stage], back))
+
+    def _finish(self) -> float:
+        """When the slowest stage has updated and gathered."""
+        layout = self.layout
+        for holders, stage, takes, back in self.deferred:
+            at = max(self.free[h] for h in holders)
+            self.wire_free[stage] = max(self.wire_free[stage], at) + takes
+            self.reduced[stage].append((self.wire_free[stage], back))
+        ready = []
+        for stage in range(layout.grid.pipeline):
+            at = self.free[stage]
+            for done, back in self.reduced[stage]:
+                at = max(at, done) + (back.device_s if back else 0.0)
+            ready.append(max(at, self.shards[stage].wire_free) if self.sharded else at)
+        tied = tie_cost(layout)
+        if tied is not None:
+            ready[0] = ready[-1] = max(ready[0], ready[-1]) + tied.time_s
+        if self.setting.runtime.global_norm:
+            ready = [max(ready)] * len(ready)
+        first = [self.shards[s].first_s if self.sharded else 0.0 for s in range(len(ready))]
+        return max(r + a + f for r, a, f in zip(ready, self.after, first, strict=True))
+
+
+class _Shards:
+    """The gathers and scatters of one stage, in their order."""
+
+    def __init__(self, layout: Layout, lane: Lane) -> None:
+        self.layout, self.lane, self.prefetch = layout, lane, layout.setting.runtime.prefetch
+        shard = layout.setting.strategy.shard
+        self.placed: Placed = place(layout.fabric, layout.grid.holder_groups(lane.stage, shard))
+        self.visits = stage_visits(layout, lane.stage)
+        self.known: dict[tuple[Collective, float], float] = {}
+        self.wire_free = self.first_s = 0.0
+        self.ends: list[float] = []
+        self.gathered: list[float] = []
+
+    def _time_s(self, kind: Collective, size: float) -> float:
+        if (kind, size) not in self.known:
+            self.known[kind, size] = cost(self.layout.fabric, kind, self.placed, size).time_s
+        return self.known[kind, size]
+
+    def run(self, chunk: int, step: Step, at: float) -> float:
+        """Gathers what is needed and what comes next, runs a pass, scatters its gradients; returns when the pass has ended."""
+        n = len(self.ends)
+        for visit in range(len(self.gathered), min(n + 1 + self.prefetch, len(self.visits))):
+            (owner, layer), anew = self.visits[visit]
+            size = gathered_bytes(self.layout, self.lane, owner, layer) if anew else 0.0
+            earlier = visit - 1 - self.prefetch
+            if size:
+                start = max(self.wire_free, self.ends[earlier] if earlier >= 0 else 0.0)
+                self.wire_free = start + self._time_s(Collective.ALL_GATHER, size)
+            self.gathered.append(self.wire_free if size else 0.0)
+        end = max(at, self.gathered[n]) + step.cost.device_s
+        self.ends.append(end)
+        scattered = scattered_bytes(self.layout, self.lane, chunk, step)
+        if scattered:
+            self.wire_free = max(self.wire_free, end) + self._time_s(Collective.REDUCE_SCATTER, scattered)
+        return end

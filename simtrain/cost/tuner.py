@@ -29,7 +29,7 @@ HOP_US: Mapping[Hop, Mapping[Algorithm, tuple[float, float, float]]] = {
 """Latency of a hop by protocol, microseconds."""
 
 LL_FACTOR_BETWEEN_NODES = 1.8
-"""On the latency of an LL ring's hops inside nodes, when there are several nodes."""
+"""On the latency of LL hops inside nodes, when there are several nodes."""
 
 RATE_SHARE: Mapping[Algorithm, tuple[float, float, float]] = {"ring": (1 / 4, 0.92, 1.0), "tree": (0.9 / 3.8, 0.9 * 0.92, 0.9)}
 """Share of the bus rate by protocol. LL128 trees: the ring's share on top of the trees' (assumption)."""
@@ -66,9 +66,9 @@ def latency_s(shape: Shape, algorithm: Algorithm, protocol: Protocol) -> float:
     column = PROTOCOLS.index(protocol)
     inside = HOP_US[shape.inside][algorithm][column]
     between = HOP_US["network"][algorithm][column]
+    if protocol == "LL" and shape.nodes > 1:
+        inside *= LL_FACTOR_BETWEEN_NODES
     if algorithm == "ring":
-        if protocol == "LL" and shape.nodes > 1:
-            inside *= LL_FACTOR_BETWEEN_NODES
         steps, across = 2 * (shape.ranks - 1), 2 * (shape.nodes - 1)
         hops_us = (steps - across) * inside + across * between
     else:

@@ -12,7 +12,8 @@ import numpy as np
 
 from simtrain.core import catalog
 from simtrain.core.hardware import Cluster, Node
-from simtrain.cost.collectives import Collective, CollectiveCost, collective
+from simtrain.cost.algorithms import Collective
+from simtrain.cost.collectives import CollectiveCost, collective
 from simtrain.cost.fabric import Fabric
 from validation.errors import ErrorSummary, skill, summarise
 
@@ -51,7 +52,7 @@ class CollectiveComparison:
         row: As published.
         held_out_s: Predicted with the rate share of another kind of link.
         catalog_s: Predicted with the catalog as it is (its rate shares come from the largest messages of these groups).
-        null_s: By one bus bandwidth per group: the median of the group's own rows.
+        null_s: By one bus bandwidth per group and size class (below `LARGE_BYTES` or not): the median of those very rows.
         algorithm: What was predicted to carry it out.
     """
 
@@ -157,11 +158,11 @@ def compare() -> CollectiveReport:
 def _compare_group(group: Mapping[str, Any]) -> list[CollectiveComparison]:
     rows = [_row(group["name"], *row) for row in group["rows"]]
     held_out, as_is = (Fabric(_cluster(group, held_out=flag)) for flag in (True, False))
-    rate = float(np.median([_factor(r) * r.size_bytes / r.time_s for r in rows]))
+    rates = {large: [_bus_rate(r) for r in rows if (r.size_bytes >= LARGE_BYTES) is large] for large in (True, False)}
     found = []
     for row in rows:
         costs = [_predict(fabric, row) for fabric in (held_out, as_is)]
-        null_s = _factor(row) * row.size_bytes / rate
+        null_s = _factor(row) * row.size_bytes / float(np.median(rates[row.size_bytes >= LARGE_BYTES]))
         found.append(CollectiveComparison(row, costs[0].time_s, costs[1].time_s, null_s, costs[0].algorithm))
     return found
 
@@ -174,6 +175,10 @@ def _row(group: str, kind: str, algorithm: str, devices: int, size_bytes: int, g
 def _factor(row: CollectiveRow) -> float:
     """Bus bandwidth is this times the buffer over the time (nccl-tests, PERFORMANCE.md)."""
     return (2 if row.kind is Collective.ALL_REDUCE else 1) * (row.devices - 1) / row.devices
+
+
+def _bus_rate(row: CollectiveRow) -> float:
+    return _factor(row) * row.size_bytes / row.time_s
 
 
 def _predict(fabric: Fabric, row: CollectiveRow) -> CollectiveCost:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from simtrain.core.workload import Collective
 from simtrain.cost.algorithms import ALGORITHMS, plan
 from simtrain.cost.fabric import Fabric
 from simtrain.cost.tuner import Shape, choose
+
+__all__ = ["Collective", "CollectiveCost", "all_gather", "all_reduce", "collective", "point_to_point"]
 
 AUTO = ("ring", "tree")
 """What is compared when nobody chooses an algorithm for an all-reduce."""
@@ -145,24 +148,16 @@ def _candidates(fabric: Fabric, kind: Collective, algorithm: str) -> tuple[str, 
 
 
 def _nccl(fabric: Fabric, ranks: tuple[int, ...], size_bytes: float) -> str:
-    """What NCCL's tuner takes for an all-reduce, from the rates that a ring and the switches reach when the group is alone."""
+    """What NCCL's tuner takes for an all-reduce, from the rates that algorithms reach when the group is alone."""
     members = np.array(ranks, dtype=np.int64)
     nodes = np.unique(fabric.node_of[members])
     links = [fabric.cluster.nodes[n].peer_link for n in nodes]
-    n = len(ranks)
-    ring = _unit_cost(fabric, Collective.ALL_REDUCE, "ring", (ranks,))
-    try:
-        switch_rate = 1 / _unit_cost(fabric, Collective.ALL_REDUCE, "in-network", (ranks,)).busiest_s
-    except UnsupportedError:
-        switch_rate = 0.0
-    shape = Shape(
-        ranks=n,
-        nodes=len(nodes),
-        inside="pcie" if any(link is None or link.name.startswith("pcie") for link in links) else "nvlink",
-        rate_bytes_per_s=2 * (n - 1) / n / ring.busiest_s,
-        switch_rate_bytes_per_s=switch_rate,
-    )
-    return choose(shape, size_bytes)
+    per_byte_s: dict[str, float] = {}
+    for name in ("ring", "tree", "in-network"):
+        with suppress(UnsupportedError):
+            per_byte_s[name] = _unit_cost(fabric, Collective.ALL_REDUCE, name, (ranks,)).busiest_s
+    inside: Literal["pcie", "nvlink"] = "pcie" if any(link is None or link.name.startswith("pcie") for link in links) else "nvlink"
+    return choose(Shape(len(ranks), len(nodes), inside, per_byte_s), size_bytes)
 
 
 def _unit_cost(fabric: Fabric, kind: Collective, algorithm: str, groups: tuple[tuple[int, ...], ...]) -> _UnitCost:

@@ -12,7 +12,7 @@ import numpy as np
 
 from simtrain.core import catalog
 from simtrain.core.hardware import Cluster, Node
-from simtrain.cost.algorithms import Collective
+from simtrain.core.workload import Collective
 from simtrain.cost.collectives import CollectiveCost, collective
 from simtrain.cost.fabric import Fabric
 from validation.errors import ErrorSummary, skill, summarise

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from simtrain.core.errors import InputError, UnknownNameError
-from simtrain.cost.algorithms import Collective
+from simtrain.core.workload import Collective
 
 BLOCK = 2048
 """Elements that share one fp32 scale in quantized messages (assumption: the default of ZeRO++'s quantizer)."""

@@ -77,6 +77,17 @@ class Fabric:
         return np.array(found, dtype=np.int64)
 
     @cached_property
+    def domain_of(self) -> IntArray:
+        """Where each rank competes for the network: its node behind a switch, its group in a grouped network, 0 for all in a torus.
+
+        Groups of ranks without a common domain share no resource, so they need not be given as concurrent.
+        """
+        network = self.cluster.network
+        if network.kind == "torus":
+            return np.zeros(len(self.places), dtype=np.int64)
+        return self.node_of // max(network.nodes_per_group, 1)
+
+    @cached_property
     def topology(self) -> Topology:
         """What lies between the nodes."""
         return topology(self.cluster)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from simtrain.core.errors import InputError, UnknownNameError
-from simtrain.cost.algorithms import Collective
+from simtrain.core.workload import Collective
 from simtrain.cost.compression import (
     cast,
     low_communication,

@@ -264,6 +264,18 @@ def test_trees_carry_two_buffers_at_their_share():
     assert cost.time_s >= 2 * 7 / 8 * SIZE / 1e9 / TREE_BANDWIDTH_SHARE
 
 
+@pytest.mark.parametrize("name", FABRICS)
+@pytest.mark.parametrize("kind", [AR, A2A])
+def test_groups_without_a_common_domain_share_nothing(name, kind):
+    f = FABRICS[name]
+    half = f.cluster.size // 2
+    first, second = range(half), range(half, 2 * half)
+    if not set(f.domain_of[list(first)]) & set(f.domain_of[list(second)]):
+        assert not collective(f, kind, first, SIZE).loads.keys() & collective(f, kind, second, SIZE).loads.keys()
+    together = collective(f, kind, first, SIZE, concurrent=[second])
+    assert together.time_s >= collective(f, kind, first, SIZE).time_s * (1 - 1e-9)
+
+
 # Refusals name field and fix.
 
 

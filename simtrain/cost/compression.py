@@ -3,7 +3,7 @@
 Volumes follow from the formats; the arithmetic counts are of straightforward kernels (one pass over the gradient per stated read and
 write) and are assumptions about implementations, not measurements. What compression does to convergence is not modelled.
 
-Sources: Seide et al. 2014 and Tang et al. 2021 (1 bit, error feedback, warm-up); Vogels, Karimireddy and Jaggi 2019 (PowerSGD);
+Methods (recalled, not looked up): Seide et al. 2014 and Tang et al. 2021 (1 bit, error feedback, warm-up); Vogels, Karimireddy and Jaggi 2019 (PowerSGD);
 Stich, Cordonnier and Jaggi 2018 and Lin et al. 2018 (top-k); Wang et al. 2023 (ZeRO++); Stich 2019 (local SGD); Douillard et al. 2023
 (DiLoCo).
 """
@@ -18,7 +18,7 @@ from simtrain.core.errors import InputError, UnknownNameError
 from simtrain.core.workload import Collective
 
 BLOCK = 2048
-"""Elements that share one fp32 scale in quantized messages (assumption: the default of ZeRO++'s quantizer)."""
+"""Elements that share one fp32 scale in quantized messages (assumption)."""
 
 SCALE_BYTES = 4.0
 INDEX_BYTES = 4.0

@@ -35,7 +35,7 @@ RATE_SHARE: Mapping[Algorithm, tuple[float, float, float]] = {"ring": (1 / 4, 0.
 """Share of an algorithm's rate by protocol. LL128 trees: as rings (assumption)."""
 
 SWITCH_US = 25.0
-"""Latency of a reduction in NVLink switches (NVLS), microseconds."""
+"""Latency of a reduction in NVLink switches (NVLS), microseconds, as third-party notes quote NCCL's tuner (not read in NCCL itself)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 Volumes follow from the formats; the arithmetic counts are of straightforward kernels (one pass over the gradient per stated read and
 write) and are assumptions about implementations, not measurements. What compression does to convergence is not modelled.
 
-Methods (recalled, not looked up): Seide et al. 2014 and Tang et al. 2021 (1 bit, error feedback, warm-up); Vogels, Karimireddy and Jaggi 2019 (PowerSGD);
+Methods, recalled and not looked up:
+Seide et al. 2014 and Tang et al. 2021 (1 bit, error feedback, warm-up); Vogels, Karimireddy and Jaggi 2019 (PowerSGD);
 Stich, Cordonnier and Jaggi 2018 and Lin et al. 2018 (top-k); Wang et al. 2023 (ZeRO++); Stich 2019 (local SGD); Douillard et al. 2023
 (DiLoCo).
 """

@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command("calibrate")(calibrate)
     validate.command("torch")(validate_torch)
     validate.command("published")(validate_published)
+    validate.command("collectives")(validate_collectives)
     validate.command("decisions")(validate_decisions)
     app.add_typer(validate, name="validate")
 
@@ -93,6 +94,17 @@ def validate_published(
         typer.echo("\n\n".join(str(r) for r in reports) + "\n")
     if layouts:
         write_table(*layout_tables(layouts))
+
+
+def validate_collectives(as_json: Json = False) -> None:
+    """Compare predicted collectives with published measurements on NVLink and over a network, held out by group."""
+    from validation.collective_runs import compare
+
+    report = compare()
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
 
 
 def validate_decisions(

@@ -25,15 +25,16 @@ TREE_BANDWIDTH_SHARE = 0.9
 """Share of the links' rate that trees sustain, against rings. Source: NCCL's tuning table (`src/graph/tuning.cc`), tree algorithm."""
 
 SWITCH_BANDWIDTH_SHARE = 0.85
-"""Share of the links' rate that reductions in NVLink switches sustain, against rings. Source: NCCL `src/graph/tuning.cc`,
-`nvlsEfficiency` of Hopper."""
+"""Share of the links' rate that reductions in NVLink switches sustain, against rings. Source: `nvlsEfficiency` of Hopper in NCCL's
+tuner, as third-party notes on its source quote it (not read in NCCL itself)."""
 
 SWITCH_LATENCY_S = 25e-6
-"""Latency of a reduction in a node's switch. Source: NCCL `src/graph/tuning.cc`, hardware latency of NVLS over NVLink, 25 us."""
+"""Latency of a reduction in a node's switch. Source: latency of NVLS over NVLink in NCCL's tuner, 25 us, as quoted by
+third-party notes (not read in NCCL itself)."""
 
 NETWORK_SWITCH_LATENCY_S = 30e-6
-"""Latency of a reduction in the network's switches. Source: NCCL `src/graph/tuning.cc`, hardware latency of CollNetChain over the network,
-30 us."""
+"""Latency of a reduction in the network's switches. Source: latency of CollNetChain over the network in NCCL's tuner, 30 us,
+as quoted by third-party notes (not read in NCCL itself)."""
 
 
 REDUCING = (Collective.ALL_REDUCE, Collective.REDUCE_SCATTER)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -18,11 +20,14 @@ from simtrain.core.program import IntArray, Resource
 from simtrain.core.workload import Collective
 from simtrain.cost.algorithms import ALGORITHMS, plan
 from simtrain.cost.fabric import Fabric
+from simtrain.cost.tuner import Shape, choose
+
+__all__ = ["Collective", "CollectiveCost", "all_gather", "all_reduce", "collective", "point_to_point"]
 
 AUTO = ("ring", "tree")
 """What is compared when nobody chooses an algorithm for an all-reduce."""
 
-CHOOSERS = ("auto", "best")
+CHOOSERS = ("auto", "best", "nccl")
 """Names that stand for a choice among algorithms."""
 
 
@@ -82,8 +87,9 @@ def collective(
         ranks: Global ranks of the group, in order.
         size_bytes: Of the buffer that `Collective` names.
         concurrent: Other groups that do the same at the same moment; what they load on the group's resources is added.
-        algorithm: A name in `ALGORITHMS`; "auto" (the same as `None`) takes the faster of ring and tree for an all-reduce and what is
-            usual for the others, "best" the fastest that the group allows.
+        algorithm: A name in `ALGORITHMS`; "auto" takes the faster of ring and tree for an all-reduce and what is usual for the others,
+            "nccl" what that library's tuner takes (`cost/tuner.py`), "best" the fastest that the group allows. `None` is "nccl" among
+            GPUs and "auto" among others.
 
     Raises:
         InputError: Ranks repeat or do not exist, nodes are not connected, or the size is negative.
@@ -93,17 +99,16 @@ def collective(
     groups = _checked(fabric, kind, ranks, concurrent, size_bytes)
     if len(ranks) == 1:
         return CollectiveCost("none", 0.0, {})
-    names = _candidates(fabric, kind, algorithm or "auto")
+    chooser = algorithm or ("nccl" if all(fabric.device_class(rank) == "gpu" for rank in ranks) else "auto")
+    if chooser == "nccl":
+        chooser = _nccl(fabric, groups[0], size_bytes) if kind is Collective.ALL_REDUCE else "auto"
+    names = _candidates(fabric, kind, chooser)
+    if len(names) == 1:
+        return _unit_cost(fabric, kind, names[0], groups).of(size_bytes)
     found: list[_UnitCost] = []
-    refusal: UnsupportedError | None = None
     for name in names:
-        try:
+        with suppress(UnsupportedError):  # what a group does not allow is no candidate; rings and direct messages always are
             found.append(_unit_cost(fabric, kind, name, groups))
-        except UnsupportedError as error:
-            refusal = error
-    if not found:
-        assert refusal is not None
-        raise refusal
     return min(found, key=lambda unit: unit.time_s(size_bytes)).of(size_bytes)
 
 
@@ -140,6 +145,19 @@ def _candidates(fabric: Fabric, kind: Collective, algorithm: str) -> tuple[str, 
     if kind is Collective.ALL_REDUCE and fabric.topology.torus is None:
         return AUTO
     return ("torus", *available)[:2] if fabric.topology.torus is not None and "torus" in available else (next(iter(available)),)
+
+
+def _nccl(fabric: Fabric, ranks: tuple[int, ...], size_bytes: float) -> str:
+    """What NCCL's tuner takes for an all-reduce, from the rates that algorithms reach when the group is alone."""
+    members = np.array(ranks, dtype=np.int64)
+    nodes = np.unique(fabric.node_of[members])
+    links = [fabric.cluster.nodes[n].peer_link for n in nodes]
+    per_byte_s: dict[str, float] = {}
+    for name in ("ring", "tree", "in-network"):
+        with suppress(UnsupportedError):
+            per_byte_s[name] = _unit_cost(fabric, Collective.ALL_REDUCE, name, (ranks,)).busiest_s
+    inside: Literal["pcie", "nvlink"] = "pcie" if any(link is None or link.name.startswith("pcie") for link in links) else "nvlink"
+    return choose(Shape(len(ranks), len(nodes), inside, per_byte_s), size_bytes)
 
 
 def _unit_cost(fabric: Fabric, kind: Collective, algorithm: str, groups: tuple[tuple[int, ...], ...]) -> _UnitCost:

@@ -51,6 +51,11 @@ class Fabric:
         """Node and position in the node of each rank."""
         return tuple((n, i) for n, node in enumerate(self.cluster.nodes) for i in range(len(node.devices)))
 
+    def device_class(self, rank: int) -> str:
+        """Class of a rank's device, such as "gpu"."""
+        n, i = self.places[rank]
+        return self.cluster.nodes[n].devices[i].device_class
+
     @cached_property
     def node_of(self) -> IntArray:
         """Node of each rank."""
@@ -70,6 +75,17 @@ class Fabric:
             alone, base = node.peer_link is None, int(self.first_of[n])
             found.append(rank if alone else base + (i // node.peer_group * node.peer_group if node.peer_group else 0))
         return np.array(found, dtype=np.int64)
+
+    @cached_property
+    def domain_of(self) -> IntArray:
+        """Where each rank competes for the network: its node behind a switch, its group in a grouped network, 0 for all in a torus.
+
+        Groups of ranks without a common domain share no resource, so they need not be given as concurrent.
+        """
+        network = self.cluster.network
+        if network.kind == "torus":
+            return np.zeros(len(self.places), dtype=np.int64)
+        return self.node_of // max(network.nodes_per_group, 1)
 
     @cached_property
     def topology(self) -> Topology:
@@ -195,18 +211,18 @@ class Fabric:
             self.topology.route({key: self._view(loads, key) for key, _, _ in self.topology.tables}, source, target, amount, share)
 
     def _between_peers(self, loads: FloatArray, flows: Flows, members: IntArray) -> None:
-        """Through a switch each device's link is loaded; a mesh spreads a group's traffic over the links between its members."""
+        """Through a switch each device's link is loaded; in a mesh what a member sends is spread over its links to those who receive."""
         mesh = np.array([n.peer_shape == "mesh" for n in self.cluster.nodes])[self.node_of[flows.source]]
         switched = flows.where(~mesh)
         self._view(loads, "peer out")[:] += np.bincount(switched.source, switched.size_bytes, len(self.places))
         self._view(loads, "peer in")[:] += np.bincount(switched.target, switched.size_bytes, len(self.places))
         meshed = flows.where(mesh)
-        by_group = np.bincount(self.peers_of[meshed.source], meshed.size_bytes, len(self.places))
-        for group in np.flatnonzero(by_group).tolist():
+        out, into = (np.bincount(end, meshed.size_bytes, len(self.places)) for end in (meshed.source, meshed.target))
+        view = self._view(loads, "mesh").reshape(len(self.places), -1) if len(meshed.source) else np.zeros((0, 0))
+        for group in np.unique(self.peers_of[meshed.source]).tolist():
             inside = members[self.peers_of[members] == group]
-            view = self._view(loads, "mesh").reshape(len(self.places), -1)
-            local = inside - self.first_of[self.node_of[group]]
-            view[np.ix_(inside, local)] += by_group[group] / (len(inside) * (len(inside) - 1)) * (1 - np.eye(len(inside)))
+            pairs = np.outer(out[inside], into[inside]) * (1 - np.eye(len(inside)))
+            view[np.ix_(inside, inside - self.first_of[self.node_of[group]])] += pairs * (out[inside].sum() / pairs.sum())
 
     def _through_host(self, loads: FloatArray, flows: Flows) -> None:
         ranks = len(self.places)

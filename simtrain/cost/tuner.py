@@ -29,13 +29,13 @@ HOP_US: Mapping[Hop, Mapping[Algorithm, tuple[float, float, float]]] = {
 """Latency of a hop by protocol, microseconds."""
 
 LL_FACTOR_BETWEEN_NODES = 1.8
-"""On the latency of an LL ring's hops inside nodes, when there are several nodes."""
+"""On the latency of LL hops inside nodes, when there are several nodes."""
 
-RATE_SHARE: Mapping[Algorithm, tuple[float, float, float]] = {"ring": (1 / 4, 0.92, 1.0), "tree": (0.9 / 3.8, 0.9 * 0.92, 0.9)}
-"""Share of the bus rate by protocol. LL128 trees: the ring's share on top of the trees' (assumption)."""
+RATE_SHARE: Mapping[Algorithm, tuple[float, float, float]] = {"ring": (1 / 4, 0.92, 1.0), "tree": (1 / 3.8, 0.92, 1.0)}
+"""Share of an algorithm's rate by protocol. LL128 trees: as rings (assumption)."""
 
 SWITCH_US = 25.0
-"""Latency of a reduction in NVLink switches (NVLS), microseconds."""
+"""Latency of a reduction in NVLink switches (NVLS), microseconds, as third-party notes quote NCCL's tuner (not read in NCCL itself)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,14 @@ class Shape:
         ranks: How many.
         nodes: On how many nodes.
         inside: What connects ranks of a node.
-        rate_bytes_per_s: Bus rate of a ring: bytes per second over its slowest hop.
-        switch_rate_bytes_per_s: Bytes of a buffer that switches reduce per second; 0 where they do not add up.
+        seconds_per_byte: Time that each byte of the buffer adds, by algorithm: "ring", "tree", and "in-network" where switches add up.
+            NCCL's search of the topology finds the rates that these follow from.
     """
 
     ranks: int
     nodes: int
     inside: Literal["nvlink", "pcie"]
-    rate_bytes_per_s: float
-    switch_rate_bytes_per_s: float = 0.0
+    seconds_per_byte: Mapping[str, float]
 
 
 def latency_s(shape: Shape, algorithm: Algorithm, protocol: Protocol) -> float:
@@ -66,9 +65,9 @@ def latency_s(shape: Shape, algorithm: Algorithm, protocol: Protocol) -> float:
     column = PROTOCOLS.index(protocol)
     inside = HOP_US[shape.inside][algorithm][column]
     between = HOP_US["network"][algorithm][column]
+    if protocol == "LL" and shape.nodes > 1:
+        inside *= LL_FACTOR_BETWEEN_NODES
     if algorithm == "ring":
-        if protocol == "LL" and shape.nodes > 1:
-            inside *= LL_FACTOR_BETWEEN_NODES
         steps, across = 2 * (shape.ranks - 1), 2 * (shape.nodes - 1)
         hops_us = (steps - across) * inside + across * between
     else:
@@ -77,16 +76,18 @@ def latency_s(shape: Shape, algorithm: Algorithm, protocol: Protocol) -> float:
 
 
 def times_s(shape: Shape, size_bytes: float) -> dict[tuple[str, str], float]:
-    """Times of an all-reduce that the tuner expects, by algorithm and protocol."""
+    """Times of an all-reduce that the tuner expects, by algorithm and protocol.
+
+    Inside one node NCCL's tree is a chain, which takes as many hops as a ring: only rings compete there.
+    """
     found: dict[tuple[str, str], float] = {}
-    sent = {"ring": 2 * (shape.ranks - 1) / shape.ranks, "tree": 2.0}
-    algorithms: tuple[Algorithm, ...] = ("ring", "tree")
+    algorithms: tuple[Algorithm, ...] = ("ring", "tree") if shape.nodes > 1 else ("ring",)
     for algorithm in algorithms:
         for column, protocol in enumerate(PROTOCOLS):
-            rate = shape.rate_bytes_per_s * RATE_SHARE[algorithm][column]
-            found[algorithm, protocol] = latency_s(shape, algorithm, protocol) + sent[algorithm] * size_bytes / rate
-    if shape.switch_rate_bytes_per_s > 0:
-        found["in-network", "Simple"] = SWITCH_US * 1e-6 + size_bytes / shape.switch_rate_bytes_per_s
+            per_byte_s = shape.seconds_per_byte[algorithm] / RATE_SHARE[algorithm][column]
+            found[algorithm, protocol] = latency_s(shape, algorithm, protocol) + size_bytes * per_byte_s
+    if "in-network" in shape.seconds_per_byte:
+        found["in-network", "Simple"] = SWITCH_US * 1e-6 + size_bytes * shape.seconds_per_byte["in-network"]
     return found
 
 

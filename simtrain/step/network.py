@@ -61,10 +61,10 @@ def cost(fabric: Fabric, kind: Collective, placed: Placed, size_bytes: float) ->
 
 
 def place(fabric: Fabric, groups: Sequence[Group]) -> Placed:
-    """Takes the group that reaches furthest and finds those that share its nodes."""
-    nodes = [{fabric.places[rank][0] for rank in group} for group in groups]
-    chosen = max(range(len(groups)), key=lambda i: len(nodes[i]))
-    beside = tuple(g for i, g in enumerate(groups) if i != chosen and nodes[i] & nodes[chosen])
+    """Takes the group that reaches furthest and finds those that may share its links."""
+    chosen = max(range(len(groups)), key=lambda i: len(set(fabric.node_of[list(groups[i])].tolist())))
+    domains = [set(fabric.domain_of[list(group)].tolist()) for group in groups]
+    beside = tuple(g for i, g in enumerate(groups) if i != chosen and domains[i] & domains[chosen])
     return Placed(groups[chosen], beside)
 
 
@@ -81,9 +81,9 @@ def stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire:
 
 
 def send(fabric: Fabric, grid: Grid, source: int, target: int, size_bytes: float) -> CollectiveCost:
-    """What one rank of a stage sends to the same place in another, while all its neighbours on the node do so too."""
+    """What one rank of a stage sends to the same place in another, while all its neighbours do so too."""
     first = grid.rank(source)
-    node = fabric.places[first][0]
     offset = grid.rank(target) - first
-    beside = tuple((rank, rank + offset) for rank in grid.stage(source) if rank != first and fabric.places[rank][0] == node)
+    domain = fabric.domain_of
+    beside = tuple((rank, rank + offset) for rank in grid.stage(source) if rank != first and domain[rank] == domain[first])
     return point_to_point(fabric, first, first + offset, size_bytes, concurrent=beside)

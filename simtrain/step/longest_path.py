@@ -11,6 +11,8 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import Program, TermKind
 
 MAX_STEPS = 64
+PATIENCE = 8
+"""Steps after which steps that are alike are skipped."""
 TOLERANCE = 1e-11
 """Relative difference between the growth of any two terms below which the step counts as periodic."""
 
@@ -36,7 +38,8 @@ def steady_state(program: Program, durations_s: FloatArray) -> Steady:
     A program without cycles but with carried edges is a max-plus linear system: its state grows by a constant per step after finitely
     many steps (Baccelli, Cohen, Olsder and Quadrat 1992, theorem 3.109). The period is that constant. A host that is faster than its
     device needs many steps until it is as far ahead as it may be; it starts level and only gains, so it delays nobody on the way, and
-    the step counts as periodic once all other terms grow alike.
+    the step counts as periodic once all other terms grow alike. Where a device that its own host holds up gains on the others only
+    slowly, as many steps as have passed are skipped at once: the period does not depend on where one begins.
 
     Args:
         program: What is executed.
@@ -51,8 +54,9 @@ def steady_state(program: Program, durations_s: FloatArray) -> Steady:
     carries = list(zip(program.carry_source.tolist(), program.carry_target.tolist(), program.carry_lag_s.tolist(), strict=True))
     ready = [0.0] * len(program)
     before: FloatArray | None = None
+    grew: FloatArray | None = None
     working = program.kind != TermKind.HOST
-    for _ in range(MAX_STEPS):
+    for step in range(MAX_STEPS):
         start, end = _pass(durations, pointer, predecessor, lags, ready)
         ends = np.array(end)
         if before is not None:
@@ -60,6 +64,10 @@ def steady_state(program: Program, durations_s: FloatArray) -> Steady:
             period = float(growth.max())
             if period - float(growth[working].min()) <= TOLERANCE * float(ends.max()):
                 return Steady(period, np.array(start), ends)
+            if step > PATIENCE and grew is not None and float(np.abs(growth - grew).max()) <= TOLERANCE * float(ends.max()):
+                ends = ends + step * growth
+                end, growth = ends.tolist(), np.full(len(ends), np.inf)
+            grew = growth
         before = ends
         ready = [0.0] * len(program)
         for source, target, lag in carries:

@@ -9,6 +9,8 @@ from simtrain.core.errors import InputError, UnknownNameError, nearest
 
 MIB = 2**20
 
+COMMUNICATION_SHARE_SOURCE = "communication occupies 15 % of the multiprocessors: 20 of 132 on an H800 (DeepSeek-V3 technical report, section 3.2.1); taken for all GPUs"
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -41,6 +43,7 @@ class Runtime:
         blocking_sends: Whether a pipeline stage waits until what it sends has left.
         global_norm: Whether no rank updates before all ranks' gradients are there (clipping by their common norm).
         prefetch: Layers whose sharded parameters are gathered ahead (ZeRO 3).
+        communication_share: Share of a device's multiprocessors that a collective occupies while it runs beside computation.
         communicator_bytes: Device memory of each communicator's buffers, outside the allocator.
         sources: What these constants rest on.
     """
@@ -71,6 +74,7 @@ class Runtime:
     blocking_sends: bool = False
     global_norm: bool = False
     prefetch: int = 1
+    communication_share: float = 0.0
     communicator_bytes: int = 0
     sources: tuple[str, ...] = ()
 
@@ -82,6 +86,8 @@ class Runtime:
         for name in ("launch_s", "recompute_s", "run_ahead_launches", "context_bytes", "workspace_bytes"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"runtime: {name} must not be negative, not {getattr(self, name)!r}")
+        if not 0 <= self.communication_share < 1:
+            raise InputError(f"runtime: communication_share must be at least 0 and below 1, not {self.communication_share!r}")
         for name in ("first_bucket_bytes", "bucket_bytes", "reserved_factor"):
             if not getattr(self, name) >= 1:
                 raise InputError(f"runtime: {name} must be at least 1, not {getattr(self, name)!r}")
@@ -108,12 +114,14 @@ RUNTIMES: dict[str, Runtime] = {
             run_ahead_launches=1000,
             fused_attention=True,
             optimizer_style="foreach",
+            communication_share=0.15,
             context_bytes=450 * MIB,
             reserved_factor=1.05,
             workspace_bytes=2 * 8_519_680,
             sources=(
                 "PyTorch 2.13 documentation: DistributedDataParallel (bucket sizes), optim (foreach default on CUDA), CUDA semantics",
                 "recomputation: 60 us of host time per saved tensor, measured on one server core with PyTorch 2.13 on the CPU",
+                COMMUNICATION_SHARE_SOURCE,
                 "assumption: 6 us of host time per launched kernel in eager PyTorch, 450 MiB of driver context, reserved 1.05 x allocated",
             ),
         ),
@@ -125,11 +133,13 @@ RUNTIMES: dict[str, Runtime] = {
             optimizer_style="foreach",
             scatter_gradients=True,
             global_norm=True,
+            communication_share=0.15,
             context_bytes=450 * MIB,
             reserved_factor=1.05,
             workspace_bytes=2 * 8_519_680,
             sources=(
                 "PyTorch 2.13, torch/distributed/fsdp/_fully_shard: one layer prefetched, gradients scattered after every backward pass",
+                COMMUNICATION_SHARE_SOURCE,
                 "assumption: 6 us of host time per launched kernel in eager PyTorch, 450 MiB of driver context, reserved 1.05 x allocated",
             ),
         ),
@@ -149,6 +159,7 @@ RUNTIMES: dict[str, Runtime] = {
             main_gradients=True,
             scatter_gradients=True,
             global_norm=True,
+            communication_share=0.15,
             context_bytes=450 * MIB,
             reserved_factor=1.05,
             workspace_bytes=68 * MIB,
@@ -156,6 +167,7 @@ RUNTIMES: dict[str, Runtime] = {
                 "Megatron-LM, core/distributed (fp32 gradient buffer, buckets of 40 million elements), core/tensor_parallel (vocabulary "
                 "padded to 128 rows per rank, in-place cross-entropy, gradients reduced beside the weight's product)",
                 "measured: 68 MiB of library workspaces on A100 (cuBLAS 2 x 32 MiB and Transformer Engine 4 MiB)",
+                COMMUNICATION_SHARE_SOURCE,
                 "assumption: 6 us of host time per launched kernel, 450 MiB of driver context, reserved 1.05 x allocated",
             ),
         ),
@@ -174,12 +186,14 @@ RUNTIMES: dict[str, Runtime] = {
             scatter_gradients=True,
             reduce_every=True,
             global_norm=True,
+            communication_share=0.15,
             context_bytes=450 * MIB,
             reserved_factor=1.05,
             workspace_bytes=2 * 8_519_680,
             sources=(
                 "Megatron-DeepSpeed with DeepSpeed's ZeRO: buckets of 500 million bytes reduced after backward, unfused attention "
                 "(configurations of the BLOOM and vTrain runs)",
+                COMMUNICATION_SHARE_SOURCE,
                 "assumption: 6 us of host time per launched kernel, 450 MiB of driver context, reserved 1.05 x allocated",
             ),
         ),

@@ -16,6 +16,7 @@ import numpy as np
 
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.result import Result
+from simtrain.step.contention import ROUNDS, overlap_s
 from simtrain.step.costs import PassCost, pass_cost
 from simtrain.step.estimate_chunks import estimate_chunks, gather_s, in_order, work_parts
 from simtrain.step.instructions import Step, chunk_costs
@@ -44,6 +45,7 @@ class _Chain:
 
     Attributes:
         passes: Cost of each pass of all micro-batches.
+        device: How long the device works on each, with what collectives beside it take.
         ends: End of each pass.
         free: When the device becomes free for the first pass: after the optimizer and the gather, if the host had to wait.
         copy_back: Cost of copying each bucket back.
@@ -52,6 +54,7 @@ class _Chain:
     """
 
     passes: tuple[PassCost, ...]
+    device: FloatArray
     ends: FloatArray
     free: float
     copy_back: tuple[PassCost, ...]
@@ -73,6 +76,10 @@ def _single_stage(layout: Layout) -> Result:
     gather = gather_s(layout, 0)
     chains = [_chain(layout, lane, synchronised, gather) for lane in layout.lanes]
     reduced = _reduced(setting, chains, reductions)
+    if setting.runtime.communication_share and len(reduced):
+        for _ in range(ROUNDS):
+            chains = [_chain(layout, x, synchronised, gather, (c, reduced, reductions)) for x, c in zip(layout.lanes, chains, strict=True)]
+            reduced = _reduced(setting, chains, reductions)
     periods = [_period(chain, reduced, gather, synchronised) for chain in chains]
     slowest = int(np.argmax(periods))
     parts = _breakdown(chains[slowest], periods[slowest], reduced, gather)
@@ -84,7 +91,11 @@ def _single_stage(layout: Layout) -> Result:
     return assemble(layout, "estimate", periods[slowest], parts, streams, memory_report(layout), notes=(NOTE,), busy_by_rank=ranks)
 
 
-def _chain(layout: Layout, lane: Lane, synchronised: bool, gather_s: float) -> _Chain:
+Beside = tuple["_Chain", FloatArray, FloatArray]
+"""A chain as it was, when its buckets were reduced, and how long each took."""
+
+
+def _chain(layout: Layout, lane: Lane, synchronised: bool, gather_s: float, beside: Beside | None = None) -> _Chain:
     setting, priced = layout.setting, chunk_costs(layout.setting, lane, lane.chunks[0])
     buckets = chunk_buckets(layout, 0, 0)
     steps: list[Step] = []
@@ -98,12 +109,16 @@ def _chain(layout: Layout, lane: Lane, synchronised: bool, gather_s: float) -> _
     cells = tuple(complete[b.ready_after_layer] for b, _ in buckets)
     passes, update = tuple(s.cost for s in steps), update_cost(setting, lane)
     device = np.array([c.device_s for c in passes])
+    if beside is not None:
+        before, reduced, takes = beside
+        met = overlap_s(before.ends - before.device, before.ends, reduced - takes, reduced, np.inf)
+        device = device + runtime.communication_share * met
     if not synchronised:
-        return _Chain(passes, np.cumsum(device), 0.0, copy_back, update, cells)
+        return _Chain(passes, device, np.cumsum(device), 0.0, copy_back, update, cells)
     # the clock starts when the host resumes: it issues the optimizer, then the passes of the next step
     free = update.lead_s + update.device_s + gather_s
     ready = update.host_s + _issued(passes)
-    return _Chain(passes, in_order(ready, device, free), free, copy_back, update, cells)
+    return _Chain(passes, device, in_order(ready, device, free), free, copy_back, update, cells)
 
 
 def _issued(passes: tuple[PassCost, ...]) -> FloatArray:
@@ -144,11 +159,12 @@ def _period(chain: _Chain, reduced: FloatArray, gather_s: float, synchronised: b
 
 
 def _busy_s(chain: _Chain) -> float:
-    return sum(c.device_s for c in (*chain.passes, *chain.copy_back, chain.update))
+    return float(chain.device.sum()) + sum(c.device_s for c in (*chain.copy_back, chain.update))
 
 
 def _breakdown(chain: _Chain, period_s: float, reduced: FloatArray, gather_s: float) -> dict[str, float]:
     parts = work_parts(chain.passes)
+    parts["compute"] += float(chain.device.sum()) - sum(c.device_s for c in chain.passes)
     parts["optimizer"] = chain.update.device_s
     busy = sum(parts.values())
     exposed = _finish(chain, reduced, False) - float(chain.ends[-1]) if len(reduced) else 0.0

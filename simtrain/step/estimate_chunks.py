@@ -149,15 +149,15 @@ class _Walk:
                 at = self.shards[stage].run(chunk, step, at)
             return at
         ends = at + np.cumsum([s.cost.device_s for s in steps])
-        self._reduce(stage, chunk, steps, ends)
-        return float(ends[-1])
+        return float(ends[-1]) + self._reduce(stage, chunk, steps, ends)
 
-    def _reduce(self, stage: int, chunk: int, steps: Sequence[Step], ends: FloatArray) -> None:
-        """Reduces the buckets that the last backward pass of a chunk completes."""
+    def _reduce(self, stage: int, chunk: int, steps: Sequence[Step], ends: FloatArray) -> float:
+        """Reduces the buckets that the last backward pass of a chunk completes; returns what that takes from the pass."""
         every = self.setting.strategy.zero == 2 and self.setting.runtime.reduce_every
         complete = {s.which.layer: float(e) for s, e in zip(steps, ends, strict=True) if s.ends_gradients and (s.last or every)}
         if not complete:
-            return
+            return 0.0
+        taken = 0.0
         last = any(s.last for s in steps)
         runtime, lane = self.setting.runtime, self.lanes[stage]
         copied = not (runtime.gradient_as_bucket_view or runtime.main_gradients)
@@ -170,9 +170,12 @@ class _Walk:
             if last and len(holders) > 1:  # waits for the other stages that hold the chunk
                 self.deferred += [(holders, stage, takes, back)]
                 continue
-            self.wire_free[stage] = max(self.wire_free[stage], ready) + takes
+            start = max(self.wire_free[stage], ready)
+            self.wire_free[stage] = start + takes
+            taken += runtime.communication_share * max(min(start + takes, float(ends[-1])) - start, 0.0)
             if last:
                 self.reduced[stage].append((self.wire_free[stage], back))
+        return taken
 
     def _finish(self) -> float:
         """When the slowest stage has updated and gathered."""
@@ -207,6 +210,7 @@ class _Shards:
         self.known: dict[tuple[Collective, float], float] = {}
         self.wire_free = self.first_s = 0.0
         self.ends: list[float] = []
+        self.moving: list[tuple[float, float]] = []
         self.gathered: list[float] = []
 
     def _time_s(self, kind: Collective, size: float) -> float:
@@ -222,12 +226,20 @@ class _Shards:
             size = gathered_bytes(self.layout, self.lane, owner, layer) if anew else 0.0
             earlier = visit - 1 - self.prefetch
             if size:
-                start = max(self.wire_free, self.ends[earlier] if earlier >= 0 else 0.0)
-                self.wire_free = start + self._time_s(Collective.ALL_GATHER, size)
+                self._move(self.ends[earlier] if earlier >= 0 else 0.0, Collective.ALL_GATHER, size)
             self.gathered.append(self.wire_free if size else 0.0)
-        end = max(at, self.gathered[n]) + step.cost.device_s
+        start = max(at, self.gathered[n])
+        end = start + step.cost.device_s
+        met = sum(max(min(end, b) - max(start, a), 0.0) for a, b in self.moving)
+        end += self.layout.setting.runtime.communication_share * met
+        self.moving = [(a, b) for a, b in self.moving if b > end]
         self.ends.append(end)
         scattered = scattered_bytes(self.layout, self.lane, chunk, step)
         if scattered:
-            self.wire_free = max(self.wire_free, end) + self._time_s(Collective.REDUCE_SCATTER, scattered)
+            self._move(end, Collective.REDUCE_SCATTER, scattered)
         return end
+
+    def _move(self, ready: float, kind: Collective, size: float) -> None:
+        start = max(self.wire_free, ready)
+        self.wire_free = start + self._time_s(kind, size)
+        self.moving.append((start, self.wire_free))

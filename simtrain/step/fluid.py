@@ -1,4 +1,8 @@
-"""Transfers that share links: each runs at its max-min fair rate, which changes whenever one of those it meets begins or ends."""
+"""What runs beside others: transfers that share links, computation that shares its device with collectives.
+
+Transfers run at their max-min fair rates, which change whenever one of those they meet begins or ends. Computation goes on at what
+collectives leave of the multiprocessors.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import simpy
 
-from simtrain.core.program import Program
+from simtrain.core.program import Program, TermKind
 from simtrain.cost.sharing import max_min_rates
 
 Key = tuple[int, int]
@@ -102,6 +106,70 @@ class FluidPool:
         data, columns = np.concatenate([self.amounts[term] for _, term in keys]), np.concatenate(used)
         demand = csr_array((data, columns, pointer), shape=(len(keys), len(self.capacity)))
         return [float(rate) for rate in max_min_rates(demand, self.capacity, np.full(len(keys), np.inf))]
+
+
+@dataclass(slots=True)
+class _Work:
+    key: Key
+    left_s: float
+    since: float
+    rate: float
+    turn: int
+
+
+class Engines:
+    """What each class of ranks computes, slowed while collectives run on the same devices.
+
+    Args:
+        env: The simulation.
+        program: Whose terms are executed.
+        share: Of a device that collectives take.
+        done: Called with the step and the term when one has ended.
+    """
+
+    def __init__(self, env: simpy.Environment, program: Program, share: float, done: Callable[[int, int], None]) -> None:
+        self.env, self.share, self.done = env, share, done
+        names, self.stream = [s.name for s in program.streams], program.stream.tolist()
+        contended = share > 0 and bool(np.any(program.kind == TermKind.COLLECTIVE))
+        self.lane = [s.rank_classes[0] if name == "compute" and contended else -1 for s, name in zip(program.streams, names, strict=True)]
+        moving = np.unique(program.stream[program.kind == TermKind.COLLECTIVE]).tolist() if contended else []
+        self.met = {i: program.streams[i].rank_classes for i in moving}
+        self.active = [0] * len(program.rank_classes)
+        self.running: dict[int, _Work] = {}
+        self.turn = 0
+
+    def computes(self, term: int) -> bool:
+        """Whether a term is computation that collectives can slow."""
+        return bool(self.lane[self.stream[term]] >= 0)
+
+    def start(self, step: int, term: int, duration_s: float) -> None:
+        """Begins to compute a term."""
+        lane = self.lane[self.stream[term]]
+        self.running[lane] = _Work((step, term), duration_s, self.env.now, 1.0, 0)
+        self._pace(lane)
+
+    def meet(self, term: int, change: int) -> None:
+        """Notes that a collective begins (1) or ends (-1)."""
+        for lane in self.met.get(self.stream[term], ()):
+            before = self.active[lane]
+            self.active[lane] += change
+            if lane in self.running and (before == 0) != (self.active[lane] == 0):
+                self._pace(lane)
+
+    def _pace(self, lane: int) -> None:
+        work = self.running[lane]
+        work.left_s -= work.rate * (self.env.now - work.since)
+        # a share of the time beside collectives is lost
+        work.since, work.rate = self.env.now, 1.0 - self.share if self.active[lane] else 1.0
+        self.turn += 1
+        work.turn = self.turn
+        self.env.timeout(max(work.left_s, 0.0) / work.rate).callbacks.append(partial(self._ended, lane, work.turn))
+
+    def _ended(self, lane: int, turn: int, _: simpy.Event) -> None:
+        work = self.running.get(lane)
+        if work is not None and work.turn == turn:
+            del self.running[lane]
+            self.done(*work.key)
 
 
 def shared_terms(program: Program) -> np.ndarray:

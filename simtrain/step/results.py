@@ -16,7 +16,7 @@ from simtrain.step.setting import Setting
 
 NOT_MODELLED = (
     "data loading, evaluation, snapshots and network or driver hiccups are not modelled",
-    "a collective that overlaps with computation does not slow it down (no contention for multiprocessors or device memory)",
+    "collectives and the computation beside them contend for multiprocessors and links, not for device memory",
 )
 
 

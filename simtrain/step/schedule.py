@@ -8,8 +8,8 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import Program, Stream, TermKind
 from simtrain.core.result import MemoryReport, Result, TraceEvent
 from simtrain.step.breakdown import breakdown, busy_s
+from simtrain.step.contention import contended_state
 from simtrain.step.ledger import Ledger
-from simtrain.step.longest_path import steady_state
 from simtrain.step.lower import Lowered, lower
 from simtrain.step.results import assemble, by_rank, lane_ledgers, lane_report, tightest_lane
 from simtrain.step.setting import Setting
@@ -19,7 +19,7 @@ def schedule_setting(setting: Setting) -> Result:
     """Predicts a step by longest path."""
     lowered = lower(setting)
     program, classes = lowered.program, lowered.layout.classes
-    steady = steady_state(program, program.durations_s())
+    steady, _ = contended_state(program, setting.runtime.communication_share)
     slowest = slowest_class(program, steady.start_s, steady.end_s)
     offset = first_compute_s(program, steady.start_s)
     return assemble(

@@ -18,7 +18,7 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import Program, TermKind
 from simtrain.core.result import Result
 from simtrain.step.breakdown import PARTS, breakdown, busy_s
-from simtrain.step.fluid import FluidPool, shared_terms
+from simtrain.step.fluid import Engines, FluidPool, shared_terms
 from simtrain.step.lower import lower
 from simtrain.step.results import assemble, by_rank
 from simtrain.step.schedule import first_compute_s, slowest_class, timed_memory, trace_events
@@ -39,6 +39,7 @@ class _Run:
     steps: int
     start_s: FloatArray
     end_s: FloatArray
+    share: float = 0.0
     env: simpy.Environment = field(default_factory=simpy.Environment)
     waiting: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -48,6 +49,7 @@ class _Run:
         self.latencies = program.latency_s.tolist()
         self.shared = shared_terms(program).tolist()
         self.pool = FluidPool(self.env, program, self._end)
+        self.engines = Engines(self.env, program, self.share, self._end)
         self.needed = np.diff(program.predecessor_pointer)
         self.carried_needed = np.bincount(program.carry_target, minlength=len(program))
         self.successors: list[list[tuple[int, float]]] = [[] for _ in range(len(program))]
@@ -78,6 +80,10 @@ class _Run:
 
     def _begin(self, step: int, term: int) -> None:
         self.start_s[step, term] = self.env.now
+        if self.engines.computes(term):
+            self.engines.start(step, term, self.durations[term] * self.factors[step, term])
+            return
+        self.engines.meet(term, 1)
         if self.shared[term]:
             waited = self.env.timeout(self.latencies[term])
             waited.callbacks.append(lambda _: self.pool.start(step, term))
@@ -87,6 +93,7 @@ class _Run:
 
     def _end(self, step: int, term: int) -> None:
         self.end_s[step, term] = self.env.now
+        self.engines.meet(term, -1)
         for target, lag in self.successors[term]:
             self._notify(step, target, lag)
         if step + 1 < self.steps:
@@ -100,12 +107,13 @@ class _Run:
             self.env.timeout(lag).callbacks.append(lambda _: self._arrive(step, term))
 
 
-def run_program(program: Program, factors: FloatArray) -> tuple[FloatArray, FloatArray]:
+def run_program(program: Program, factors: FloatArray, share: float = 0.0) -> tuple[FloatArray, FloatArray]:
     """Executes a program for as many steps as `factors` has rows.
 
     Args:
         program: What is executed.
         factors: Multiplies the duration of each term, shape (steps, terms).
+        share: Of a device that collectives take from the computation beside them.
 
     Returns:
         Start and end of each term in each step.
@@ -114,7 +122,7 @@ def run_program(program: Program, factors: FloatArray) -> tuple[FloatArray, Floa
         InternalError: The program deadlocks.
     """
     shape = factors.shape
-    run = _Run(program, factors, shape[0], np.full(shape, np.nan), np.full(shape, np.nan))
+    run = _Run(program, factors, shape[0], np.full(shape, np.nan), np.full(shape, np.nan), share)
     run.go()
     return run.start_s, run.end_s
 
@@ -132,7 +140,7 @@ def simulate_setting(
     if measured < 1:
         raise InputError(f"steps must be at least 1, not {measured}")
     factors = _factors(program, measured + WARM_UP_STEPS, jitter, slow, seed)
-    start_s, end_s = run_program(program, factors)
+    start_s, end_s = run_program(program, factors, setting.runtime.communication_share)
     last, period = len(factors) - 1, 0.0
     slowest = slowest_class(program, start_s[WARM_UP_STEPS:].sum(axis=0), end_s[WARM_UP_STEPS:].sum(axis=0))
     parts = dict.fromkeys(PARTS, 0.0)

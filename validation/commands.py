@@ -71,6 +71,7 @@ def validate_torch(
 
 def validate_published(
     sources: Annotated[list[str] | None, typer.Argument(help="Names of sources; all by default.")] = None,
+    by: Annotated[list[str] | None, typer.Option(help="Also errors by a field of the rows, such as tensor or micro_batch.")] = None,
     as_json: Json = False,
     save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
 ) -> None:
@@ -78,7 +79,7 @@ def validate_published(
     from validation.layouts import LAYOUT_SETS
     from validation.published import DATASETS, compare_all
     from validation.report import compare_all_layouts
-    from validation.report_tables import layout_tables
+    from validation.report_tables import layout_tables, slice_table
 
     if unknown := set(sources or ()) - {*DATASETS, *LAYOUT_SETS}:
         raise UnknownNameError("published source", min(unknown), (*DATASETS, *LAYOUT_SETS))
@@ -93,7 +94,7 @@ def validate_published(
     if reports:
         typer.echo("\n\n".join(str(r) for r in reports) + "\n")
     if layouts:
-        write_table(*layout_tables(layouts))
+        write_table(*layout_tables(layouts), *(slice_table(layouts, field) for field in by or ()))
 
 
 def validate_collectives(as_json: Json = False) -> None:

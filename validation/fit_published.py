@@ -28,6 +28,8 @@ NOISE = 0.05
 """Relative deviation that a row is allowed for free; it weighs rows against priors."""
 STEP = 1e-3
 """Relative change of a constant for numerical derivatives: a scheduled step is piecewise smooth, so smaller ones see its corners."""
+TOLERANCE = 1e-5
+"""Relative change of the sum of squares, or of the constants, at which a fit ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ def fit_constants(
     rows: Sequence[int] | None = None,
     weights: FloatArray | None = None,
     robust: bool = True,
+    start: Values | None = None,
 ) -> Fit:
     """Fits constants to rows: log(predicted / measured) against `NOISE`, log(constant / prior) against each prior's spread.
 
@@ -162,6 +165,7 @@ def fit_constants(
         weights: Of all rows (sources of different length can be made to count alike).
         robust: Whether residuals beyond `NOISE` count by their size instead of their square (pseudo-Huber), so that a single
             anomalous run does not decide.
+        start: Where the search begins; at the priors by default.
 
     Raises:
         InputError: No rows, no constants, or a prediction that is not positive.
@@ -176,8 +180,13 @@ def fit_constants(
     names, prior = [c.name for c in constants], np.log([c.prior for c in constants])
     spread = np.array([c.spread for c in constants])
 
+    low, high = np.array([c.low for c in constants]), np.array([c.high for c in constants])
+
+    def named(logs: FloatArray) -> dict[str, float]:
+        return dict(zip(names, np.clip(np.exp(logs), low, high).tolist(), strict=True))
+
     def residuals(logs: FloatArray) -> FloatArray:
-        times = np.asarray(predict(dict(zip(names, np.exp(logs).tolist(), strict=True)), chosen), dtype=np.float64)
+        times = np.asarray(predict(named(logs), chosen), dtype=np.float64)
         if times.shape != target.shape or not (times > 0).all():
             raise InputError("a predictor must return one time above 0 for every row asked for")
         misfit = np.log(times) - target
@@ -185,13 +194,14 @@ def fit_constants(
             misfit = np.sign(misfit) * NOISE * np.sqrt(2 * (np.sqrt(1 + (misfit / NOISE) ** 2) - 1))
         return np.concatenate([misfit * scale, (logs - prior) / spread])
 
-    limits = (np.log([c.low for c in constants]) - 1e-12, np.log([c.high for c in constants]) + 1e-12)
-    found = least_squares(residuals, prior, bounds=limits, diff_step=np.full(len(prior), STEP), x_scale=spread)
+    begin = prior if start is None else np.log([start[name] for name in names])
+    limits, steps = (np.log(low), np.log(high)), np.full(len(prior), STEP)
+    found = least_squares(residuals, begin, bounds=limits, diff_step=steps, x_scale=spread, ftol=TOLERANCE, xtol=TOLERANCE)
     slopes: FloatArray = np.asarray(found.jac, dtype=np.float64)
     deviation = np.sqrt(np.diag(np.linalg.inv(slopes.T @ slopes)))
-    values = dict(zip(names, np.exp(found.x).tolist(), strict=True))
+    values = named(found.x)
     errors = np.asarray(predict(values, chosen)) / measured[chosen] - 1
-    at_limit = tuple(c.name for c in constants if min(values[c.name] / c.low, c.high / values[c.name]) < 1 + 1e-6)
+    at_limit = tuple(c.name for c in constants if min(values[c.name] / c.low, c.high / values[c.name]) < 1 + STEP)
     return Fit(
         values=values,
         deviation=dict(zip(names, deviation.tolist(), strict=True)),
@@ -230,13 +240,14 @@ def hold_out(
         raise InputError("holding out needs at least two groups")
     predicted = np.empty(len(measured))
     folds: dict[Hashable, Mapping[str, float]] = {}
+    options: dict[str, Any] = {"weights": weights, "robust": robust}
+    whole = fit_constants(variant.predict, measured, variant.constants, **options)
     for group in order:
         inside = [i for i, g in enumerate(groups) if g == group]
         outside = [i for i, g in enumerate(groups) if g != group]
-        fold = fit_constants(variant.predict, measured, variant.constants, rows=outside, weights=weights, robust=robust)
+        fold = fit_constants(variant.predict, measured, variant.constants, rows=outside, start=whole.values, **options)
         folds[group] = fold.values
         predicted[inside] = variant.predict(fold.values, inside)
-    whole = fit_constants(variant.predict, measured, variant.constants, weights=weights, robust=robust)
     null = None
     if null_ratios is not None:
         scales = held_out_constants(null_ratios.tolist(), null_pools or [0] * len(groups), groups)

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from simtrain.core import catalog
-from simtrain.core.errors import CatalogError, UnknownNameError
+from simtrain.core.errors import CatalogError, UnknownNameError, UnsupportedError
 from simtrain.core.hardware import Cluster, Device
 from simtrain.core.precision import DType
 from simtrain.core.runtime import Runtime, runtime
@@ -102,6 +102,8 @@ class LayoutRow:
         steady_printed: What stays allocated after a step, in the source's unit.
         outcome: "ok", or "oom" for a run that ran out of memory.
         recalled: Whether the figure is from memory of the source, not looked up.
+        doubt: What the source leaves open that decides the figure ("" for nothing).
+        uneven: How stages differ in layers, where they do.
         where: Place in the source.
     """
 
@@ -132,6 +134,8 @@ class LayoutRow:
     steady_printed: float | None = None
     outcome: Literal["ok", "oom"] = "ok"
     recalled: bool = False
+    doubt: str = ""
+    uneven: str = ""
     where: str = ""
 
     @property
@@ -150,7 +154,10 @@ class LayoutRow:
         Raises:
             StrategyError: A choice that `Strategy` has no field for.
             UnknownNameError: A recipe or schedule that is not modelled.
+            UnsupportedError: Stages with layers of their own choice.
         """
+        if self.uneven:
+            raise UnsupportedError(f"pipeline stages of a size of their own cannot be stated ({self.uneven})")
         known = {f.name: f.default for f in fields(Strategy)}
         defaults = _ROW_DEFAULTS | known
         chosen = {name: value for name in _STRATEGY_FIELDS if (value := getattr(self, name)) != defaults[name]}

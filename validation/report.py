@@ -13,7 +13,12 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from simtrain.core.errors import InternalError, SimtrainError
+from simtrain.core.errors import InternalError, SimtrainError, UnknownNameError
+from simtrain.core.hardware import Cluster
+from simtrain.core.result import MemoryReport
+from simtrain.core.runtime import Runtime
+from simtrain.core.strategy import Strategy
+from simtrain.core.workload import Workload
 from validation.errors import ErrorSummary, skill, summarise
 from validation.layouts import LAYOUT_SETS, LayoutRow, LayoutSet, load_layouts
 from validation.statistics import (
@@ -170,11 +175,30 @@ class LayoutReport:
         return summarise(found) if found else None
 
     @property
+    def memory_without_doubt(self) -> ErrorSummary | None:
+        """Of peak memory where the source states what decides it; `None` where all rows do."""
+        found = [r.memory_error for r in self.rows if r.memory_error is not None and not r.row.doubt]
+        return summarise(found) if found and any(r.row.doubt for r in self.rows) else None
+
+    @property
     def fits(self) -> Confusion | None:
         """Predicted against measured out-of-memory; `None` where every run of the source went through and memory is not printed."""
         if all(r.row.outcome == "ok" and r.measured_bytes is None for r in self.rows):
             return None
         return confusion([r.prediction.fits for r in self.rows], [r.row.outcome == "ok" for r in self.rows])
+
+    def slices(self, by: str) -> dict[Any, ErrorSummary]:
+        """Returns errors of the step time by a field of the rows ("tensor", "micro_batch", "devices", ...).
+
+        Raises:
+            UnknownNameError: Rows have no such field.
+        """
+        if by not in LayoutRow.__dataclass_fields__:
+            raise UnknownNameError("field of a published row", by, LayoutRow.__dataclass_fields__)
+        found: dict[Any, list[float]] = {}
+        for r in self.timed:
+            found.setdefault(getattr(r.row, by), []).append(r.error or 0.0)
+        return {key: summarise(errors) for key, errors in sorted(found.items(), key=lambda pair: (str(type(pair[0])), pair[0]))}
 
     def _regret(self, predicted: Sequence[float]) -> RegretSummary | None:
         keys = [self.dataset.choice(r.row) for r in self.timed]
@@ -189,6 +213,7 @@ class LayoutReport:
             "null_of_source": self.null_of_source,
             "noise": self.noise,
             "memory": self.memory,
+            "memory_without_doubt": self.memory_without_doubt,
             "decisions": self.decisions,
             "fits": self.fits,
         }
@@ -273,10 +298,21 @@ def predict_layout(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
     """
     from simtrain.step.predict import estimate
 
-    result = estimate(dataset.workload(row), dataset.cluster(row), row.strategy(), runtime=dataset.runtime_of(row))
-    memory = result.memory
+    question = (dataset.workload(row), dataset.cluster(row), row.strategy(), dataset.runtime_of(row))
+    result = estimate(*question[:3], runtime=question[3])
+    memory = result.memory if dataset.memory_rank == "worst" else _memory_of_last_stage(*question)
     reading = {"allocated": memory.allocated_bytes, "reserved": memory.reserved_bytes, "device": memory.device_bytes}
     return LayoutPrediction(result.step_time_s, reading[dataset.memory_reading], result.fits)
+
+
+def _memory_of_last_stage(workload: Workload, cluster: Cluster, strategy: Strategy, runtime: Runtime) -> MemoryReport:
+    from simtrain.step.layout import lay_out
+    from simtrain.step.results import lane_ledgers, lane_report
+    from simtrain.step.setting import resolve
+
+    layout = lay_out(resolve(workload, cluster, strategy, runtime))
+    last = max(range(len(layout.lanes)), key=lambda lane: layout.lanes[lane].stage)
+    return lane_report(layout, lane_ledgers(layout), last)
 
 
 def compare_all_layouts(names: Sequence[str] = LAYOUT_SETS, predict: Predictor = predict_layout) -> tuple[LayoutReport, ...]:

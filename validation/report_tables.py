@@ -55,14 +55,30 @@ def _nulls(reports: Sequence[LayoutReport]) -> Table:
     return table
 
 
+def slice_table(reports: Sequence[LayoutReport], by: str) -> Table:
+    """Returns errors of step times by a field of the rows.
+
+    Raises:
+        UnknownNameError: Rows have no such field.
+    """
+    columns = ("rows", "mean", "median", "p90", "worst", "bias")
+    table = plain_table(f"Step times by {by}", "source", by, *columns, numeric=(by, *columns))
+    for r in reports:
+        for key, summary in r.slices(by).items():
+            table.add_row(_name(r), str(key), str(summary.count), *(_percent(summary, name) for name in columns[1:]))
+    return table
+
+
 def _memory(reports: Sequence[LayoutReport]) -> Table:
     columns = ("rows", "mean", "median", "p90", "worst", "bias")
     table = plain_table("Peak memory", "source", "reading", *columns, "what fits", numeric=columns)
     for r in reports:
-        if r.memory or r.fits:
-            cells = [_percent(r.memory, name) for name in ("mean", "median", "p90", "worst", "bias")]
-            reading = f"{r.dataset.memory_reading}, {r.dataset.memory_rank} rank"
-            table.add_row(r.dataset.name, reading, str(r.memory.count if r.memory else 0), *cells, str(r.fits or "-"))
+        reading = f"{r.dataset.memory_reading}, {r.dataset.memory_rank} rank"
+        lines = [(r.dataset.name, reading, r.memory, str(r.fits or "-")), ("", "  where the source says all", r.memory_without_doubt, "")]
+        for name, kind, summary, verdict in lines:
+            if summary or (verdict and r.fits):
+                cells = [_percent(summary, column) for column in columns[1:]]
+                table.add_row(name, kind, str(summary.count if summary else 0), *cells, verdict)
     return table
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simtrain.core.errors import CatalogError, InputError, InternalError, UnsupportedError
+from simtrain.core.errors import CatalogError, InputError, InternalError, UnknownNameError, UnsupportedError
 from simtrain.report.text import render
 from validation.fit_published import Constant, Values
 from validation.fit_sources import fit_problem
-from validation.layouts import LayoutRow, LayoutSet, load_layouts, read_layouts
+from validation.layouts import LayoutRow, LayoutSet, _workload, load_layouts, read_layouts
 from validation.report import LayoutPrediction, compare_layouts, predict_layout
-from validation.report_tables import layout_tables
+from validation.report_tables import layout_tables, slice_table
 
 HEADER = ["model", "data", "tensor", "devices", "micro_batch", "step_time_s", "memory_printed", "outcome"]
 FILE: dict[str, Any] = {
@@ -55,6 +55,7 @@ def made(**changes: Any) -> LayoutSet:
 def _own_file(monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = load_layouts
     monkeypatch.setattr("validation.layouts.load_layouts", lambda name: made() if name == "made" else shipped(name))
+    _workload.cache_clear()
 
 
 def perfect(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
@@ -114,6 +115,41 @@ def test_repeated_runs_give_the_noise() -> None:
     assert report.noise is not None
     assert (report.noise.count, report.noise.mean) == (2, pytest.approx(0.1))
     assert compare_layouts(made(rows=FILE["rows"][:2]), perfect).noise is None
+
+
+def test_rows_in_doubt_and_uneven_stages_are_told_apart() -> None:
+    cells = FILE["rows"][:2]
+    rows = [[*cells[0], "backend not stated", ""], [*cells[1], "", ""], [*cells[1], "", "a first stage of 2 layers"]]
+
+    def low(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
+        row.strategy()
+        return LayoutPrediction(1.0, (0.5 if row.doubt else 0.9) * (dataset.memory_bytes(row) or 0.0), True)
+
+    report = compare_layouts(made(header=[*HEADER, "doubt", "uneven"], rows=rows), low)
+    assert report.refusals == {"UnsupportedError: pipeline stages of a size of their own cannot be stated (a first stage of 2 layers)": 1}
+    assert report.memory is not None
+    assert report.memory_without_doubt is not None
+    assert (report.memory.mean, report.memory_without_doubt.mean) == (pytest.approx(0.3), pytest.approx(0.1))
+
+
+def test_errors_by_a_field() -> None:
+    report = compare_layouts(made(), lambda d, r: LayoutPrediction(r.tensor * (d.step_time_s(r) or 1.0), None, True))
+    assert {k: (s.count, s.mean) for k, s in report.slices("tensor").items()} == {1: (3, 0.0), 2: (2, 1.0)}
+    assert "tensor" in render(slice_table([report], "tensor"), 140)
+    with pytest.raises(UnknownNameError, match="did you mean 'tensor'"):
+        report.slices("tensr")
+
+
+def test_the_last_stage_is_read_where_the_source_prints_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = ["large", 2, 1, 8, 4, 1.0, 1.0, "ok"]
+    few_words = FILE["models"] | {"large": {"preset": "gpt", "layers": 8, "vocabulary": 64}}  # else logits fill the last stage
+    changes = {"header": [*HEADER, "pipeline"], "rows": [[*cells, 4]], "models": few_words}
+    monkeypatch.setitem(FILE, "models", few_words)
+    worst, last = (
+        compare_layouts(made(**changes, memory_rank=rank), predict_layout).rows[0].prediction.memory_bytes or 0.0
+        for rank in ("worst", "last")
+    )
+    assert 0 < last < worst
 
 
 def test_a_defect_is_not_taken_for_a_refusal() -> None:

@@ -78,8 +78,8 @@ def test_a_choice_needs_two_alternatives() -> None:
         Choice((1.0,), (1.0,))
 
 
-@given(st.lists(st.floats(0.1, 10), min_size=2, max_size=8, unique=True))
-def test_a_perfect_prediction_regrets_nothing(measured: list[float]) -> None:
+@given(st.lists(st.integers(1, 1000), min_size=2, max_size=8, unique=True))
+def test_a_perfect_prediction_regrets_nothing(measured: list[int]) -> None:
     choice = Choice(tuple(2 * m for m in measured), tuple(measured))
     assert choice.regret == 0
     assert choice.hit == 1

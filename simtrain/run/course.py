@@ -22,6 +22,7 @@ from simtrain.run.state_price import StatePrice
 
 _GRID, _SMALLEST = 4000, 1e-7
 _SHOWN = 200
+GUESSING_LOSS = 11.0  # nats: even guesses over a vocabulary of 60,000 (assumption; it matters for the first steps only)
 _ALMOST = 1e-9  # a step count this close to a whole number is that number
 
 
@@ -152,7 +153,11 @@ class Learning:
         """Tokens to process per effective token, at each point."""
         if self.noise is None:
             return np.ones_like(effective)
-        return 1 + batch_tokens / self.noise.tokens(self.law.loss(self.parameters, effective))
+        return 1 + batch_tokens / self.noise.tokens(self.loss(effective))
+
+    def loss(self, effective: FloatArray) -> FloatArray:
+        """Loss after effective tokens. Power laws have no upper end, but no training starts above guessing evenly over a vocabulary."""
+        return np.minimum(self.law.loss(self.parameters, effective), GUESSING_LOSS)
 
 
 def plan_course(parts: Sequence[tuple[Phase, StatePrice]], target: Target, learning: Learning | None) -> Course:
@@ -204,9 +209,8 @@ def _missing_steps(
         law = target.batch_law
         done = sum(n / law.steps(p.samples_per_step) for n, p in others)
         return _or_negative((1 - done) * law.steps(price.samples_per_step))
-    if learning is None:
+    if learning is None or target.loss is None:
         raise InputError("a loss as target needs a loss law and the number of parameters")
-    assert target.loss is not None  # noqa: S101 (the target is exactly one of its fields)
     return _steps_to_loss(parts, steps, rest, target.loss, learning)
 
 
@@ -264,7 +268,7 @@ def _curve(stretches: tuple[Stretch, ...], learning: Learning | None) -> tuple[t
             start = float(np.interp(effective, grid, processed)) if effective else 0.0
             reached = np.interp(start + inside_tokens, processed, grid)
             effective = float(reached[-1])
-            losses = learning.law.loss(learning.parameters, np.maximum(reached, grid[0]))
+            losses = learning.loss(np.maximum(reached, grid[0]))
         rows = zip((done_steps + inside).tolist(), (done_tokens + inside_tokens).tolist(), losses.tolist(), strict=True)
         points += [(step, at, float(s.price.samples_per_step), loss) for step, at, loss in rows if step > 0]
         done_steps, done_tokens = done_steps + s.steps, done_tokens + float(inside_tokens[-1])

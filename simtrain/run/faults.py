@@ -172,9 +172,15 @@ class Faults:
         for row in self.trace:
             if len(row) != 3 or not all(math.isfinite(v) and v >= 0 for v in row):
                 raise InputError(f"Faults: a row of the trace is (hour, devices lost, hours of repair), all zero or more, not {row!r}")
-        for row in self.joins:
-            if len(row) != 2 or not (row[0] >= 0 and row[1] >= 1):
-                raise InputError(f"Faults: a row of joins is (hour, devices), not {row!r}")
+        for pair in self.joins:
+            if len(pair) != 2 or not (pair[0] >= 0 and pair[1] >= 1):
+                raise InputError(f"Faults: a row of joins is (hour, devices), not {pair!r}")
+
+    @property
+    def any(self) -> bool:
+        """Whether anything interrupts the run."""
+        rates = (self.mtbf_h, self.device_mtbf_h, self.node_mtbf_h, self.link_mtbf_h, self.switch_mtbf_h)
+        return any(r is not None for r in (*rates, self.slow, self.silent, self.preemption)) or bool(self.units or self.trace)
 
     def all_units(self, devices: int, devices_per_node: int) -> tuple[Units, ...]:
         """The kinds of units of a job on so many devices."""

@@ -235,6 +235,6 @@ def fit_chinchilla(parameters: Sequence[float], tokens: Sequence[float], losses:
     (irreducible, a, b), _ = project(best)
     if a <= 0 or b <= 0:
         raise InputError("these runs contradict the law: the loss must fall with model size and with data")
-    return ChinchillaLaw(
-        float(irreducible), float(a * n.max() ** best[0]), float(b * d.max() ** best[1]), *map(float, best), f"fit to {len(n)} runs"
-    )
+    model_power, data_power = float(best[0]), float(best[1])
+    a, b = float(a * n.max() ** model_power), float(b * d.max() ** data_power)
+    return ChinchillaLaw(float(irreducible), a, b, model_power, data_power, f"fit to {len(n)} runs")

@@ -90,7 +90,10 @@ def fit_cap_law(caps_w: Sequence[float], times_s: Sequence[float], powers_w: Seq
         law = CapLaw(demand, float(x[0]) * least_cap, float(x[1]))
         return np.asarray(float(x[2]) * times.min() * law.slowdown(np.minimum(caps, demand)), dtype=np.float64)
 
-    fit = least_squares(lambda x: times_of(x) / times - 1, [0.3, 0.7, 1.0], bounds=([0.0, 0.0, 0.5], [0.95, 1.0, 1.5]))
+    def errors(x: FloatArray) -> FloatArray:
+        return np.asarray(times_of(x) / times - 1, dtype=np.float64)
+
+    fit = least_squares(errors, [0.3, 0.7, 1.0], bounds=([0.0, 0.0, 0.5], [0.95, 1.0, 1.5]))
     error = float(np.abs(fit.fun).max())
     return CapLaw(demand, float(fit.x[0]) * least_cap, float(fit.x[1]), error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,12 @@ from simtrain.run.course import Course, Evaluation, Learning, Phase, Target, pla
 from simtrain.run.faults import Faults
 from simtrain.run.loss_laws import KAPLAN_NOISE, LOSS_LAWS, LossLaw, NoiseGrowth
 from simtrain.run.policies import Planner, Policy
+from simtrain.run.question import Ledger, RunQuestion
 from simtrain.run.run_result import Quantiles, RunResult
 from simtrain.run.site import CARBON_SOURCE, Site
-from simtrain.run.snapshots import ASSUMED, Snapshots, daly_interval_s, young_interval_s
+from simtrain.run.snapshots import Snapshots, daly_interval_s, young_interval_s
 from simtrain.run.state_price import PriceBook, StatePrice
-from simtrain.run.training import Ledger, RunQuestion, Training
+from simtrain.run.training import Training
 
 _MAX_PROGRESS = 2000
 _NO_FAULTS = Faults()
@@ -105,7 +106,8 @@ def simulate_run(
     _check_devices(book, base, policy)
     learning = _learning(book, until, law, noise, parameters)
     course = plan_course(_parts(book, base, phases), until, learning)
-    question = _question(book, base, course, faults, snapshots, policy, evaluation)
+    chosen = snapshots if snapshots is not None else Snapshots() if faults.any else None
+    question = _question(book, base, course, faults, chosen, policy, evaluation)
     ledgers = _simulate(question, range(seed, seed + seeds), executor)
     outcomes = [_outcome(question, ledger, site) for ledger in ledgers]
     order = sorted(range(seeds), key=lambda i: outcomes[i]["time_s"])
@@ -131,10 +133,10 @@ def simulate_run(
         spread=_spread(outcomes) if seeds > 1 else {},
         times_s=tuple(o["time_s"] for o in outcomes),
         events=tuple(ledger.events),
-        progress=_thinned(ledger.progress + [(outcomes[median]["time_s"], float(course.steps))]),
+        progress=_thinned([*ledger.progress, (outcomes[median]["time_s"], float(course.steps))]),
         curve=course.curve,
         batch_overhead=course.overhead,
-        assumptions=_assumptions(book, question, site, learning),
+        assumptions=_assumptions(book, question, chosen, site, learning),
         sources=_sources(book, site, learning),
         **{k: v for k, v in outcomes[median].items() if k != "goodput"},
     )
@@ -190,13 +192,11 @@ def _question(
     base: StatePrice,
     course: Course,
     faults: Faults,
-    snapshots: Snapshots | None,
+    chosen: Snapshots | None,
     policy: Policy,
     evaluation: Evaluation | None,
 ) -> RunQuestion:
     rate = faults.rate_per_s(base.devices, base.devices_per_node)
-    disturbed = rate > 0 or faults.trace or faults.silent or faults.slow
-    chosen = snapshots if snapshots is not None else Snapshots() if disturbed else None
     interval_s, stall_s, write_s, keep = math.inf, 0.0, 0.0, 1
     if chosen is not None:
         stall_s, write_s = chosen.times_s(base.state_bytes, base.devices, base.nodes)
@@ -287,10 +287,12 @@ def _thinned(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ..
     return (*points[:-1:every], points[-1])
 
 
-def _assumptions(book: PriceBook, question: RunQuestion, site: Site, learning: Learning | None) -> tuple[str, ...]:
+def _assumptions(
+    book: PriceBook, question: RunQuestion, snapshots: Snapshots | None, site: Site, learning: Learning | None
+) -> tuple[str, ...]:
     lines = ["the first start and the last snapshot of the run take no time"]
-    if question.snapshot_stall_s:
-        lines.append(ASSUMED if question.base.state_bytes is not None else "snapshots take the time that was given")
+    if snapshots is not None:
+        lines.append(snapshots.assumption())
     if question.faults != _NO_FAULTS:
         lines.append("units fail while they wait or restart as they do while they train; lost devices are paid, except preempted ones")
     if question.shrink is not None:

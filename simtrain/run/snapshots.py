@@ -12,9 +12,6 @@ from simtrain.run.checks import above_zero, not_negative
 KINDS = ("full", "sharded", "async")
 STORAGE_BYTES_PER_S = 2e9
 HOST_BYTES_PER_S = 20e9
-ASSUMED = (
-    f"snapshots: {STORAGE_BYTES_PER_S / 1e9:g} GB/s to storage per writer, {HOST_BYTES_PER_S / 1e9:g} GB/s from device to host (assumption)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +51,14 @@ class Snapshots:
         above_zero(self, "keep", "storage_bytes_per_s", "storage_limit_bytes_per_s", "host_bytes_per_s")
         if self.kind != "async" and self.write_s is not None:
             raise InputError(f"Snapshots: write_s belongs to kind 'async'; with kind {self.kind!r} training waits for stall_s")
+
+    def assumption(self) -> str:
+        """What its time rests on, in words."""
+        storage = f"{self.storage_bytes_per_s / 1e9:g} GB/s to storage per writer"
+        host = f", {self.host_bytes_per_s / 1e9:g} GB/s from each device to its host" if self.kind == "async" else ""
+        if self.stall_s is not None and (self.kind != "async" or self.write_s is not None):
+            return "snapshots take the time that was given"
+        return f"{self.kind} snapshots: {storage}{host} (assumption unless given)"
 
     def times_s(self, state_bytes: float | None, devices: int, nodes: int) -> tuple[float, float]:
         """Stall, and the time until the snapshot is safe, both counted from its begin.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import simpy
 
 from simtrain.core.errors import InputError
-from simtrain.run.course import Course, Evaluation, Stretch
-from simtrain.run.faults import HOUR_S, Faults, Units
-from simtrain.run.policies import Policy
-from simtrain.run.run_result import PARTS, RunEvent
+from simtrain.run.course import Stretch
+from simtrain.run.faults import HOUR_S, Units
+from simtrain.run.question import Ledger, RunQuestion, Snapshot
+from simtrain.run.run_result import RunEvent
 from simtrain.run.state_price import StatePrice
 
 Steps = Generator[simpy.Event, Any, bool]
@@ -22,62 +23,6 @@ Life = Generator[simpy.Event, Any, None]
 
 PATIENCE = 100.0  # a run that takes so many times its undisturbed time (and at least so many hours) is given up
 _ALMOST = 1e-9  # of a step
-
-
-@dataclass(frozen=True, slots=True)
-class RunQuestion:
-    """A checked question: a course, and what may disturb it.
-
-    Attributes:
-        course: Stretches of steps.
-        base: Price of the undisturbed state.
-        faults: What goes wrong.
-        policy: What is done about it.
-        snapshot_interval_s: Training between snapshots (inf for none).
-        snapshot_stall_s: How long training waits.
-        snapshot_write_s: How long until it is safe.
-        keep: Snapshots kept.
-        evaluation: Between steps.
-        slow_ratio: Step time with a slow device over that without.
-        shrink: From devices available to a price, for elastic runs.
-    """
-
-    course: Course
-    base: StatePrice
-    faults: Faults
-    policy: Policy
-    snapshot_interval_s: float
-    snapshot_stall_s: float
-    snapshot_write_s: float
-    keep: int
-    evaluation: Evaluation | None
-    slow_ratio: float
-    shrink: Callable[[int], StatePrice | None] | None
-
-
-@dataclass(slots=True)
-class Snapshot:
-    """A saved state: when it was begun, when it is safe, and what had been done."""
-
-    begun_s: float
-    safe_s: float
-    step: float
-    productive_s: float
-    slowed_s: float
-
-
-@dataclass(slots=True)
-class Ledger:
-    """What a simulated run has used."""
-
-    split_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    working_j: float = 0.0
-    standing_j: float = 0.0
-    held_device_s: float = 0.0
-    failures: int = 0
-    snapshots: int = 0
-    events: list[RunEvent] = field(default_factory=list)
-    progress: list[tuple[float, float]] = field(default_factory=lambda: [(0.0, 0.0)])
 
 
 class Training:
@@ -252,8 +197,8 @@ class Training:
         if self.q.evaluation:
             every = self.q.evaluation.every_steps
             self._next_evaluation = (self.done // every + 1) * every
-        ends = np.cumsum([s.steps for s in self.q.course.stretches])
-        self._enter(int(min(np.searchsorted(ends, self.done, side="right"), len(ends) - 1)))
+        ends = list(accumulate(s.steps for s in self.q.course.stretches))
+        self._enter(min(bisect_right(ends, self.done), len(ends) - 1))
         self.ledger.progress.append((self.env.now, self.done))
 
     def _spend(self, duration_s: float, part: str, price: StatePrice | None = None) -> Steps:

@@ -64,9 +64,12 @@ def plot_run(result: RunResult, ax: Axes | None = None) -> Axes:
     shown = np.interp(fine_step, curve_step, loss) if with_loss else fine_step
     begun = fine_step >= (curve_step[0] if with_loss else 0)
     ax.plot(fine_s[begun] / unit_s, shown[begun], color="#1f4e79", linewidth=1.4, label="loss" if with_loss else "steps done")
-    _mark_events(
-        ax, result, unit_s, lambda s: np.interp(np.interp(s, time_s, step), curve_step, loss) if with_loss else np.interp(s, time_s, step)
-    )
+
+    def height(at_s: FloatArray) -> FloatArray:
+        reached = np.interp(at_s, time_s, step)
+        return np.asarray(np.interp(reached, curve_step, loss) if with_loss else reached, dtype=np.float64)
+
+    _mark_events(ax, result, unit_s, height)
     ax.set_xlabel(f"time ({unit})")
     ax.set_ylabel("loss (nats per token)" if with_loss else "steps done")
     if with_loss:
@@ -221,7 +224,7 @@ def plot_finish(results: Mapping[str, RunResult] | RunResult, ax: Axes | None = 
     ax.set_ylim(0, 1.02)
     ax.set_xlabel(f"done after ({unit})")
     ax.set_ylabel("share of seeds")
-    ax.legend(loc="upper left", fontsize=8, frameon=False)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, fontsize=8, frameon=False)
     return ax
 
 

@@ -244,11 +244,11 @@ def _steps_to_loss(parts: Sequence[tuple[Phase, StatePrice]], steps: list[int], 
 
 
 def _moved(learning: Learning, grid: FloatArray, batch_tokens: float, effective: float, tokens: float) -> float:
-    """Effective tokens after processing more (or fewer) tokens with a batch; never below zero, never beyond the grid's end."""
+    """Effective tokens after processing more (or fewer) tokens with a batch; negative if there are not so many to take back."""
     processed = _processed(learning, grid, batch_tokens)
     now = float(np.interp(effective, grid, processed)) if effective else 0.0
-    if now + tokens <= 0:
-        return 0.0
+    if now + tokens < 0:
+        return -1.0
     beyond = now + tokens > processed[-1]
     return float(grid[-1]) * (1 + 1e-6) if beyond and tokens > 0 else float(np.interp(now + tokens, processed, grid))
 

@@ -2,7 +2,7 @@
 
 Dynamic power goes with about the cube of the clock, so under a cap the clock, and with it the part `c` of the time that is bound by
 computing, follows the cube root of the power left above the static part:
-`t(P) = t_0 max(1, (1-c) + c ((P_demand - P_static)/(P - P_static))^(1/3))`, drawing `min(P, P_demand)`.
+`t(P) = t_0 max(1, (1-c) + c ((P_demand - P_static)/(P - P_static))^(1/3))` at a drawn power of `P = min(reach x cap, P_demand)`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ class CapLaw:
         demand_w: Power it draws without a cap.
         static_w: Power that does not follow the clock.
         compute_share: c, the part of the time that follows the clock.
+        reach: Share of a binding cap that is drawn on average; boards stay somewhat below.
         largest_error: Largest relative error of the time over the points it was fitted to (0 if stated).
     """
 
     demand_w: float
     static_w: float
     compute_share: float
+    reach: float = 1.0
     largest_error: float = 0.0
 
     def __post_init__(self) -> None:
-        above_zero(self, "demand_w")
+        above_zero(self, "demand_w", "reach")
         not_negative(self, "static_w")
         share(self, "compute_share")
         if self.static_w >= self.demand_w:
@@ -47,15 +49,15 @@ class CapLaw:
         Raises:
             InputError: A cap that leaves nothing above the static power.
         """
-        caps = np.asarray(cap_w, dtype=np.float64)
-        if (caps <= self.static_w).any():
-            raise InputError(f"a cap of {caps.min():g} W leaves nothing above the static power of {self.static_w:g} W")
-        ratio = (self.demand_w - self.static_w) / (caps - self.static_w)
+        drawn = self.power_w(cap_w)
+        if (drawn <= self.static_w).any():
+            raise InputError(f"a cap of {np.min(cap_w):g} W leaves nothing above the static power of {self.static_w:g} W")
+        ratio = (self.demand_w - self.static_w) / (drawn - self.static_w)
         return np.asarray(np.maximum(1.0, 1 - self.compute_share + self.compute_share * np.cbrt(ratio)), dtype=np.float64)
 
     def power_w(self, cap_w: FloatArray | float) -> FloatArray:
         """Power drawn under a cap."""
-        return np.asarray(np.minimum(cap_w, self.demand_w), dtype=np.float64)
+        return np.asarray(np.minimum(self.reach * np.asarray(cap_w), self.demand_w), dtype=np.float64)
 
     def energy(self, cap_w: FloatArray | float) -> FloatArray:
         """Energy under a cap over energy without."""
@@ -69,7 +71,8 @@ class CapLaw:
 def fit_cap_law(caps_w: Sequence[float], times_s: Sequence[float], powers_w: Sequence[float]) -> CapLaw:
     """Fits the law to runs of one job under different caps.
 
-    The demand is the largest power seen; static power and compute share follow by least squares of the relative error of time.
+    The demand is the largest power seen, the reach the median share of binding caps that was drawn; static power and compute share follow
+    by least squares of the relative error of time.
 
     Args:
         caps_w: Cap of each run.
@@ -84,18 +87,21 @@ def fit_cap_law(caps_w: Sequence[float], times_s: Sequence[float], powers_w: Seq
     caps, times, powers = (np.asarray(v, dtype=np.float64) for v in (caps_w, times_s, powers_w))
     if not (caps.shape == times.shape == powers.shape) or len(caps) < 4:
         raise InputError("fitting a cap law needs at least four runs, each with a cap, a time and a power")
-    demand, least_cap = float(powers.max()), float(min(caps.min(), powers.max()))
+    demand = float(powers.max())
+    binding = caps < demand
+    reach = float(np.median(powers[binding] / caps[binding])) if binding.any() else 1.0
+    least = float(min(reach * caps.min(), demand))
 
     def times_of(x: FloatArray) -> FloatArray:
-        law = CapLaw(demand, float(x[0]) * least_cap, float(x[1]))
-        return np.asarray(float(x[2]) * times.min() * law.slowdown(np.minimum(caps, demand)), dtype=np.float64)
+        law = CapLaw(demand, float(x[0]) * least, float(x[1]), reach)
+        return np.asarray(float(x[2]) * times.min() * law.slowdown(caps), dtype=np.float64)
 
     def errors(x: FloatArray) -> FloatArray:
         return np.asarray(times_of(x) / times - 1, dtype=np.float64)
 
     fit = least_squares(errors, [0.3, 0.7, 1.0], bounds=([0.0, 0.0, 0.5], [0.95, 1.0, 1.5]))
     error = float(np.abs(fit.fun).max())
-    return CapLaw(demand, float(fit.x[0]) * least_cap, float(fit.x[1]), error)
+    return CapLaw(demand, float(fit.x[0]) * least, float(fit.x[1]), reach, error)
 
 
 @dataclass(frozen=True, slots=True)

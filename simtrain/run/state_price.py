@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simtrain.core import catalog
-from simtrain.core.errors import InputError, StrategyError
+from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster
 from simtrain.core.result import MemoryKind, Result
 from simtrain.core.runtime import Runtime
@@ -140,7 +140,7 @@ class PriceBook:
         how = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
         key = (str(how), seq_len, slow)
         if key not in self._known:
-            work = self.workload if seq_len is None else catalog.workload(self.workload.name, seq_len=seq_len)
+            work = self.workload if seq_len is None else self._with_length(self.workload, seq_len)
             if slow == 1.0:
                 result = schedule(work, self.cluster, how, runtime=self._runtime)
             else:
@@ -150,6 +150,16 @@ class PriceBook:
             self.results.append(result)
             self._known[key] = price_of(result, self.cluster, how)
         return self._known[key]
+
+    def _with_length(self, workload: Workload, seq_len: int) -> Workload:
+        """The catalog's workload with another sequence length, if it is the one that is trained and not one of other options."""
+        try:
+            same = catalog.workload(workload.name, seq_len=workload.sequence)
+        except InputError:
+            same = None
+        if same is None or (same.layers, same.sequence) != (workload.layers, workload.sequence):
+            raise UnsupportedError(f"{workload.name} cannot be rebuilt with a sequence length of {seq_len}: give Phase(price=...)")
+        return catalog.workload(workload.name, seq_len=seq_len)
 
     def read(self, answer: Any) -> StatePrice:
         """Reads what a planner or a phase gave: a price, a result or a strategy."""

@@ -50,6 +50,8 @@ class Training:
         self._noticed = False
         self._cold = False
         self._woken = False
+        self._saving = False
+        self._steps_per_s, self._leg_began_s = 0.0, 0.0
         self._mood = "starting"
         self._running: StatePrice | None = None
         self._shrunk: dict[int, StatePrice | None] = {}
@@ -103,7 +105,8 @@ class Training:
         ratio = self.q.slow_ratio if self._slow else 1.0
         snapshot = self._saved[-1].step + max(1, round(self.q.snapshot_interval_s / step_s)) if self._takes_snapshots else math.inf
         stop = min(self._stretch_end, max(snapshot, self.done), self._next_evaluation)
-        before_s = self.env.now
+        before_s = self._leg_began_s = self.env.now
+        self._steps_per_s = 1 / (step_s * ratio)
         drawing = stretch.price if price is self.q.base else price
         complete = yield from self._spend((stop - self.done) * step_s * ratio, "productive", drawing)
         elapsed_s = self.env.now - before_s
@@ -168,7 +171,11 @@ class Training:
         first_s = min(when for _, when, _, _ in failed)
         saved = False
         if kinds <= {"slow", "preemption"} and self._in_time(kinds):
+            self._saving = True
             saved = yield from self._snapshot()
+            self._saving = False
+            if saved:
+                failed, self._failed = failed + self._failed, []
         if not saved:
             self._roll_back(first_s)
             if kinds - {"preemption", "silent"}:
@@ -333,7 +340,8 @@ class Training:
             self._lose(kind, devices, hours)
             return
         self._failed.append((kind, self.env.now, devices, hours))
-        self._wake()
+        if not (self._saving and kind == "preemption"):  # its notice lets the snapshot under way be finished
+            self._wake()
 
     def _wake(self) -> None:
         if self._trainer.is_alive and not self._woken:
@@ -341,4 +349,5 @@ class Training:
             self._trainer.interrupt()
 
     def _note(self, kind: str, what: str) -> None:
-        self.ledger.events.append(RunEvent(self.env.now, kind, what, self.done))
+        since = (self.env.now - self._leg_began_s) * self._steps_per_s if self._mood == "productive" else 0.0
+        self.ledger.events.append(RunEvent(self.env.now, kind, what, self.done + since))

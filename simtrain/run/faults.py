@@ -30,6 +30,8 @@ class Units:
         devices_lost: Devices that are gone until the unit is repaired (0 for a failure that only needs a restart).
         repair_h: Hours until the devices are back.
         shape: Weibull shape of the lifetimes; 1 is exponential.
+        new: Whether all units are new at the start. If not, they have been in service for long, and fail at `count / mtbf_h` from the
+            first hour on; new ones of shape below 1 fail far more often at first.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Units:
     devices_lost: int = 1
     repair_h: float = 0.0
     shape: float = 1.0
+    new: bool = False
 
     def __post_init__(self) -> None:
         above_zero(self, "count", "mtbf_h", "shape")
@@ -56,12 +59,23 @@ class Units:
                 now += float(rng.exponential(1 / self.rate_per_s))
                 yield now
         scale = self.mtbf_h * HOUR_S / math.gamma(1 + 1 / self.shape)
-        ends = (scale * rng.weibull(self.shape, int(self.count))).tolist()
+        ends = (scale * self._first_lives(rng)).tolist()
         heapq.heapify(ends)
         while True:
             now = ends[0]
             heapq.heapreplace(ends, now + scale * float(rng.weibull(self.shape)))
             yield now
+
+    def _first_lives(self, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """Lives left at the start, over the scale: whole ones if new, else those of a renewal process in equilibrium.
+
+        A unit met at any moment is more likely in a long life: lives weighted by their length are `Gamma(1 + 1/c)^(1/c)`, of which a
+        uniform part is left.
+        """
+        if self.new:
+            return rng.weibull(self.shape, int(self.count))
+        lives = rng.gamma(1 + 1 / self.shape, size=int(self.count)) ** (1 / self.shape)
+        return np.asarray(lives * rng.random(int(self.count)), dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +151,7 @@ class Faults:
         switch_mtbf_h: Of one leaf switch; takes the nodes behind it.
         nodes_per_switch: Nodes behind a leaf switch.
         shape: Weibull shape of all these lifetimes; 1 is exponential.
+        new: Whether all units are new at the start; see `Units`.
         repair_h: Hours until what failed is back.
         cascade: Probability that a failing device takes its whole node (correlated faults).
         units: Further kinds of units.
@@ -155,6 +170,7 @@ class Faults:
     switch_mtbf_h: float | None = None
     nodes_per_switch: int = 16
     shape: float = 1.0
+    new: bool = False
     repair_h: float = 0.0
     cascade: float = 0.0
     units: tuple[Units, ...] = ()
@@ -194,7 +210,7 @@ class Faults:
             ("link", nodes, self.link_mtbf_h, 0),
             ("switch", switches, self.switch_mtbf_h, min(devices, node_devices * self.nodes_per_switch)),
         ]
-        stated = [Units(name, n, mtbf, lost, self.repair_h, self.shape) for name, n, mtbf, lost in rows if mtbf is not None]
+        stated = [Units(name, n, mtbf, lost, self.repair_h, self.shape, self.new) for name, n, mtbf, lost in rows if mtbf is not None]
         return (*stated, *self.units)
 
     def rate_per_s(self, devices: int, devices_per_node: int) -> float:

@@ -111,6 +111,20 @@ class PriceBook:
         self._known: dict[tuple[Any, ...], StatePrice] = {}
         self.results: list[Result] = [subject] if isinstance(subject, Result) else []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy for another process, which builds the workload anew from its name.
+
+        Raises:
+            InputError: The workload was not given by name.
+        """
+        if isinstance(self._subject, Workload):
+            raise InputError("a process pool needs the workload by name where a planner is asked: give its name, or use a thread pool")
+        return self.__dict__ | {"workload": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.workload = catalog.workload(self._subject) if isinstance(self._subject, str) else None
+
     def base(self, strategy: Strategy | str | None) -> StatePrice:
         """Price of the undisturbed state.
 

@@ -1,6 +1,7 @@
 """A simulated run against closed forms: no faults, Young/Daly, the exact expectation, and the published Llama 3 run."""
 
 import dataclasses
+import itertools
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -146,16 +147,19 @@ def test_llama_3_405b_the_restart_time_that_leaves_90_percent_is_found_not_assum
     assert result.failures == pytest.approx(419, abs=5 * np.sqrt(419))
 
 
+def failures_within(hours, units):
+    times = units.failures_s(np.random.default_rng(0))
+    return list(itertools.takewhile(lambda at: at < hours * HOUR, times))
+
+
 def test_failures_come_at_their_rate_for_every_kind_of_unit():
     faults = st.Faults(device_mtbf_h=16384 * 24.0, node_mtbf_h=2048 * 12.0, link_mtbf_h=2048 * 48.0, switch_mtbf_h=128 * 48.0)
     assert faults.rate_per_s(16384, 8) * HOUR == pytest.approx(1 / 24 + 1 / 12 + 1 / 48 + 1 / 48)
     for shape in (0.7, 1.0, 3.0):
-        units = st.Units("device", 1000, 100.0, shape=shape)
-        times = []
-        for at in units.failures_s(np.random.default_rng(0)):
-            if at > 1000 * HOUR:
-                break
-            times.append(at)
+        in_service = failures_within(1000, st.Units("device", 1000, 100.0, shape=shape))
+        assert len(in_service) == pytest.approx(10_000, rel=0.03)
+        assert np.mean(np.array(in_service) < 100 * HOUR) == pytest.approx(0.1, rel=0.1)  # from the first hour on
+        times = failures_within(1000, st.Units("device", 1000, 100.0, shape=shape, new=True))
         # Renewal theory: in the long run one failure per MTBF and unit; fresh units of shape c deviate by (variation² - 1)/2 each.
         variation = np.std(np.random.default_rng(1).weibull(shape, 100_000)) / np.mean(np.random.default_rng(1).weibull(shape, 100_000))
         assert len(times) == pytest.approx(1000 * (10 + (variation**2 - 1) / 2), rel=0.03)

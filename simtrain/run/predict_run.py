@@ -18,7 +18,7 @@ from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.run.course import Course, Evaluation, Learning, Phase, Target, plan_course
 from simtrain.run.faults import Faults
-from simtrain.run.loss_laws import KAPLAN_NOISE, LOSS_LAWS, LossLaw, NoiseGrowth
+from simtrain.run.loss_laws import KAPLAN_NOISE, LOSS_LAWS, KaplanLaw, LossLaw, NoiseGrowth
 from simtrain.run.policies import Planner, Policy
 from simtrain.run.question import Ledger, RunQuestion
 from simtrain.run.run_result import Quantiles, RunResult
@@ -301,6 +301,8 @@ def _assumptions(
         lines.append("the batch is taken to be far below the noise scale: tokens to a loss do not depend on it")
     elif learning is not None:
         lines.append("the loss law's tokens are those of batches far below the noise scale; a step of B tokens counts B/(1 + B/B_noise)")
+    if learning is not None and isinstance(learning.law, KaplanLaw):
+        lines.append("Kaplan's law counts parameters without embeddings; the workload's count has them: give parameters=... to be exact")
     if question.base.power_w == 0:
         lines.append("no power is known: energy and carbon are not predicted")
     if question.base.usd_per_h == 0 and site.usd_per_device_h is None:

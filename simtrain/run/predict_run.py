@@ -293,6 +293,8 @@ def _assumptions(
     lines = ["the first start and the last snapshot of the run take no time"]
     if snapshots is not None:
         lines.append(snapshots.assumption())
+        if snapshots.stall_s is None:
+            lines.append("a snapshot holds parameters and optimizer states; every pipeline stage's are counted as those of the fullest")
     if question.faults != _NO_FAULTS:
         lines.append("units fail while they wait or restart as they do while they train; lost devices are paid, except preempted ones")
     if question.shrink is not None:

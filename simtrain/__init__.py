@@ -18,49 +18,103 @@ if TYPE_CHECKING:
     from simtrain.core.strategy import Strategy
     from simtrain.core.workload import Workload
     from simtrain.planner.search import Plan, plan
+    from simtrain.run.batch_law import BatchLaw, fit_batch_law
+    from simtrain.run.course import Evaluation, Phase, Target
+    from simtrain.run.faults import Faults, Preemption, SilentFaults, SlowFaults, Units, read_trace
+    from simtrain.run.loss_laws import ChinchillaLaw, KaplanLaw, LossCurve, NoiseGrowth, fit_chinchilla
+    from simtrain.run.policies import Policy
+    from simtrain.run.predict_run import simulate_run
+    from simtrain.run.run_result import RunResult
+    from simtrain.run.site import Site
+    from simtrain.run.snapshots import Snapshots
+    from simtrain.run.state_price import StatePrice
     from simtrain.step.predict import estimate, schedule, simulate
 
 _HOME = {
+    "BatchLaw": "simtrain.run.batch_law",
+    "ChinchillaLaw": "simtrain.run.loss_laws",
     "Cluster": "simtrain.core.hardware",
     "Device": "simtrain.core.hardware",
+    "Evaluation": "simtrain.run.course",
+    "Faults": "simtrain.run.faults",
+    "KaplanLaw": "simtrain.run.loss_laws",
+    "LossCurve": "simtrain.run.loss_laws",
+    "NoiseGrowth": "simtrain.run.loss_laws",
+    "Phase": "simtrain.run.course",
     "Plan": "simtrain.planner.search",
+    "Policy": "simtrain.run.policies",
+    "Preemption": "simtrain.run.faults",
     "Result": "simtrain.core.result",
+    "RunResult": "simtrain.run.run_result",
     "Runtime": "simtrain.core.runtime",
+    "SilentFaults": "simtrain.run.faults",
+    "Site": "simtrain.run.site",
+    "SlowFaults": "simtrain.run.faults",
+    "Snapshots": "simtrain.run.snapshots",
+    "StatePrice": "simtrain.run.state_price",
     "Strategy": "simtrain.core.strategy",
+    "Target": "simtrain.run.course",
+    "Units": "simtrain.run.faults",
     "Workload": "simtrain.core.workload",
     "cluster": "simtrain.core.catalog",
     "device": "simtrain.core.catalog",
     "errors": "simtrain.core",
     "estimate": "simtrain.step.predict",
+    "fit_batch_law": "simtrain.run.batch_law",
+    "fit_chinchilla": "simtrain.run.loss_laws",
     "link": "simtrain.core.catalog",
     "plan": "simtrain.planner.search",
+    "read_trace": "simtrain.run.faults",
     "report": "simtrain",
     "runtime": "simtrain.core.runtime",
     "schedule": "simtrain.step.predict",
     "simulate": "simtrain.step.predict",
+    "simulate_run": "simtrain.run.predict_run",
     "torch": "simtrain",
     "workload": "simtrain.core.catalog",
 }
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchLaw",
+    "ChinchillaLaw",
     "Cluster",
     "Device",
+    "Evaluation",
+    "Faults",
+    "KaplanLaw",
+    "LossCurve",
+    "NoiseGrowth",
+    "Phase",
     "Plan",
+    "Policy",
+    "Preemption",
     "Result",
+    "RunResult",
     "Runtime",
+    "SilentFaults",
+    "Site",
+    "SlowFaults",
+    "Snapshots",
+    "StatePrice",
     "Strategy",
+    "Target",
+    "Units",
     "Workload",
     "cluster",
     "device",
     "errors",
     "estimate",
+    "fit_batch_law",
+    "fit_chinchilla",
     "link",
     "plan",
+    "read_trace",
     "report",
     "runtime",
     "schedule",
     "simulate",
+    "simulate_run",
     "torch",
     "workload",
 ]

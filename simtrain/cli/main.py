@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from simtrain import __version__
-from simtrain.cli import capture, catalogs, environment, plan, predict
+from simtrain.cli import capture, catalogs, environment, plan, predict, run
 from simtrain.cli.output import note, write_json
 from simtrain.core.errors import SimtrainError
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": predict.predict,
     "plan": plan.plan,
+    "run": run.run,
     "capture": capture.capture,
     "devices": catalogs.devices,
     "clusters": catalogs.clusters,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     )
     from simtrain.report.frame import to_frame, to_rows
     from simtrain.report.plots import plot_breakdown, plot_memory
+    from simtrain.report.run_plots import plot_finish, plot_goodput, plot_run, plot_tradeoff
+    from simtrain.report.run_tables import run_table
     from simtrain.report.tables import plan_table, result_table
     from simtrain.report.text import render
     from simtrain.report.timeline import plot_timeline
@@ -28,10 +30,15 @@ _HOME = {
     "devices_table": "catalog_tables",
     "plan_table": "tables",
     "plot_breakdown": "plots",
+    "plot_finish": "run_plots",
+    "plot_goodput": "run_plots",
     "plot_memory": "plots",
+    "plot_run": "run_plots",
     "plot_timeline": "timeline",
+    "plot_tradeoff": "run_plots",
     "render": "text",
     "result_table": "tables",
+    "run_table": "run_tables",
     "save_trace": "trace",
     "to_frame": "frame",
     "to_rows": "frame",
@@ -46,10 +53,15 @@ __all__ = [
     "devices_table",
     "plan_table",
     "plot_breakdown",
+    "plot_finish",
+    "plot_goodput",
     "plot_memory",
+    "plot_run",
     "plot_timeline",
+    "plot_tradeoff",
     "render",
     "result_table",
+    "run_table",
     "save_trace",
     "to_frame",
     "to_rows",

@@ -52,6 +52,8 @@ def test_every_command_has_help_and_takes_json(command):
 OPTIONS = {
     "predict": "cluster strategy reader runtime seq-len jitter straggler seed steps timeline memory-plot trace json",
     "plan": "memory-plot cluster global-batch objective precision checkpoint zero optimizer runtime seq-len top timeline trace json",
+    "run": "cluster strategy target-loss steps tokens law mtbf-h device-mtbf-h node-mtbf-h repair-h detection-s restart-s spares snapshot "
+    "snapshot-every-s pue region pricing usd-per-device-h reserved-h seed seeds runtime seq-len plot json",
     "capture": "seq-len out json",
     "devices": "json",
     "clusters": "json",

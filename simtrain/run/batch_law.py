@@ -1,0 +1,102 @@
+"""Steps to a target as a function of the batch size, and fits of that law to real runs.
+
+McCandlish et al. 2018 (An Empirical Model of Large-Batch Training, equations 2.11 and 2.12): a target takes
+`S(B) = S_min (1 + B_noise/B)` steps and `E(B) = E_min (1 + B/B_noise)` samples with `E_min = S_min B_noise`. AdaScale (Johnson et al. 2020)
+and Pollux (Qiao et al. 2021) state the same as a gain over a base batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simtrain.core.errors import InputError
+from simtrain.run.checks import above_zero
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLaw:
+    """`S(B) = S_min (1 + B_noise/B)`.
+
+    Attributes:
+        min_steps: Steps at an endless batch.
+        noise_scale: Batch at which twice the steps of an endless batch are needed, in samples (or tokens, as the batch is counted).
+        largest_error: Largest relative error over the runs it was fitted to (0 if it was stated, not fitted).
+        fitted_batches: Smallest and largest batch it was fitted to; (0, inf) if stated.
+    """
+
+    min_steps: float
+    noise_scale: float
+    largest_error: float = 0.0
+    fitted_batches: tuple[float, float] = (0.0, math.inf)
+
+    def __post_init__(self) -> None:
+        above_zero(self, "min_steps", "noise_scale")
+
+    def steps(self, batch: float) -> float:
+        """Steps to the target with a batch.
+
+        Raises:
+            InputError: The batch is not above zero.
+        """
+        _check_batch(batch)
+        return self.min_steps * (1 + self.noise_scale / batch)
+
+    def samples(self, batch: float) -> float:
+        """Samples to the target with a batch: `B S(B)`."""
+        return batch * self.steps(batch)
+
+
+def fit_batch_law(batches: Sequence[float], steps: Sequence[float]) -> BatchLaw:
+    """Fits `S(B)` to runs that reached the same target, by least squares of the relative error.
+
+    Two runs always fit, and the two smallest batches of a job were seen to extrapolate badly; so three different batches are the least.
+
+    Args:
+        batches: Batch size of each run.
+        steps: Steps each run took.
+
+    Raises:
+        InputError: Lists of different length, fewer than three batches, values not above zero, or runs that contradict the law (steps
+            that do not fall with the batch).
+    """
+    b, s = np.asarray(batches, dtype=np.float64), np.asarray(steps, dtype=np.float64)
+    if b.shape != s.shape or b.ndim != 1:
+        raise InputError(f"each run needs a batch and its steps: {b.size} batches and {s.size} step counts were given")
+    if len(np.unique(b)) < 3:
+        raise InputError(f"the law has two unknowns: give runs with at least three different batches, not {len(np.unique(b))}")
+    if not (np.isfinite(b).all() and np.isfinite(s).all() and (b > 0).all() and (s > 0).all()):
+        raise InputError("batches and steps must be finite numbers above zero")
+    columns = np.stack([1 / s, 1 / (b * s)], axis=1)
+    (least, least_samples), *_ = np.linalg.lstsq(columns * [1, b.mean()], np.ones_like(s))
+    least_samples *= b.mean()
+    if least <= 0 or least_samples <= 0:
+        raise InputError(
+            "these runs contradict S_min (1 + B_noise/B): steps must fall with the batch, and level off, not fall faster than 1/B"
+        )
+    error = float(np.abs((least + least_samples / b) / s - 1).max())
+    return BatchLaw(float(least), float(least_samples / least), error, (float(b.min()), float(b.max())))
+
+
+def gain(batch: float, base_batch: float, noise_scale: float) -> float:
+    """Steps of the base batch that one step of this batch is worth: AdaScale's gain `r = (S + G²)/(S/s + G²)`, `s = B/B0`."""
+    return batch / base_batch * efficiency(batch, base_batch, noise_scale)
+
+
+def efficiency(batch: float, base_batch: float, noise_scale: float) -> float:
+    """Pollux's statistical efficiency: progress per sample relative to the base batch, `(B_noise + B0)/(B_noise + B)`.
+
+    Raises:
+        InputError: A value that is not above zero.
+    """
+    for value in (batch, base_batch, noise_scale):
+        _check_batch(value)
+    return (noise_scale + base_batch) / (noise_scale + batch)
+
+
+def _check_batch(batch: float) -> None:
+    if not batch > 0:
+        raise InputError(f"a batch or noise scale must be above zero, not {batch!r}")

@@ -1,0 +1,44 @@
+import json
+
+import pytest
+
+import simtrain as st
+
+HOW = "data=4,micro_batch=8,accumulation=4,precision=fp16-amp"
+RUN = ("run", "gpt2-small", "--cluster", "4x rtx-3090", "--strategy", HOW)
+
+
+def test_it_prints_when_it_is_done_and_where_the_time_goes(run, tmp_path):
+    picture = tmp_path / "run.png"
+    code, out, err = run(*RUN, "--target-loss", 3.5, "--mtbf-h", 2, "--region", "germany", "--seeds", 3, "--plot", str(picture))
+    assert code == 0
+    for word in ("goodput", "recomputed", "restart", "CO2e", "p10", "Assumed or left out", "Rests on"):
+        assert word in out
+    assert picture.stat().st_size > 10_000
+    assert "wrote" in err
+
+
+def test_json_is_the_library_s_answer(run_json):
+    code, data = run_json(*RUN, "--steps", 500, "--mtbf-h", 2, "--seed", 5)
+    assert code == 0
+    faults = st.Faults(mtbf_h=2)
+    result = st.simulate_run("gpt2-small", "4x rtx-3090", HOW, until=st.Target(steps=500), faults=faults, seed=5)
+    assert data == json.loads(json.dumps(result.to_dict()))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--target-loss", 2.0), "floor for 1.244e+08 parameters is 2.4089"),
+        (("--steps", 5, "--tokens", 5), "exactly one"),
+        ((), "exactly one"),
+        (("--steps", 5, "--mtbf-h", -3), "mtbf_h must be a number above zero"),
+        (("--steps", 5, "--mtbf-h", 3, "--spares", 4), "8 devices"),
+        (("--steps", 5, "--region", "germny"), "did you mean 'germany'"),
+        (("--steps", 5, "--plot", "run.txt"), ".png"),
+    ],
+)
+def test_bad_input_is_refused_with_what_is_allowed(run, options, words):
+    code, out, err = run(*RUN, *options)
+    assert (code, out) == (2, "")
+    assert words in err

@@ -100,9 +100,7 @@ def play(
         nonlocal choice, since
         since += int(steps)
         seen = noise * math.exp(relative_error * rng.standard_normal()) if relative_error else noise
-        chosen = policy.next(
-            choice, NoiseScale(seen, seen / (1 + relative_error), seen * (1 + relative_error)), training.price, since
-        )
+        chosen = policy.next(choice, NoiseScale(seen, seen / (1 + relative_error), seen * (1 + relative_error)), training.price, since)
         if chosen != choice:
             choice, since = chosen, 0
         return choice
@@ -157,5 +155,5 @@ def _advance(
         time_s, steps, samples = time_s + last_steps * step_s, steps + last_steps, samples + last_steps * batch
         if learning_rate:
             base_steps += last_steps * learning_rate.advance(batch, noise)
-    columns = [np.array(column, dtype=np.float64) for column in zip(*rows, strict=True)]
-    return BatchRun(*columns, time_to_target_s=time_s, steps=steps, samples=samples)
+    times, firsts, places, batches, accumulations, rates = np.array(rows, dtype=np.float64).T
+    return BatchRun(times, firsts, places, batches, accumulations, rates, time_to_target_s=time_s, steps=steps, samples=samples)

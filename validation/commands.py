@@ -29,6 +29,7 @@ def register(app: typer.Typer) -> None:
     validate.command("published")(validate_published)
     validate.command("collectives")(validate_collectives)
     validate.command("decisions")(validate_decisions)
+    validate.command("data")(validate_data)
     app.add_typer(validate, name="validate")
 
 
@@ -128,6 +129,23 @@ def validate_decisions(
         write_json(decisions.to_dict(decided))
     else:
         typer.echo(decisions.describe(decided))
+
+
+def validate_data(
+    quick: Annotated[bool, typer.Option("--quick", help="Two of the cases.")] = False,
+    as_json: Json = False,
+    save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
+) -> None:
+    """Run real DataLoaders with several numbers of workers and compare their times with predictions."""
+    from validation.data_loading import QUICK_CASES, TEST_CASES, compare_loading
+
+    report = compare_loading(QUICK_CASES if quick else TEST_CASES, _progress)
+    if save:
+        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
 
 
 def _profile(path: Path | None, *, quick: bool = False) -> MachineProfile:

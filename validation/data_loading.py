@@ -27,6 +27,8 @@ from validation.measurement import Environment
 
 CALIBRATION_BYTES = (65_536, 1_048_576, 4_194_304, 12_582_912)
 WORKERS = (0, 1, 2, 4)
+MEASURED_S = 1.2
+"""A measurement lasts about so long."""
 QUIET = 0.05
 """Share of the cores' time that other processes may take for a wall time to count; CPU times always do."""
 
@@ -253,7 +255,7 @@ def compare_loading(cases: Sequence[Case] = TEST_CASES, progress: Progress | Non
 
 
 def _answers(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    request = {"calibrate": CALIBRATION_BYTES, "cases": [asdict(case) | {"workers": WORKERS} for case in cases]}
+    request = {"lasts_s": MEASURED_S, "calibrate": CALIBRATION_BYTES, "cases": [asdict(case) | {"workers": WORKERS} for case in cases]}
     command = [sys.executable, "-P", "-W", "ignore", "-m", "validation.data_worker"]
     variables = os.environ | dict.fromkeys(THREAD_ENVIRONMENT, "1")
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=variables, check=False)

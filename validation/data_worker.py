@@ -25,8 +25,6 @@ from torch.utils.data import DataLoader, Dataset
 
 POOL_BYTES = 64 * 2**20
 """More than caches hold."""
-MEASURED_S = 1.2
-"""A measurement lasts about so long, and so many batches as fit, within limits."""
 
 QUIET, ATTEMPTS = 0.03, 3
 """Share of the cores' time that other processes take in an undisturbed measurement; how often a disturbed one is repeated."""
@@ -100,7 +98,7 @@ def receive(batch: Tensor) -> None:
     batch.view(-1)[::1024].sum()
 
 
-def run_loader(data: Dataset[Tensor], batch: int, workers: int, step: Step, attempts: int = 1) -> dict[str, float]:
+def run_loader(data: Dataset[Tensor], batch: int, workers: int, step: Step, lasts_s: float, attempts: int = 1) -> dict[str, float]:
     """Measures wall time, CPU time of the main process and of the workers per batch, once the loader has settled.
 
     Args:
@@ -108,11 +106,12 @@ def run_loader(data: Dataset[Tensor], batch: int, workers: int, step: Step, atte
         batch: Samples.
         workers: Of the loader.
         step: What the main process does with a batch.
+        lasts_s: About so long, and as many batches as fit, within limits.
         attempts: The one least disturbed by other processes counts; one that hardly was ends the search.
     """
     best: dict[str, float] = {}
     for _ in range(attempts):
-        times = _run_loader(data, batch, workers, step)
+        times = _run_loader(data, batch, workers, step, lasts_s)
         if not best or times["foreign"] < best["foreign"]:
             best = times
         if best["foreign"] < QUIET:
@@ -120,11 +119,11 @@ def run_loader(data: Dataset[Tensor], batch: int, workers: int, step: Step, atte
     return best
 
 
-def _run_loader(data: Dataset[Tensor], batch: int, workers: int, step: Step) -> dict[str, float]:
+def _run_loader(data: Dataset[Tensor], batch: int, workers: int, step: Step, lasts_s: float) -> dict[str, float]:
     loader = DataLoader(data, batch, num_workers=workers, shuffle=False, prefetch_factor=2 if workers else None)
     batches: Iterator[Tensor] = iter(loader)
     spans = [_go(batches, step) for _ in range(4 * workers + 4)]
-    rounds = max(min(round(MEASURED_S / median(spans[-max(workers, 2) * 2 :])), 400), 12) // max(workers, 1) * max(workers, 1)
+    rounds = max(min(round(lasts_s / median(spans[-max(workers, 2) * 2 :])), 400), 12) // max(workers, 1) * max(workers, 1)
     machine_s, children_s, main_s, start_s = _machine_s(), _children_s(), time.process_time(), time.perf_counter()
     for _ in range(rounds):
         _go(batches, step)
@@ -156,12 +155,12 @@ def _machine_s() -> float:
     return (sum(map(int, fields[:3])) + sum(map(int, fields[5:8]))) / os.sysconf("SC_CLK_TCK")
 
 
-def alone(data: ImageFiles, batch: int, step: Step) -> dict[str, float]:
+def alone(data: ImageFiles, batch: int, step: Step, lasts_s: float) -> dict[str, float]:
     """Measures what a prediction is made from: CPU time of a sample, a batch of them being alive at once, and of a step."""
     sample_s, step_s = [], []
-    deadline = time.perf_counter() + MEASURED_S
+    deadline = time.perf_counter() + lasts_s
     for index in count():
-        if time.perf_counter() > deadline:
+        if index and time.perf_counter() > deadline:
             break
         start = time.process_time()
         samples = [data[batch * index + offset] for offset in range(batch)]
@@ -173,24 +172,24 @@ def alone(data: ImageFiles, batch: int, step: Step) -> dict[str, float]:
     return {"sample_s": median(sample_s), "step_s": median(step_s)}
 
 
-def calibrate(sizes: list[int]) -> list[dict[str, float]]:
+def calibrate(sizes: list[int], lasts_s: float) -> list[dict[str, float]]:
     """Measures the loader itself at several batch sizes in bytes: with a worker, and in the main process."""
     rows = []
     for size in sizes:
         data, nothing = Ready(size // 4 // 16), Step(0)
-        worker, own = run_loader(data, 16, 1, nothing), run_loader(data, 16, 0, nothing)
+        worker, own = (run_loader(data, 16, workers, nothing, lasts_s) for workers in (1, 0))
         rows.append(
             {"batch_bytes": size, "send_s": worker["workers_cpu_s"], "receive_s": worker["main_cpu_s"], "collate_s": own["main_cpu_s"]}
         )
     return rows
 
 
-def measure_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+def measure_case(case: dict[str, Any], folder: Path, lasts_s: float) -> dict[str, Any]:
     """Measures a case: its parts alone, then the loader with each number of workers."""
     data, step = ImageFiles(folder, case["side"]), Step(case["products"])
-    parts = alone(data, case["batch"], step)
+    parts = alone(data, case["batch"], step, lasts_s)
     batch_bytes = data[0].numel() * 4 * case["batch"]
-    runs = {str(workers): run_loader(data, case["batch"], workers, step, ATTEMPTS) for workers in case["workers"]}
+    runs = {str(workers): run_loader(data, case["batch"], workers, step, lasts_s, ATTEMPTS) for workers in case["workers"]}
     return {"name": case["name"], "batch_bytes": batch_bytes, **parts, "runs": runs}
 
 
@@ -198,11 +197,10 @@ def main() -> None:
     """Answers one request."""
     request = json.load(sys.stdin)
     torch.set_num_threads(1)
-    if request["calibrate"]:
-        print(json.dumps({"calibration": calibrate(request["calibrate"])}), flush=True)
+    print(json.dumps({"calibration": calibrate(request["calibrate"], request["lasts_s"])}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for case in request["cases"]:
-            print(json.dumps(measure_case(case, Path(folder))), flush=True)
+            print(json.dumps(measure_case(case, Path(folder), request["lasts_s"])), flush=True)
 
 
 if __name__ == "__main__":

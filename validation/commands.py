@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
     validate.command("collectives")(validate_collectives)
     validate.command("decisions")(validate_decisions)
     validate.command("data")(validate_data)
+    validate.command("batch")(validate_batch)
     app.add_typer(validate, name="validate")
 
 
@@ -140,6 +141,22 @@ def validate_data(
     from validation.data_loading import QUICK_CASES, TEST_CASES, compare_loading
 
     report = compare_loading(QUICK_CASES if quick else TEST_CASES, _progress)
+    if save:
+        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def validate_batch(
+    as_json: Json = False,
+    save: Annotated[Path | None, typer.Option(help="File to write the outcome to, as JSON.")] = None,
+) -> None:
+    """Measure what following the noise scale costs: real steps with `DynamicBatch` beside plain ones."""
+    from validation.batch_overhead import measure_overhead
+
+    report = measure_overhead()
     if save:
         save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     if as_json:

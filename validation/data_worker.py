@@ -74,7 +74,8 @@ class Ready(Dataset[Tensor], Sized):
         return 10**6
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.pool[index % len(self.pool)]
+        sample: Tensor = self.pool[index % len(self.pool)]
+        return sample
 
 
 class Step:

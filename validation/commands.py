@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
     validate.command("decisions")(validate_decisions)
     validate.command("data")(validate_data)
     validate.command("batch")(validate_batch)
+    validate.command("quality")(validate_quality)
     app.add_typer(validate, name="validate")
 
 
@@ -157,6 +158,22 @@ def validate_batch(
     from validation.batch_overhead import measure_overhead
 
     report = measure_overhead()
+    if save:
+        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def validate_quality(
+    as_json: Json = False,
+    save: Annotated[Path | None, typer.Option(help="File to write the outcome to, as JSON.")] = None,
+) -> None:
+    """Train two small models with and without each component, paired by seed, and test whether quality stays within half a percent."""
+    from validation.quality import compare_quality
+
+    report = compare_quality(progress=_progress)
     if save:
         save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     if as_json:

@@ -37,7 +37,7 @@ def test_a_prediction_takes_each_part_where_it_is_spent():
     own, one, two = row(0), row(1), row(2)
     assert (own.predicted_s, own.predicted_main_s) == (pytest.approx(12.2e-3), pytest.approx(12.2e-3))
     assert own.predicted_workers_s == 0
-    assert one.predicted_s == one.predicted_workers_s == pytest.approx(9e-3)
+    assert (one.predicted_s, one.predicted_workers_s) == (pytest.approx(9e-3), pytest.approx(9e-3))
     assert one.predicted_main_s == pytest.approx(4.5e-3)
     assert two.closed_s == pytest.approx((9e-3 + 4.5e-3) / 2)
     assert (own.null_s, two.null_s) == (pytest.approx(12e-3), pytest.approx(4e-3))

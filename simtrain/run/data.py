@@ -128,7 +128,8 @@ class Feeding:
     Attributes:
         period_s: From one step to the next.
         step_s: Of the step alone.
-        bound_by: The resource that sets the period: "step", "main process", "workers", "cores", "storage", "pinning" or "copy".
+        bound_by: The resource that sets the period: "step", "main process", "workers", "prefetch", "cores", "storage", "pinning" or
+            "copy".
         bounds_s: What each resource needs for a batch.
         cures: What would shorten the period, best first, with what it would become.
         notes: What was left out.
@@ -161,7 +162,7 @@ def feed(loader: Loader, step_s: float, storage: Storage | None = None, *, main_
     """Predicts the period of a step with its input, in closed form.
 
     Exact where nothing is random and neither cores nor storage are contended; where they are, several workers slow each other and the
-    main process, and the true period lies above this bound by up to some 15 % (`simulate_loading` has it).
+    main process, and the true period lies above this bound by up to a fifth (`simulate_loading` has it).
 
     Args:
         loader: How batches are prepared.
@@ -174,7 +175,7 @@ def feed(loader: Loader, step_s: float, storage: Storage | None = None, *, main_
     """
     source = storage or Storage()
     bounds = _bounds(loader, step_s, source, _main_cpu_s(step_s, main_cpu_s))
-    bound_by = max(bounds, key=lambda name: (bounds[name], name == "step"))
+    bound_by = max(bounds, key=lambda name: (bounds[name], name == "step", name == "workers"))
     period_s = bounds[bound_by]
     if bound_by == "step" and period_s > step_s * (1 + WORTH_SAYING):
         bound_by = "main process"
@@ -205,9 +206,11 @@ def _bounds(loader: Loader, step_s: float, storage: Storage, main_cpu_s: float) 
         "pinning": needs.pin_s,
     }
     if loader.workers == 0:
-        bounds["step"] += needs.read_s + needs.cpu_s
+        bounds["step"] += needs.read_s + needs.cpu_s + needs.pin_s
     else:
         bounds["workers"] = (needs.read_s + needs.cpu_s) / loader.workers
+        # a batch is asked for when the one that many places before it is taken
+        bounds["prefetch"] = (needs.read_s + needs.cpu_s + needs.pin_s) / (loader.workers * loader.prefetch)
     return bounds
 
 
@@ -221,9 +224,10 @@ def _cures(loader: Loader, step_s: float, storage: Storage, main_cpu_s: float, p
         "half the decoding and augmenting (done ahead, or on the device)": (replace(loader, cpu_s=loader.cpu_s / 2), storage),
         "twice the cores": (replace(loader, cores=2 * loader.cores), storage),
         "pinned memory and copies beside the step": (replace(loader, overlapped_copy=True), storage),
+        "twice the prefetch": (replace(loader, prefetch=2 * loader.prefetch), storage),
         "no pinning": (replace(loader, pin_bytes_per_s=math.inf), storage),
     }
-    found = {text: max(_bounds(*pair[:1], step_s, pair[1], main_cpu_s).values()) for text, pair in tried.items()}
+    found = {text: max(_bounds(other, step_s, source, main_cpu_s).values()) for text, (other, source) in tried.items()}
     useful = sorted((after_s, text) for text, after_s in found.items() if after_s < (1 - WORTH_SAYING) * period_s)
     return tuple(f"{text}: {format_time(after_s)} a step" for after_s, text in useful)
 

@@ -48,6 +48,14 @@ def test_cores_pinning_and_copies_bind_where_they_are_slowest():
     assert feed(replace(big, copy_bytes_per_s=20e9, overlapped_copy=True), 0.03).bound_by == "copy"
 
 
+def test_few_batches_under_way_bind_where_pinning_delays_them():
+    loader = replace(LOADER, workers=2, prefetch=1, batch_bytes=1e8, pin_bytes_per_s=2e9)
+    fed = feed(loader, 0.03)
+    assert (fed.bound_by, fed.period_s) == ("prefetch", pytest.approx((0.128 + 0.05) / 2))
+    assert simulate_loading(loader, 0.03).period_s == pytest.approx(fed.period_s)
+    assert any(cure.startswith("twice the prefetch: 64.0 ms") for cure in fed.cures)
+
+
 def test_a_cure_does_what_it_says():
     fed = feed(replace(LOADER, workers=1), 0.05)
     assert fed.cures[0].startswith("3 workers instead of 1: 51.0 ms")
@@ -68,6 +76,7 @@ def test_a_cure_does_what_it_says():
 )
 def test_simulation_and_closed_form_agree_where_nothing_is_random_or_contended(workers, prefetch, cpu_s, step_s, latency_s, overlapped):
     loader = Loader(16, cpu_s, 1e5, 1e7, workers, prefetch, receive_s=1e-3, cores=16, copy_bytes_per_s=1e9, overlapped_copy=overlapped)
+    loader = replace(loader, pin_bytes_per_s=4e8)
     storage = Storage(latency_s=latency_s, reader_bytes_per_s=1e9)
     assert simulate_loading(loader, step_s, storage, batches=60).period_s == pytest.approx(feed(loader, step_s, storage).period_s, rel=1e-6)
 

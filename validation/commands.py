@@ -29,6 +29,9 @@ def register(app: typer.Typer) -> None:
     validate.command("published")(validate_published)
     validate.command("collectives")(validate_collectives)
     validate.command("decisions")(validate_decisions)
+    validate.command("data")(validate_data)
+    validate.command("batch")(validate_batch)
+    validate.command("quality")(validate_quality)
     app.add_typer(validate, name="validate")
 
 
@@ -129,6 +132,55 @@ def validate_decisions(
         write_json(decisions.to_dict(decided))
     else:
         typer.echo(decisions.describe(decided))
+
+
+def validate_data(
+    quick: Annotated[bool, typer.Option("--quick", help="Two of the cases.")] = False,
+    as_json: Json = False,
+    save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
+) -> None:
+    """Run real DataLoaders with several numbers of workers and compare their times with predictions."""
+    from validation.data_loading import QUICK_CASES, TEST_CASES, compare_loading
+
+    report = compare_loading(QUICK_CASES if quick else TEST_CASES, _progress)
+    if save:
+        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def validate_batch(
+    as_json: Json = False,
+    save: Annotated[Path | None, typer.Option(help="File to write the outcome to, as JSON.")] = None,
+) -> None:
+    """Measure what following the noise scale costs: real steps with `DynamicBatch` beside plain ones."""
+    from validation.batch_overhead import measure_overhead
+
+    report = measure_overhead()
+    if save:
+        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def validate_quality(
+    as_json: Json = False,
+    save: Annotated[Path | None, typer.Option(help="File to write the outcome to, as JSON.")] = None,
+) -> None:
+    """Train two small models with and without each component, paired by seed, and test whether quality stays within half a percent."""
+    from validation.quality import compare_quality
+
+    report = compare_quality(progress=_progress)
+    if save:
+        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
 
 
 def _profile(path: Path | None, *, quick: bool = False) -> MachineProfile:

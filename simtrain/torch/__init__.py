@@ -1,4 +1,4 @@
-"""The bridge to PyTorch: record what a training step really does, and capture a module of yours as a workload.
+"""The bridge to PyTorch: record what a step really does, capture a module as a workload, train with a batch that adapts.
 
 torch is imported when something of this package is used, never by `import simtrain`.
 """
@@ -14,12 +14,14 @@ from simtrain.core.errors import InputError
 if TYPE_CHECKING:
     from simtrain.core.workload import Workload
     from simtrain.torch.captured import capture
+    from simtrain.torch.dynamic_batch import DynamicBatch
     from simtrain.torch.files import capture_file
     from simtrain.torch.recorder import Recorder, record_step
     from simtrain.torch.recording import Call, Phase, Recording, View
 
 _HOME = {
     "Call": "recording",
+    "DynamicBatch": "dynamic_batch",
     "Phase": "recording",
     "Recorder": "recorder",
     "Recording": "recording",
@@ -29,7 +31,7 @@ _HOME = {
     "record_step": "recorder",
 }
 
-__all__ = ["Call", "Phase", "Recorder", "Recording", "View", "capture", "capture_file", "record_step", "workload_readers"]
+__all__ = ["Call", "DynamicBatch", "Phase", "Recorder", "Recording", "View", "capture", "capture_file", "record_step", "workload_readers"]
 
 
 def workload_readers() -> dict[str, WorkloadReader]:

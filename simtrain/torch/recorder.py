@@ -42,6 +42,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._storage_bytes: dict[int, int] = {}
         self._releases: list[tuple[int, int]] = []
+        self._resizes: list[tuple[int, int, int]] = []
         self._gradients: dict[str, int] = {}
         self._loss = -1
         self._recording = True
@@ -58,7 +59,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def recording(self) -> Recording:
         """Returns what was recorded and stops watching storages."""
         self._recording = False
-        return Recording(tuple(self.calls), self._storage_bytes, self._given, tuple(self._releases), self._gradients, self._loss)
+        return Recording(
+            tuple(self.calls),
+            self._storage_bytes,
+            self._given,
+            tuple(self._releases),
+            self._gradients,
+            self._loss,
+            tuple(self._resizes),
+        )
 
     def end_of_backward(self, root: nn.Module, loss: Tensor) -> None:
         """Notes where the gradients and the loss are."""
@@ -96,7 +105,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.implicit = before
 
     def _number(self, tensor: Tensor) -> tuple[int, bool]:
-        storage = tensor.untyped_storage()
+        return self._number_storage(tensor.untyped_storage())
+
+    def _number_storage(self, storage: torch.UntypedStorage) -> tuple[int, bool]:
         key = storage._cdata
         known = self._numbers.get(key)
         if known is not None:
@@ -180,11 +191,32 @@ def record_step(
         InputError: The forward pass returns no scalar loss that depends on the parameters.
     """
     if optimizer is not None:
-        _check_loss(loss := run()).backward()  # type: ignore[no-untyped-call]
-        del loss
-        optimizer.step()
+        run_step(run, optimizer)
     module.zero_grad(set_to_none=True)
-    recorder = recorder or Recorder(module, given_tensors(module, batch, optimizer))
+    return record_next_step(module, run, recorder or Recorder(module, given_tensors(module, batch, optimizer)), optimizer)
+
+
+def run_step(run: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Runs one training step, which makes what is made once: the optimizer's state, caches of the model."""
+    _check_loss(loss := run()).backward()  # type: ignore[no-untyped-call]
+    del loss
+    optimizer.step()
+
+
+def record_next_step(
+    module: nn.Module, run: Callable[[], Tensor], recorder: Recorder, optimizer: torch.optim.Optimizer | None = None
+) -> Recording:
+    """Records a step with a recorder that knows what exists already; there are no gradients before and after.
+
+    Args:
+        module: What is trained.
+        run: Runs the forward pass and returns the loss.
+        recorder: Where it is recorded.
+        optimizer: Of the module's parameters, with its state; without one, there is no update.
+
+    Raises:
+        InputError: The forward pass returns no scalar loss that depends on the parameters.
+    """
     with recorder, recorder.paths():
         recorder.phase = Phase.FORWARD
         loss = _check_loss(run())

@@ -105,14 +105,30 @@ def record_rank(
             bare = build()
             module = wrap(bare, ranks)
             update = optimizer(module) if optimizer else torch.optim.AdamW(module.parameters())
+            recorder = RankRecorder(bare)
             with around():
-                run_step(lambda: run(module, given), update)
-                module.zero_grad(set_to_none=True)
-                rebuild_buckets(module)
-                recorder = RankRecorder(bare, given_tensors(bare, given, getattr(update, "optim", update)))
-                with recorder.resizes():
-                    recording = record_next_step(module, lambda: run(module, given), recorder, update)
-            return RankRecording(recording, tuple(recorder.collectives), world_size, rank)
+                recording = record_rank_step(module, lambda: run(module, given), given, update, recorder)
+    return RankRecording(recording, tuple(recorder.collectives), world_size, rank)
 
 
-__all__ = ["Collective", "CollectiveKind", "RankRecording", "Wrap", "record_rank"]
+def record_rank_step(
+    module: nn.Module, run: Callable[[], Tensor], batch: Any, optimizer: torch.optim.Optimizer, recorder: RankRecorder
+) -> Recording:
+    """Runs two steps of a distributed module and records the second; in a real process group, too.
+
+    Args:
+        module: After it was distributed.
+        run: Runs the forward pass and returns the loss.
+        batch: That `run` uses.
+        optimizer: Of the module's parameters.
+        recorder: New, made from the module before it was wrapped.
+    """
+    run_step(run, optimizer)
+    module.zero_grad(set_to_none=True)
+    rebuild_buckets(module)
+    recorder.give(given_tensors(recorder.root, batch, getattr(optimizer, "optim", optimizer)))
+    with recorder.resizes():
+        return record_next_step(module, run, recorder, optimizer)
+
+
+__all__ = ["Collective", "CollectiveKind", "RankRecording", "Wrap", "record_rank", "record_rank_step"]

@@ -12,7 +12,7 @@ FSDP2 makes the shards of all ranks to keep one, which is the only work that gro
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from simtrain.core.errors import InputError
@@ -43,7 +44,11 @@ def fake_group(world_size: int, rank: int) -> Iterator[None]:
         raise InputError("this process belongs to a process group already: torch.distributed.destroy_process_group() first")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        with _replaced(DeviceMesh, "_compute_coordinate_on_dim", _coordinates), _replaced(_fsdp_param, "_chunk_with_empty", _Shards):
+        with (
+            _replaced(DeviceMesh, "_compute_coordinate_on_dim", _coordinates),
+            _replaced(ShardingPropagator, "_fake_mode_lock", _Apart()),
+            _replaced(_fsdp_param, "_chunk_with_empty", _Shards),
+        ):
             yield
     finally:
         dist.destroy_process_group()
@@ -65,6 +70,20 @@ _original_coordinates = DeviceMesh._compute_coordinate_on_dim
 def _coordinates(mesh: DeviceMesh) -> tuple[int, ...] | None:
     with unset_fake_temporarily():
         return _original_coordinates(mesh)
+
+
+class _Apart:
+    """DTensor finds global shapes by running operators on fake tensors of its own; no mode outside may see them."""
+
+    def __init__(self) -> None:
+        self.entered: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        self.entered.append(_disable_current_modes())
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.pop().__exit__(*error)
 
 
 @dataclass(frozen=True, slots=True)

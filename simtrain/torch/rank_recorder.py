@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -60,15 +60,17 @@ class RankRecorder(Recorder):  # type: ignore[no-untyped-call]
     """Records what a rank runs on its own shards, and its collectives.
 
     Attributes:
+        root: The module before it was wrapped.
         collectives: Those issued so far.
     """
 
-    def __init__(self, root: nn.Module, given: Mapping[str, Tensor]) -> None:
+    def __init__(self, root: nn.Module) -> None:
         self.collectives: list[Collective] = []
         self._groups: dict[str, tuple[int, ...]] = {}
         self._node_paths: dict[int, str] = {}
         self._seen = 0
-        super().__init__(root, given)
+        self.root = root
+        super().__init__(root)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor | AsyncCollectiveTensor) for t in types):
@@ -137,7 +139,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 _NAMESPACES = ("c10d", "_c10d_functional", "_dtensor")
-_NO_TRANSFER = ("wait_tensor", "barrier", "monitored_barrier_", "check_for_nan")
+_NO_TRANSFER = ("wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_", "check_for_nan")
 _REDUCTIONS = ("sum", "avg", "max", "min", "product", "premulsum")
 _NAMES = {
     "allreduce": CollectiveKind.ALL_REDUCE,

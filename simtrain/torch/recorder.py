@@ -47,14 +47,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._loss = -1
         self._recording = True
         self._given: dict[int, str] = {}
-        for name, tensor in (given or {}).items():
-            self._given.setdefault(self._number(tensor)[0], name)
+        self.give(given or {})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.namespace != "prim":
             self._note(func, args, kwargs or {}, out)
         return out
+
+    def give(self, tensors: Mapping[str, Tensor]) -> None:
+        """Names tensors that exist already."""
+        for name, tensor in tensors.items():
+            self._given.setdefault(self._number(tensor)[0], name)
 
     def recording(self) -> Recording:
         """Returns what was recorded and stops watching storages."""

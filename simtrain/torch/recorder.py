@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from simtrain.core.errors import InputError
 from simtrain.torch.recording import Call, Phase, Recording, View
@@ -132,7 +132,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             fresh.append(number)
         shape = tuple(tensor.shape)
         expanded = tuple(n for n, step in zip(shape, tensor.stride(), strict=True) if step == 0 and n != 1)
-        return View(number, shape, _dtype_name(tensor.dtype), expanded, tensor.requires_grad)
+        return View(number, shape, _dtype_name(tensor.dtype), expanded, tensor.requires_grad, _is_channels_last(tensor))
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         unseen: list[int] = []  # constants that existed before but were not named
@@ -279,6 +279,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
 _DTYPES: dict[torch.dtype, str] = {}
 
 
@@ -297,9 +301,18 @@ def _attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, valu
     return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
 
 
+def _convolution_backward_flops(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, **_: Any) -> int:
+    """Each gradient takes as many products as the convolution itself."""
+    transposed, wanted = rest[4], rest[7]
+    one = conv_flop_count(list(x.shape), list(weight.shape), list(gradient.shape), transposed)
+    return int(one * sum(wanted[:2]))
+
+
 _FORMULAS: dict[Any, Callable[..., Any]] = {
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    _aten.convolution_backward: _convolution_backward_flops,
 }
-"""FLOPs by operator; PyTorch's own counter has no formula for the CPU's fused attention."""
+"""FLOPs by operator. PyTorch's own counter has no formula for the CPU's fused attention, and counts the gradient of a grouped filter as
+often as there are groups."""

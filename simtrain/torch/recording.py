@@ -32,6 +32,7 @@ class View:
         dtype: Such as "float32".
         expanded: Extents of dimensions with stride 0 (they take no memory).
         trained: Whether a gradient flows to it (known for inputs of forward operators).
+        channels_last: Whether the channels of one pixel lie side by side in memory (NHWC).
     """
 
     storage: int
@@ -39,6 +40,7 @@ class View:
     dtype: str
     expanded: tuple[int, ...] = ()
     trained: bool = False
+    channels_last: bool = False
 
     @property
     def extents(self) -> tuple[int, ...]:

@@ -178,19 +178,21 @@ class Operator:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A trainable tensor.
+    """A weight.
 
     Attributes:
         name: Unique in its layer.
         shape: As stored by the real module.
         tied_to: `layer.parameter` of the parameter whose storage this one shares (it adds no memory, and its gradient adds up there).
         expert: Whether it belongs to an expert, which fewer ranks replicate than the rest of the layer.
+        trained: Whether it gets a gradient and is updated; a frozen one is only held.
     """
 
     name: str
     shape: tuple[int, ...]
     tied_to: str | None = None
     expert: bool = False
+    trained: bool = True
 
     @property
     def elements(self) -> int:
@@ -235,6 +237,11 @@ class Layer:
     def parameter_count(self) -> int:
         """Parameters of one such layer, tied ones not counted."""
         return sum(p.elements for p in self.parameters if p.tied_to is None)
+
+    @property
+    def trained(self) -> tuple[Parameter, ...]:
+        """Parameters whose gradients are completed in this layer: neither tied to another layer's nor frozen."""
+        return tuple(p for p in self.parameters if p.tied_to is None and p.trained)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,8 +51,8 @@ def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime,
     for layer in reversed(workload.layers):
         for _ in range(layer.repeats):
             position -= 1
-            for parameter in reversed(layer.parameters):
-                if parameter.tied_to is not None or parameter.expert is not expert:
+            for parameter in reversed(layer.trained):
+                if parameter.expert is not expert:
                     continue
                 gradients.append(parameter.elements)
                 last = position

@@ -145,7 +145,7 @@ def layer_pass_cost(
     if main or accumulates:
         costs.append(pass_cost(place.device, accumulation_kernels(concrete.layer, concrete.precision, main=main), place.runtime))
     if copies_to_buckets:
-        elements = [p.elements for p in concrete.layer.parameters if p.tied_to is None]
+        elements = [p.elements for p in concrete.layer.trained]
         costs.append(pass_cost(place.device, bucket_copy_kernels(elements, concrete.precision), place.runtime))
     if mode is Mode.RECOMPUTE:
         costs.insert(0, _hooks(place.device, len(concrete.saved), place.runtime))

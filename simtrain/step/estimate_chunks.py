@@ -41,9 +41,9 @@ def gather_s(layout: Layout, stage: int) -> float:
     size = setting.precision.parameter.size_bytes
     held = layout.by_stage[stage][0].chunks
     if setting.runtime.overlap_gather:  # only what the first layer needs stands in the way
-        first = next((x.parameter_count for x in held[0].workload if x.parameter_count), 0)
+        first = next((sum(p.elements for p in x.trained) for x in held[0].workload if x.trained), 0)
         return cost(layout.fabric, Collective.ALL_GATHER, placed, first * size).time_s
-    total = sum(p.elements for chunk in held for p in chunk.parameters)
+    total = sum(p.elements for chunk in held for p in chunk.trained)
     return cost(layout.fabric, Collective.ALL_GATHER, placed, total * size).time_s
 
 

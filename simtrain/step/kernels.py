@@ -135,9 +135,9 @@ def accumulation_kernels(layer: Layer, precision: Precision, *, main: bool = Fal
     """
     size = precision.parameter.size_bytes
     per_element = 10 - size if main else 3 * size
-    moved = [float(per_element) * p.elements for p in layer.parameters if p.tied_to is None]
+    moved = [float(per_element) * p.elements for p in layer.trained]
     if main:
-        small = sum(len(p.shape) == 1 for p in layer.parameters)
+        small = sum(len(p.shape) == 1 for p in layer.trained)
         return elementwise_kernels("accumulate", OperatorKind.ELEMENTWISE, [sum(moved)], [max(small, 1)], precision.parameter)
     return elementwise_kernels("accumulate", OperatorKind.ELEMENTWISE, moved, [1] * len(moved), precision.parameter)
 

@@ -49,6 +49,7 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     machines = catalog.cluster(cluster) if isinstance(cluster, str) else cluster
     how = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
     _refuse_unmodelled(how)
+    _refuse_sharded_frozen(work, how)
     if how.ranks > machines.size:
         raise StrategyError(_too_many(how, machines))
     devices = machines.devices[: how.ranks]
@@ -74,6 +75,14 @@ def _runtime(given: Runtime | str | None, devices: tuple[Device, ...]) -> Runtim
 def _refuse_cpu_dropout(workload: Workload, runtime: Runtime) -> None:
     if runtime.allocator == "exact" and any("dropout" in op.name for layer in workload.layers for op in layer.forward):
         raise UnsupportedError(f"{workload.name}: dropout on a CPU is not modelled (other kernels and masks than on GPUs); use dropout=0")
+
+
+def _refuse_sharded_frozen(workload: Workload, strategy: Strategy) -> None:
+    frozen = [p.name for layer in workload.layers for p in layer.parameters if not p.trained]
+    if frozen and strategy.zero == 3:
+        raise UnsupportedError(
+            f"{workload.name}: sharding frozen parameters ({frozen[0]}, ...) is not modelled: use zero=0, 1 or 2, which keep them whole"
+        )
 
 
 def _too_many(strategy: Strategy, cluster: Cluster) -> str:

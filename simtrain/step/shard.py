@@ -60,6 +60,11 @@ class Chunk:
             return self._layers[layer].parameter_count
         return sum(x.parameter_count for x in self._layers if not x.block)
 
+    @property
+    def trained(self) -> list[Parameter]:
+        """Those that are not frozen."""
+        return [p for p in self.parameters if p.trained]
+
 
 def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime) -> Workload:
     """Writes a workload as one rank runs it.

@@ -45,19 +45,22 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     """What is there all the time on a rank, by kind."""
     row = np.zeros(len(KINDS))
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
-    parameters = [p.elements for chunk in lane.chunks for p in chunk.parameters]
+    parameters = [p for chunk in lane.chunks for p in chunk.parameters]
     over = shards(setting)
     adam = OPTIMIZERS[strategy.optimizer] == 2
     states = OPTIMIZERS[strategy.optimizer] + (precision.master is not None)
     whole_size = 0 if strategy.zero == 3 and precision.master is not None else precision.parameter.size_bytes
     spread = over if strategy.zero == 3 else 1
-    for elements in parameters:
-        weights = _rounded(elements / spread, whole_size, runtime.allocator == "caching")
-        state = _rounded(elements, precision.state.size_bytes, runtime.allocator == "caching")
+    for parameter in parameters:
+        weights = _rounded(parameter.elements / spread, whole_size, runtime.allocator == "caching")
         row[COLUMN[MemoryKind.PARAMETER]] += weights[0]
+        row[COLUMN[MemoryKind.ROUNDING]] += weights[1]
+        if not parameter.trained:
+            continue
+        state = _rounded(parameter.elements, precision.state.size_bytes, runtime.allocator == "caching")
         row[COLUMN[MemoryKind.OPTIMIZER]] += (states * state[0] + STEP_COUNTER_BYTES * adam) / over
-        row[COLUMN[MemoryKind.ROUNDING]] += weights[1] + states * state[1] / over
-    total = sum(parameters)
+        row[COLUMN[MemoryKind.ROUNDING]] += states * state[1] / over
+    total = sum(p.elements for p in parameters if p.trained)
     _add_gradients(row, setting, total, over)
     row[COLUMN[MemoryKind.PARAMETER]] += sum(x.buffer_bytes for chunk in lane.chunks for x in chunk.workload)
     row[COLUMN[MemoryKind.INPUT]] += lane.chunks[0].workload.input_bytes(strategy.micro_batch, lane.place.sequence)
@@ -97,7 +100,7 @@ def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
     if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused":
         return row
     size = setting.precision.state.size_bytes
-    sizes = [p.elements for chunk in lane.chunks for p in chunk.parameters]
+    sizes = [p.elements for chunk in lane.chunks for p in chunk.trained]
     if runtime.optimizer_style == "foreach":
         row[COLUMN[MemoryKind.TRANSIENT]] = sum(sizes) * size / shards(setting)
     elif sizes:

@@ -79,7 +79,7 @@ def update_cost(setting: Setting, lane: Lane) -> PassCost:
     strategy = setting.strategy
     holders = strategy.data * strategy.context
     shards = (strategy.shard or holders) if strategy.zero else 1
-    parameters = [p.elements for chunk in lane.chunks for p in chunk.parameters]
+    parameters = [p.elements for chunk in lane.chunks for p in chunk.trained]
     kernels = optimizer_kernels(parameters, strategy.optimizer, setting.precision, setting.runtime, shards)
     return pass_cost(lane.place.device, kernels, setting.runtime)
 
@@ -227,7 +227,7 @@ class Replicated:
 def _gather_sizes(chunk: Chunk, setting: Setting) -> list[tuple[int, float]]:
     """First layer and bytes of what is gathered together: each layer by itself where that overlaps, else all of them."""
     size = setting.precision.parameter.size_bytes
-    layers = [size * layer.parameter_count for layer in chunk.workload]
+    layers = [size * sum(p.elements for p in layer.trained) for layer in chunk.workload]
     if setting.runtime.overlap_gather and setting.strategy.pipeline == 1:
         return [(i, float(s)) for i, s in enumerate(layers) if s]
     return [(0, float(sum(layers)))]

@@ -14,24 +14,45 @@ from simtrain.core.errors import InputError
 if TYPE_CHECKING:
     from simtrain.core.workload import Workload
     from simtrain.torch.captured import capture
+    from simtrain.torch.distributed import RankRecording, record_rank
     from simtrain.torch.dynamic_batch import DynamicBatch
     from simtrain.torch.files import capture_file
+    from simtrain.torch.rank_recorder import Collective, CollectiveKind
     from simtrain.torch.recorder import Recorder, record_step
     from simtrain.torch.recording import Call, Phase, Recording, View
 
 _HOME = {
     "Call": "recording",
     "DynamicBatch": "dynamic_batch",
+    "Collective": "rank_recorder",
+    "CollectiveKind": "rank_recorder",
     "Phase": "recording",
+    "RankRecording": "distributed",
     "Recorder": "recorder",
     "Recording": "recording",
     "View": "recording",
     "capture": "captured",
     "capture_file": "files",
+    "record_rank": "distributed",
     "record_step": "recorder",
 }
 
-__all__ = ["Call", "DynamicBatch", "Phase", "Recorder", "Recording", "View", "capture", "capture_file", "record_step", "workload_readers"]
+__all__ = [
+    "Call",
+    "Collective",
+    "CollectiveKind",
+    "DynamicBatch",
+    "Phase",
+    "RankRecording",
+    "Recorder",
+    "Recording",
+    "View",
+    "capture",
+    "capture_file",
+    "record_rank",
+    "record_step",
+    "workload_readers",
+]
 
 
 def workload_readers() -> dict[str, WorkloadReader]:

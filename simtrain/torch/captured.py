@@ -15,7 +15,7 @@ from simtrain.torch.layers import layers_of
 from simtrain.torch.pieces import block_paths, chain
 from simtrain.torch.program import ROLE_BYTES, Program
 from simtrain.torch.recorder import batch_tensors
-from simtrain.torch.recording import Recording
+from simtrain.torch.recording import Phase, Recording
 from simtrain.torch.sizes import BatchShape, Fitter, Point, batch_shape
 from simtrain.torch.subject import Loss, NeedsValuesError, Subject
 from simtrain.torch.writer import Writer
@@ -67,7 +67,7 @@ def capture(
 
     Raises:
         InputError: The model cannot be built, copied or run, or gives no loss.
-        UnsupportedError: An operator without a cost formula, operators or counts that change irregularly with the size, frozen parameters.
+        UnsupportedError: An operator without a cost formula, operators or counts that change irregularly with the size.
     """
     shape = batch_shape(batch_tensors(example_batch), sequence_dim)
     module, recordings, points, notes = _record(model, example_batch, shape, loss, values=values)
@@ -122,6 +122,7 @@ def _notes(program: Program, module: nn.Module, depth: int) -> list[str]:
     notes = []
     recomputed = len(base.recomputed)
     unused = [n for n, _ in module.named_parameters() if n not in base.gradients]
+    transposed = sum(bool(c.options.get("transposed")) for c in base.calls if c.phase is Phase.FORWARD)
     waits = sum(c.short_name in ("_local_scalar_dense", "equal") for c in base.calls)
     if depth == 1:
         notes.append("one layer: no chain of blocks with one activation between them")
@@ -129,6 +130,8 @@ def _notes(program: Program, module: nn.Module, depth: int) -> list[str]:
         notes.append(f"checkpoints itself: {recomputed} operators run a second time in backward")
     if unused:
         notes.append(f"{len(unused)} parameters get no gradient and are only held ({unused[0]}{', ...' if len(unused) > 1 else ''})")
+    if transposed:
+        notes.append(f"{transposed} transposed convolutions, priced as convolutions of the same dimensions, which is not measured")
     if waits:
         notes.append(f"waits {waits} times for a value from the device, which is not priced")
     return notes

@@ -218,27 +218,26 @@ def _scatter(call: Call) -> Sketch:
 
 
 def _convolution(call: Call) -> Sketch:
-    _, weight, *_ = call.inputs
-    dims, each = _convolution_dims(call, weight, call.outputs[0])
+    x, weight, *_ = call.inputs
+    dims, each = _convolution_dims(call, weight, x, call.outputs[0])
     return Sketch(OperatorKind.CONVOLUTION, call.inputs, dims, flops_each=each, window=_window(call, weight))
 
 
 def _convolution_backward(call: Call) -> Sketch:
     """Gradients of input and weight: as many products as it returns of the two."""
-    gradient, _, weight, *_ = call.inputs
-    dims, each = _convolution_dims(call, weight, gradient)
+    gradient, x, weight, *_ = call.inputs
+    dims, each = _convolution_dims(call, weight, x, gradient)
     wanted = sum(call.options["output_mask"][:2])
     return Sketch(
         OperatorKind.CONVOLUTION_BACKWARD, call.inputs, dims, flops_each=each * wanted, launches=wanted, window=_window(call, weight)
     )
 
 
-def _convolution_dims(call: Call, weight: View, y: View) -> tuple[tuple[tuple[Role | None, Factors], ...], int]:
-    if call.options.get("transposed"):
-        raise UnsupportedError(f"transposed convolutions are not modelled ({call.module or 'backward'})")
+def _convolution_dims(call: Call, weight: View, x: View, y: View) -> tuple[tuple[tuple[Role | None, Factors], ...], int]:
+    """A transposed convolution is the gradient of the convolution that leads from its output to its input, of the same dimensions."""
     groups = call.options["groups"]
     out, per_group, *window = weight.shape
-    batch, _, *pixels = y.shape
+    batch, _, *pixels = (x if call.options.get("transposed") else y).shape
     dims = (
         (Role.GROUPS, (groups,)),
         (Role.PIXELS, (batch, *pixels)),
@@ -249,7 +248,8 @@ def _convolution_dims(call: Call, weight: View, y: View) -> tuple[tuple[tuple[Ro
 
 
 def _window(call: Call, weight: View) -> Window:
-    return Window(int(weight.shape[-1]), int(call.options["stride"][-1]))
+    channels_last = any(view.channels_last for view in call.inputs)  # one suffices: PyTorch converts the other
+    return Window(int(weight.shape[-1]), int(call.options["stride"][-1]), channels_last)
 
 
 def _by_name(kind: OperatorKind, names: str) -> dict[str, Rule]:
@@ -321,5 +321,7 @@ _RULES: dict[str, Rule] = {
 EMPTY = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
 """Operators that allocate without running anything; what first overwrites the tensor is taken as its writer."""
 
-HOST_ONLY = frozenset(("_local_scalar_dense", "equal", "is_same_size", "_assert_async", "_assert_scalar", "item", "is_nonzero"))
-"""Operators that hand a value to Python."""
+HOST_ONLY = frozenset(
+    ("_local_scalar_dense", "equal", "is_same_size", "_assert_async", "_assert_scalar", "item", "is_nonzero", "as_strided_")
+)
+"""Operators that hand a value to Python, or only say how a tensor lies in memory."""

@@ -52,7 +52,7 @@ def _layer(writer: Writer, module: nn.Module, layer: int, names: list[str]) -> L
         if name in writer.parameters[layer]:
             owner = writer.owner(name)
             tied = None if owner == layer else f"{names[owner]}.{writer.local(name, owner)}"
-            parameters.append(Parameter(writer.local(name, layer), tuple(parameter.shape), tied))
+            parameters.append(Parameter(writer.local(name, layer), tuple(parameter.shape), tied, trained=name in program.base.gradients))
     last = layer == program.last_layer
     crossing = program.base.loss if last else program.chain.activations[layer]
     return Layer(
@@ -70,9 +70,10 @@ def _layer(writer: Writer, module: nn.Module, layer: int, names: list[str]) -> L
 
 
 def _buffer_bytes(writer: Writer, module: nn.Module, layer: int) -> int:
-    """Bytes of a layer's buffers, and, in the first layer, of whatever belongs to no layer."""
+    """Bytes of a layer's buffers and of parameters that nothing reads, and, in the first layer, of whatever belongs to no layer."""
     held = [(n, b) for n, b in module.named_buffers()]
-    held += [(n, p) for n, p in module.named_parameters() if n not in writer.program.base.gradients]
+    read = {name for parameters in writer.parameters for name in parameters}
+    held += [(n, p) for n, p in module.named_parameters() if n not in read]
     total = 0
     for name, tensor in held:
         homes = [k for k, root in enumerate(writer.roots) if root and name.startswith(f"{root}.")]

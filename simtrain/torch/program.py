@@ -10,7 +10,7 @@ from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import TensorKind
 from simtrain.torch.kinds import EMPTY, HOST_ONLY, Factors, Sketch, sketch
 from simtrain.torch.pieces import Chain, gradient_parts
-from simtrain.torch.recording import Call, Phase, Recording
+from simtrain.torch.recording import Call, Phase, Recording, View
 from simtrain.torch.sizes import Fitter, NotPolynomialError
 
 ROLE_BYTES = {DTypeRole.LOW: 2, DTypeRole.INDEX: 8, DTypeRole.MASK: 1}
@@ -98,12 +98,16 @@ class Program:
         """Returns what a tensor is counted as."""
         if storage in self.parts or storage in self.gradient_of:
             return TensorKind.GRADIENT
-        if call.short_name == "_to_copy" and call.inputs and self.base.given.get(call.inputs[0].storage, "").startswith("parameter:"):
-            return TensorKind.CAST
+        if call.short_name == "_to_copy" and call.inputs and self._is_trained(call.inputs[0]):
+            return TensorKind.CAST  # autocast keeps casts of what is trained
         if storage in self.logits:
             return TensorKind.LOGITS
         floating = any(self.roles[v.storage] not in (DTypeRole.INDEX, DTypeRole.MASK) for v in call.inputs)
         return TensorKind.INPUT if self.roles[storage] is DTypeRole.INDEX and not floating else TensorKind.ACTIVATION
+
+    def _is_trained(self, view: View) -> bool:
+        given = self.base.given.get(view.storage, "")
+        return given.startswith("parameter:") and given.removeprefix("parameter:") in self.base.gradients
 
     def _find_logits(self) -> frozenset[int]:
         """Scores over classes and what the loss makes of them: logits, log-probabilities, and their gradients, in every format."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from simtrain.core.errors import InputError
 from simtrain.torch.recording import Call, Phase, Recording, View
@@ -42,12 +42,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._storage_bytes: dict[int, int] = {}
         self._releases: list[tuple[int, int]] = []
+        self._resizes: list[tuple[int, int, int]] = []
         self._gradients: dict[str, int] = {}
         self._loss = -1
         self._recording = True
         self._given: dict[int, str] = {}
-        for name, tensor in (given or {}).items():
-            self._given.setdefault(self._number(tensor)[0], name)
+        self.give(given or {})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -55,10 +55,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note(func, args, kwargs or {}, out)
         return out
 
+    def give(self, tensors: Mapping[str, Tensor]) -> None:
+        """Names tensors that exist already."""
+        for name, tensor in tensors.items():
+            self._given.setdefault(self._number(tensor)[0], name)
+
     def recording(self) -> Recording:
         """Returns what was recorded and stops watching storages."""
         self._recording = False
-        return Recording(tuple(self.calls), self._storage_bytes, self._given, tuple(self._releases), self._gradients, self._loss)
+        return Recording(
+            tuple(self.calls),
+            self._storage_bytes,
+            self._given,
+            tuple(self._releases),
+            self._gradients,
+            self._loss,
+            tuple(self._resizes),
+        )
 
     def end_of_backward(self, root: nn.Module, loss: Tensor) -> None:
         """Notes where the gradients and the loss are."""
@@ -96,7 +109,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.implicit = before
 
     def _number(self, tensor: Tensor) -> tuple[int, bool]:
-        storage = tensor.untyped_storage()
+        return self._number_storage(tensor.untyped_storage())
+
+    def _number_storage(self, storage: torch.UntypedStorage) -> tuple[int, bool]:
         key = storage._cdata
         known = self._numbers.get(key)
         if known is not None:
@@ -117,7 +132,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             fresh.append(number)
         shape = tuple(tensor.shape)
         expanded = tuple(n for n, step in zip(shape, tensor.stride(), strict=True) if step == 0 and n != 1)
-        return View(number, shape, _dtype_name(tensor.dtype), expanded, tensor.requires_grad)
+        return View(number, shape, _dtype_name(tensor.dtype), expanded, tensor.requires_grad, _is_channels_last(tensor))
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         unseen: list[int] = []  # constants that existed before but were not named
@@ -180,11 +195,32 @@ def record_step(
         InputError: The forward pass returns no scalar loss that depends on the parameters.
     """
     if optimizer is not None:
-        _check_loss(loss := run()).backward()  # type: ignore[no-untyped-call]
-        del loss
-        optimizer.step()
+        run_step(run, optimizer)
     module.zero_grad(set_to_none=True)
-    recorder = recorder or Recorder(module, given_tensors(module, batch, optimizer))
+    return record_next_step(module, run, recorder or Recorder(module, given_tensors(module, batch, optimizer)), optimizer)
+
+
+def run_step(run: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Runs one training step, which makes what is made once: the optimizer's state, caches of the model."""
+    _check_loss(loss := run()).backward()  # type: ignore[no-untyped-call]
+    del loss
+    optimizer.step()
+
+
+def record_next_step(
+    module: nn.Module, run: Callable[[], Tensor], recorder: Recorder, optimizer: torch.optim.Optimizer | None = None
+) -> Recording:
+    """Records a step with a recorder that knows what exists already; there are no gradients before and after.
+
+    Args:
+        module: What is trained.
+        run: Runs the forward pass and returns the loss.
+        recorder: Where it is recorded.
+        optimizer: Of the module's parameters, with its state; without one, there is no update.
+
+    Raises:
+        InputError: The forward pass returns no scalar loss that depends on the parameters.
+    """
     with recorder, recorder.paths():
         recorder.phase = Phase.FORWARD
         loss = _check_loss(run())
@@ -243,6 +279,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
 _DTYPES: dict[torch.dtype, str] = {}
 
 
@@ -261,9 +301,18 @@ def _attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, valu
     return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
 
 
+def _convolution_backward_flops(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, **_: Any) -> int:
+    """Each gradient takes as many products as the convolution itself."""
+    transposed, wanted = rest[4], rest[7]
+    one = conv_flop_count(list(x.shape), list(weight.shape), list(gradient.shape), transposed)
+    return int(one * sum(wanted[:2]))
+
+
 _FORMULAS: dict[Any, Callable[..., Any]] = {
     **flop_registry,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    _aten.convolution_backward: _convolution_backward_flops,
 }
-"""FLOPs by operator; PyTorch's own counter has no formula for the CPU's fused attention."""
+"""FLOPs by operator. PyTorch's own counter has no formula for the CPU's fused attention, and counts the gradient of a grouped filter as
+often as there are groups."""

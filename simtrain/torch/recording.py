@@ -32,6 +32,7 @@ class View:
         dtype: Such as "float32".
         expanded: Extents of dimensions with stride 0 (they take no memory).
         trained: Whether a gradient flows to it (known for inputs of forward operators).
+        channels_last: Whether the channels of one pixel lie side by side in memory (NHWC).
     """
 
     storage: int
@@ -39,6 +40,7 @@ class View:
     dtype: str
     expanded: tuple[int, ...] = ()
     trained: bool = False
+    channels_last: bool = False
 
     @property
     def extents(self) -> tuple[int, ...]:
@@ -123,6 +125,7 @@ class Recording:
         releases: `(position, storage)`: the storage was gone before the call at that position; in order.
         gradients: Storage of the gradient of each parameter, at the end of backward.
         loss: Storage of the loss; -1 where there is none.
+        resizes: `(position, storage, bytes)`: the storage got another size before the call at that position; in order.
     """
 
     calls: tuple[Call, ...]
@@ -131,6 +134,7 @@ class Recording:
     releases: tuple[tuple[int, int], ...]
     gradients: Mapping[str, int]
     loss: int = -1
+    resizes: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def given_bytes(self) -> int:
@@ -139,12 +143,19 @@ class Recording:
 
     @cached_property
     def live_bytes(self) -> tuple[int, ...]:
-        """Bytes alive when each call is done, its inputs and outputs included."""
+        """Bytes alive when each call is done, its inputs and outputs included.
+
+        A storage that is resized is not released before its last change of size: a dead one cannot be resized.
+        """
         change = [0] * (len(self.calls) + 1)
+        size = dict(self.storage_bytes)
         for i, call in enumerate(self.calls):
-            change[i] += sum(self.storage_bytes[s] for s in call.new)
+            change[i] += sum(size[s] for s in call.new)
+        for position, storage, after in self.resizes:
+            change[position] += after - size[storage]
+            size[storage] = after
         for position, storage in self.releases:
-            change[position] -= self.storage_bytes[storage]
+            change[position] -= size[storage]
         return tuple(accumulate(change[:-1], initial=self.given_bytes))[1:]
 
     @property

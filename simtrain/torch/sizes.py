@@ -67,9 +67,12 @@ class BatchShape:
 
         def one(value: Any) -> Any:
             if isinstance(value, Tensor):
+                last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
                 for dim, extent in enumerate(self.extents(value.shape, point)):
                     if extent != value.shape[dim]:
                         value = value.index_select(dim, torch.arange(extent) % value.shape[dim])
+                if last:
+                    value = value.contiguous(memory_format=torch.channels_last)
             return value
 
         return tree_map(one, batch)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_map
 
-from simtrain.core.errors import InputError, SimtrainError, UnsupportedError
+from simtrain.core.errors import InputError, SimtrainError
 from simtrain.torch.gpu_forms import gpu_forms
 from simtrain.torch.recorder import Recorder, describe, given_tensors, record_step
 from simtrain.torch.recording import Recording
@@ -45,8 +45,7 @@ class Subject:
         fake: Whether tensors have shapes only.
 
     Raises:
-        InputError: The function fails or builds no module; the module is not on the CPU or not in fp32.
-        UnsupportedError: Frozen parameters.
+        InputError: The function fails or builds no module; the module is not on the CPU or not in fp32, or nothing of it is trained.
     """
 
     def __init__(self, model: nn.Module | Callable[[], nn.Module], loss: Loss | None, *, fake: bool) -> None:
@@ -178,12 +177,8 @@ def _check(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.dtype is not torch.float32:
             raise InputError(f"parameter {name} is in {parameter.dtype}: give the model in fp32; the strategy chooses the precision")
-    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    if frozen:
-        more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
-        raise UnsupportedError(f"frozen parameters are not modelled: {frozen[0]}{more}")
-    if not any(True for _ in module.parameters()):
-        raise InputError("the model has no parameters")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise InputError("the model has no parameters that are trained")
 
 
 def _explain(error: Exception, point: Point) -> InputError:

@@ -69,8 +69,10 @@ class Writer:
         self._hold()
 
     def owner(self, parameter: str) -> int:
-        """Returns the layer in which the gradient of a parameter is completed."""
-        return self.program.made_in[self.program.base.gradients[parameter]]
+        """Returns the layer in which the gradient of a parameter is completed; the first that reads it if it gets none."""
+        gradient = self.program.base.gradients.get(parameter)
+        readers = (layer for layer, read in enumerate(self.parameters) if parameter in read)
+        return next(readers) if gradient is None else self.program.made_in[gradient]
 
     def local(self, path: str, layer: int) -> str:
         """Shortens a path inside a layer."""

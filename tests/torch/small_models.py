@@ -17,6 +17,8 @@ from simtrain.torch import Phase, Recording, record_step
 from simtrain.torch.gpu_forms import gpu_forms
 from simtrain.torch.subject import call_model, find_loss
 from tests.step.books import ledger_of
+from workloads.transformer.module import Transformer
+from workloads.transformer.presets import spec
 
 
 def cross_entropy(output: Tensor, batch: Any) -> Tensor:
@@ -83,6 +85,19 @@ def image_network() -> nn.Module:
     return nn.Sequential(*first, *second)
 
 
+def upsampling() -> nn.Module:
+    """Transposed convolutions."""
+    down = [nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    up = [nn.ConvTranspose2d(8, 6, 4, stride=2, padding=1, bias=False), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3)]
+    return nn.Sequential(*down, *up, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+def in_groups() -> nn.Module:
+    """Convolutions in groups."""
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ConvTranspose2d(8, 4, 3, groups=2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
 class OwnAttention(nn.Module):
     """Dropout, a mask made once for all blocks, positions as a plain parameter, a tied head without a module."""
 
@@ -101,6 +116,37 @@ class OwnAttention(nn.Module):
         for block in self.blocks.children():
             x = block(x, src_mask=mask)
         return F.cross_entropy((x @ self.table.weight.T).flatten(0, 1), targets.flatten())
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer with a trained detour of low rank beside it (Hu et al. 2021, LoRA)."""
+
+    def __init__(self, base: nn.Linear, rank: int = 4) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def adapted_gpt() -> nn.Module:
+    """A GPT of which only detours around the products of every block are trained."""
+    model = Transformer(spec("gpt", layers=3, hidden=48, heads=4, vocabulary=101, max_positions=64, sequence=32)).requires_grad_(False)
+    for block in model.blocks:
+        block.attention.qkv = Adapted(block.attention.qkv)
+        block.attention.proj = Adapted(block.attention.proj)
+        block.mlp.fc1, block.mlp.fc2 = Adapted(block.mlp.fc1), Adapted(block.mlp.fc2)
+    return model
+
+
+class FrozenFirst(Perceptron):
+    """Backward ends at the second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a.requires_grad_(False)
 
 
 def fake_step(build: Callable[[], nn.Module], batch: Any, loss: Any, name: str) -> Recording:

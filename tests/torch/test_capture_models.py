@@ -6,19 +6,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import simtrain as st
+from simtrain.core.result import MemoryKind
+from simtrain.core.runtime import runtime
 from simtrain.core.workload import OperatorKind
+from simtrain.step.occupancy import COLUMN
+from tests.step.books import ledger_of
 from tests.torch.small_models import (
     Checkpointed,
+    FrozenFirst,
     OwnAttention,
     Perceptron,
     SharedWeights,
     Skips,
+    adapted_gpt,
     cross_entropy,
     fake_step,
     image_network,
+    in_groups,
     peaks,
     samples,
     tower,
+    upsampling,
 )
 
 IDS = (torch.zeros(8, 32, dtype=torch.long),) * 2
@@ -30,6 +38,8 @@ CASES = {
     "checkpointed": (Checkpointed, samples(10), cross_entropy),
     "own attention": (OwnAttention, IDS, None),
     "own attention in a list": (lambda: OwnAttention(in_a_list=True), IDS, None),
+    "frozen first": (FrozenFirst, samples(10), cross_entropy),
+    "adapters": (adapted_gpt, IDS, None),
 }
 
 
@@ -41,9 +51,39 @@ def test_peak_memory_is_that_of_a_recorded_step(case: str, precision: str) -> No
     assert ours == pytest.approx(recorded, rel=5e-3)
 
 
-@pytest.mark.parametrize("case", [*CASES, "images"])
+IMAGES = {build.__name__: (build, samples(3, 16, 16), cross_entropy) for build in (image_network, upsampling, in_groups)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-amp"])
+@pytest.mark.parametrize("case", IMAGES)
+def test_peak_memory_of_convolutions_beside_what_the_library_takes(case: str, precision: str) -> None:
+    build, batch, loss = IMAGES[case]
+    workload = st.torch.capture(build, batch, loss=loss)
+    book = ledger_of(workload, st.Strategy(micro_batch=len(batch[0]), precision=precision), runtime("torch-eager-cpu"))
+    own = book.moments.sum(axis=1) - book.moments[:, COLUMN[MemoryKind.WORKSPACE]]
+    _, recorded = peaks(workload, build, batch, loss, precision)
+    assert own[:-1].max() == pytest.approx(recorded, rel=1e-3)
+
+
+def test_channels_that_lie_side_by_side_are_seen() -> None:
+    def windows(build, batch) -> set[bool]:
+        workload = st.torch.capture(build, batch, loss=cross_entropy)
+        return {op.window.channels_last for layer in workload for op in layer.forward if op.kind is OperatorKind.CONVOLUTION}
+
+    plain = samples(3, 16, 16)
+    turned = (plain[0].to(memory_format=torch.channels_last), plain[1])
+    assert windows(image_network, plain) == {False}
+    assert windows(image_network, turned) == {True}
+    assert windows(image_network().to(memory_format=torch.channels_last), plain) == {True}
+
+
+def test_transposed_convolutions_are_said_to_be_unmeasured() -> None:
+    assert "1 transposed convolutions" in st.torch.capture(in_groups, samples(3, 16, 16), loss=cross_entropy).description
+
+
+@pytest.mark.parametrize("case", [*CASES, *IMAGES])
 def test_flops_are_those_of_a_recorded_step(case: str) -> None:
-    build, batch, loss = CASES.get(case, (image_network, samples(3, 16, 16), cross_entropy))
+    build, batch, loss = (CASES | IMAGES)[case]
     workload = st.torch.capture(build, batch, loss=loss)
     counted = sum(op.flops(len(batch[0]), workload.sequence) for layer in workload for op in layer.forward + layer.backward)
     assert counted == fake_step(build, batch, loss, "fp32").flops

@@ -44,15 +44,20 @@ def write_files(result: Result, *, timeline: Path | None = None, memory: Path | 
         from simtrain.report.timeline import timeline_rows
 
         height_inch = 1.5 + 0.55 * len(timeline_rows(result)[0])
-        _save_picture(timeline, lambda ax: report.plot_timeline(result, ax), height_inch=height_inch)
+        save_picture(timeline, lambda ax: report.plot_timeline(result, ax), height_inch=height_inch)
     if memory is not None:
-        _save_picture(memory, lambda ax: report.plot_memory(result, ax), height_inch=5.0)
+        save_picture(memory, lambda ax: report.plot_memory(result, ax), height_inch=5.0)
     if trace is not None:
         report.save_trace(result, trace)
         note(f"wrote {trace}")
 
 
-def _save_picture(path: Path, draw: Callable[[Axes], object], *, height_inch: float) -> None:
+def save_picture(path: Path, draw: Callable[[Axes], object], *, height_inch: float) -> None:
+    """Draws a picture of its own, without a display, and says so on standard error.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(12, height_inch), layout="constrained")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from simtrain import __version__
-from simtrain.cli import capture, catalogs, environment, plan, predict
+from simtrain.cli import capture, catalogs, devices, environment, plan, predict
 from simtrain.cli.output import note, write_json
 from simtrain.core.errors import SimtrainError
 
@@ -20,7 +20,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": predict.predict,
     "plan": plan.plan,
     "capture": capture.capture,
-    "devices": catalogs.devices,
+    "devices": devices.devices,
     "clusters": catalogs.clusters,
     "workloads": catalogs.workloads,
     "show-env": environment.show_env,

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
         cluster_details,
         clusters_table,
         device_details,
+        devices_comparison,
         devices_table,
         workload_details,
         workloads_table,
     )
     from simtrain.report.frame import to_frame, to_rows
     from simtrain.report.plots import plot_breakdown, plot_memory
+    from simtrain.report.roofline import plot_roofline
     from simtrain.report.tables import plan_table, result_table
     from simtrain.report.text import render
     from simtrain.report.timeline import plot_timeline
@@ -25,10 +27,12 @@ _HOME = {
     "cluster_details": "catalog_tables",
     "clusters_table": "catalog_tables",
     "device_details": "catalog_tables",
+    "devices_comparison": "catalog_tables",
     "devices_table": "catalog_tables",
     "plan_table": "tables",
     "plot_breakdown": "plots",
     "plot_memory": "plots",
+    "plot_roofline": "roofline",
     "plot_timeline": "timeline",
     "render": "text",
     "result_table": "tables",
@@ -43,10 +47,12 @@ __all__ = [
     "cluster_details",
     "clusters_table",
     "device_details",
+    "devices_comparison",
     "devices_table",
     "plan_table",
     "plot_breakdown",
     "plot_memory",
+    "plot_roofline",
     "plot_timeline",
     "render",
     "result_table",

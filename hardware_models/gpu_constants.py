@@ -54,7 +54,7 @@ class GpuConstants:
     gemm_efficiency_16bit: float = _constant(
         0.92, "share of the dense 16-bit tensor-core peak before tile losses; the best shapes then reach about 0.85", GEMM_SWEEP
     )
-    gemm_efficiency_tf32: float = _constant(0.83, "share of the dense TF32 peak before tile losses", MODELS)
+    gemm_efficiency_tf32: float = _constant(0.80, "share of the dense TF32 peak before tile losses", MODELS)
     gemm_efficiency_fp8: float = _constant(
         0.82, "share of the dense fp8 peak before tile losses", "stas00/ml-engineering: 0.73 on H200, 0.78 on GH200"
     )

@@ -25,6 +25,7 @@ from simtrain.core.workload import OperatorKind, Workload
 from simtrain.cost.roofline import roofline_s
 from simtrain.step.kernels import layer_kernels
 from validation.errors import ErrorSummary, skill, summarise
+from validation.published import load
 
 FITTED_SETS = ("bert_single_gpu", "resnet50_workstation_gpu")
 """Sets of whole steps on one GPU that constants of the GPU model were fitted on: what is left of their errors is no prediction."""
@@ -152,7 +153,7 @@ class KernelReport:
 
 def compare_kernels() -> tuple[KernelReport, ...]:
     """Predicts all shipped tables."""
-    return (*matrix_products(), language_models(), tpu_chips())
+    return (*matrix_products(), language_models(), image_models(), tpu_chips())
 
 
 def matrix_products() -> tuple[KernelReport, KernelReport]:
@@ -194,6 +195,21 @@ def language_models() -> KernelReport:
         )
     note = "Kernel times without host or optimizer; constants for fp32 were fitted on kernels of these devices, not on these rows."
     return KernelReport("Forward and backward passes in fp32 on single GPUs", data["repository"], (*data["notes"], note), tuple(rows))
+
+
+def image_models() -> KernelReport:
+    """Forward and backward passes of ResNets and vision transformers on an RTX 3090, which no constant was fitted on."""
+    dataset = load("timm_rtx3090")
+    rows = []
+    for row in dataset.rows:
+        work = catalog.workload(row.model, **row.options)
+        gpu = catalog.device(row.device)
+        predicted, flat, ideal = _passes(gpu, work, row.micro_batch, row.precision, forwards=1, backwards=1)
+        path = "vit" if row.model.startswith("vit") else "resnet"
+        rows.append(KernelRow(row.name, row.device, path, row.micro_batch / row.samples_per_s, predicted, flat, ideal))
+    note = "Kernel times without host and optimizer, which take below 2 % of these steps; whole steps: simtrain validate published."
+    source = f"{dataset.repository} at {dataset.commit}"
+    return KernelReport("ResNets and vision transformers on one RTX 3090, in 16 bits", source, (note,), tuple(rows))
 
 
 def tpu_chips() -> KernelReport:

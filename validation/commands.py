@@ -115,8 +115,9 @@ def validate_kernels(as_json: Json = False) -> None:
 
     kernels, held_out, fitted = compare_kernels(), compare_all(HELD_OUT_SETS), compare_all(FITTED_SETS)
     if as_json:
-        lists = {"kernels": kernels, "steps": held_out, "steps_fitted_on": fitted}
-        write_json({name: [r.to_dict() for r in reports] for name, reports in lists.items()})
+        fitted_data = [r.to_dict() for r in fitted]
+        data = {"kernels": [r.to_dict() for r in kernels], "steps": [r.to_dict() for r in held_out], "steps_fitted_on": fitted_data}
+        write_json(data)
     else:
         typer.echo("\n\n".join(str(r) for r in (*kernels, *held_out)))
         typer.echo("\nConstants were fitted on the rows that follow: what is left of their errors is no prediction.")

@@ -53,7 +53,7 @@ OPTIONS = {
     "predict": "cluster strategy reader runtime seq-len jitter straggler seed steps timeline memory-plot trace json",
     "plan": "memory-plot cluster global-batch objective precision checkpoint zero optimizer runtime seq-len top timeline trace json",
     "capture": "seq-len out json",
-    "devices": "json",
+    "devices": "class vendor memory-min bandwidth-min precision since compare roofline json",
     "clusters": "json",
     "workloads": "seq-len json",
     "show-env": "json",

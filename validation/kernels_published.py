@@ -31,7 +31,7 @@ FITTED_SETS = ("bert_single_gpu", "resnet50_workstation_gpu")
 """Sets of whole steps on one GPU that constants of the GPU model were fitted on: what is left of their errors is no prediction."""
 
 HELD_OUT_SETS = ("bert_dgx",)
-"""Sets of whole steps on one GPU that were predicted once, when the constants were final."""
+"""Sets of whole steps on one GPU that no constant was fitted on."""
 
 FORWARDS = {"full": 2, "none": 1}
 """Forward passes of a step by what is recomputed, where the source's word says it exactly."""

@@ -32,7 +32,7 @@ DEEPBENCH = "Baidu DeepBench, training results of convolutions on NVIDIA GPUs: m
 MODELS = (
     "fitted on published BERT and ResNet-50 training of RTX 8000, RTX A6000, RTX 6000 Ada, A100 and H100 (validation/published: "
     "bert_single_gpu, resnet50_workstation_gpu) together with measured shares of the bandwidth (NeuSight) and best matrix products "
-    "(stas00/ml-engineering); held out and compared in docs/device_models.md"
+    "(stas00/ml-engineering), rounded between two optima; held out and compared in docs/device_models.md"
 )
 BATCH_NORM = "counted: statistics first, then the result (PyTorch, aten/src/ATen/native/cuda/Normalization.cuh)"
 _FIT, _ASSUMED = ValueKind.MEASUREMENT, ValueKind.ASSUMPTION

@@ -9,14 +9,12 @@ Times are device times; what the host spends on launching is the runtime's. `gpu
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import numpy as np
 from numpy.typing import NDArray
 
-from hardware_models.gpu_constants import GpuConstants, constants_of
+from hardware_models.gpu_constants import GpuConstants, constants_of, origins
 from hardware_models.gpu_convolution import convolution_times_s
-from hardware_models.gpu_products import bandwidth_bytes_per_s, gemm_times_s, power_cap_flops, sustained_flops, tensor_intensity
+from hardware_models.gpu_products import bandwidth_bytes_per_s, gemm_times_s, power_cap_flops, stream_s, sustained_flops, tensor_intensity
 from simtrain.core.hardware import Device
 from simtrain.core.kernels import KernelBatch
 from simtrain.core.polynomial import FloatArray
@@ -56,15 +54,16 @@ class GpuModel:
         """
         constants = constants_of(device)
         device.peak(kernels.arithmetic)
-        times = kernels.bytes_moved / bandwidth_bytes_per_s(device, constants) + constants.launch_s * kernels.launches
+        streamed = stream_s(device, kernels.bytes_moved, kernels.element_bytes, constants)
+        times = streamed + constants.launch_s * kernels.launches
         for kind in dict.fromkeys(kernels.kinds):
             chosen = kernels.mask(kind)
             if kind in _GATHER:
-                times[chosen] += kernels.bytes_moved[chosen] / bandwidth_bytes_per_s(device, constants) * (1.0 / constants.gather - 1.0)
+                times[chosen] += streamed[chosen] * (1.0 / constants.gather - 1.0)
             elif kind in _BATCH_NORM:
                 # statistics are complete only after a pass over everything, so operands are read twice
                 passes = constants.batch_norm_passes if kind is OperatorKind.BATCH_NORM else constants.batch_norm_backward_passes
-                times[chosen] += kernels.bytes_moved[chosen] / bandwidth_bytes_per_s(device, constants) * (passes - 1.0)
+                times[chosen] += streamed[chosen] * (passes - 1.0)
             elif kind in _CONVOLUTION:
                 times[chosen] = convolution_times_s(device, kernels, chosen, constants, backward=kind is OperatorKind.CONVOLUTION_BACKWARD)
             elif kind in _GEMM:
@@ -77,7 +76,7 @@ class GpuModel:
 
     def sources(self, device: Device) -> tuple[str, ...]:
         """Returns what the constants rest on, and which of them the device's profile replaces."""
-        used = dict.fromkeys(f"{f.metadata['source']} [{f.metadata['kind']}]" for f in fields(GpuConstants))
+        used = dict.fromkeys(f"{source} [{kind}]" for source, kind in origins(device).values())
         own = (f"{device.name}: measured {', '.join(sorted(device.profile))}",) if device.profile else ()
         return own + tuple(used)
 
@@ -132,7 +131,7 @@ def row_times_s(device: Device, kernels: KernelBatch, chosen: NDArray[np.bool_],
     traffic_s = 2.0 * elements * width / bandwidth
     times = traffic_s * (1.0 + 0.5 * missed) + elements / (device.multiprocessors * device.clock_hz * per_clock)
     if softmax:
-        times = np.where(length <= constants.softmax_one_pass, traffic_s, times)
+        times = np.where(length <= constants.softmax_one_pass, stream_s(device, 2.0 * elements * width, width, constants), times)
     if backward:
         multiple = constants.softmax_backward if softmax else constants.norm_backward
         times = np.maximum(times * multiple, moved / bandwidth)

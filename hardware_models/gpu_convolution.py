@@ -20,15 +20,16 @@ from hardware_models.gpu_products import (
     LINEAR_SPLITS,
     TENSOR_PATHS,
     Product,
-    bandwidth_bytes_per_s,
     linear_tiles,
     misalignment,
     product_times_s,
+    stream_s,
     sustained_flops,
 )
 from simtrain.core.hardware import Device
 from simtrain.core.kernels import KernelBatch
 from simtrain.core.polynomial import FloatArray
+from simtrain.core.precision import DType
 from simtrain.core.workload import Window
 from simtrain.cost.roofline import join, soft_minimum
 
@@ -64,15 +65,22 @@ def _on_tensor_cores(
     slowdown = misalignment(device, kernels.arithmetic, (inner, n, n), width, constants)
     tiles = linear_tiles(kernels.arithmetic)
     moved = width * groups * (m * stored * inner + m * n + k * n)
-    converted_s = np.where(first, 2.0 * width * groups * (image + m * n) / bandwidth_bytes_per_s(device, constants), 0.0)
+    share = constants.convolution_converted_tf32 if kernels.arithmetic is DType.TF32 else 1.0
+    converted_s = np.where(first, share * stream_s(device, 2.0 * width * groups * (image + m * n), width, constants), 0.0)
     if not backward:
         product = Product(groups, m, n, k, image, k * n, width, np.maximum(moved, kernels.bytes_moved[chosen]), slowdown)
-        forward = product_times_s(device, product, constants, rate_flops=rate, tiles=tiles, splits=LINEAR_SPLITS)
+        forward = product_times_s(
+            device, product, constants, arithmetic=kernels.arithmetic, rate_flops=rate, tiles=tiles, splits=LINEAR_SPLITS
+        )
         return forward + converted_s
     to_filter = Product(groups, n, k, m, m * n, image, width, moved, slowdown)
     to_input = Product(groups, m * area, inner, n * taps / area, m * n, k * n, width, moved, slowdown)
-    filter_s = product_times_s(device, to_filter, constants, rate_flops=rate, tiles=tiles, splits=FILTER_SPLITS)
-    input_s = product_times_s(device, to_input, constants, rate_flops=rate, tiles=tiles, splits=LINEAR_SPLITS)
+    filter_s = product_times_s(
+        device, to_filter, constants, arithmetic=kernels.arithmetic, rate_flops=rate, tiles=tiles, splits=FILTER_SPLITS
+    )
+    input_s = product_times_s(
+        device, to_input, constants, arithmetic=kernels.arithmetic, rate_flops=rate, tiles=tiles, splits=LINEAR_SPLITS
+    )
     return filter_s + converted_s + np.where(_has_input_gradient(kernels, chosen), input_s + converted_s, 0.0)
 
 
@@ -92,6 +100,7 @@ def _on_vector_units(
         device,
         Product(groups, m, n, k, none, none, none, none, one),
         constants,
+        arithmetic=kernels.arithmetic,
         rate_flops=rate,
         tiles=linear_tiles(kernels.arithmetic),
         splits=LINEAR_SPLITS,
@@ -102,6 +111,7 @@ def _on_vector_units(
         device,
         Product(WINOGRAD_PRODUCTS * groups, tiles_of_image, n, inner, none, none, none, none, one),
         constants,
+        arithmetic=kernels.arithmetic,
         rate_flops=rate,
         tiles=BATCHED_TILES,
         splits=BATCHED_SPLITS,

@@ -84,9 +84,15 @@ def sustained_flops(device: Device, arithmetic: DType, constants: GpuConstants) 
 
 
 def bandwidth_bytes_per_s(device: Device, constants: GpuConstants) -> float:
-    """Memory bandwidth that large elementwise kernels sustain."""
-    share = constants.bandwidth_hbm if device.memory.is_hbm else constants.bandwidth_gddr
-    return device.memory.bandwidth_bytes_per_s * share
+    """Memory bandwidth that large transfers sustain."""
+    gddr = constants.bandwidth_gddr_ecc if device.memory.has_inline_ecc else constants.bandwidth_gddr
+    return device.memory.bandwidth_bytes_per_s * (constants.bandwidth_hbm if device.memory.is_hbm else gddr)
+
+
+def stream_s(device: Device, moved: FloatArray, width: FloatArray, constants: GpuConstants) -> FloatArray:
+    """Times of kernels bound by memory: traffic, and the instructions for each element, which bind fast memory and narrow formats."""
+    elements_per_s = constants.elements_per_clock * device.multiprocessors * device.clock_hz
+    return np.asarray(moved / bandwidth_bytes_per_s(device, constants) + moved / np.maximum(width, 1.0) / elements_per_s)
 
 
 def tensor_intensity(device: Device, arithmetic: DType, constants: GpuConstants) -> float:
@@ -100,6 +106,7 @@ def product_times_s(
     product: Product,
     constants: GpuConstants,
     *,
+    arithmetic: DType,
     rate_flops: float,
     tiles: Sequence[tuple[int, int]],
     splits: Sequence[int],
@@ -110,6 +117,7 @@ def product_times_s(
         device: Where.
         product: What.
         constants: Of the device class.
+        arithmetic: Path of the products.
         rate_flops: What large products sustain before tile losses, FLOP/s.
         tiles: Of results, as rows and columns.
         splits: Of the contraction.
@@ -118,9 +126,11 @@ def product_times_s(
     rate = rate_flops / product.slowdown
     bandwidth = device.memory.bandwidth_bytes_per_s * constants.gemm_bandwidth
     processors = device.multiprocessors
+    # Slower tensor cores are easier to feed from the same shared memory.
+    loss = constants.tile_loss * (tensor_intensity(device, arithmetic, constants) if arithmetic in TENSOR_PATHS else 1.0)
     best: FloatArray = np.full(m.shape, np.inf)
     for rows, columns in tiles:
-        intensity = 1.0 / (1.0 + constants.tile_loss * (1.0 / rows + 1.0 / columns))
+        intensity = 1.0 / (1.0 + loss * (1.0 / rows + 1.0 / columns))
         edge = constants.l2_reuse * np.sqrt(processors * rows * columns)
         # Operands are read once per square of tiles that runs at the same time.
         operands = product.left * np.maximum(1.0, n / edge) + product.right * np.maximum(1.0, m / edge)
@@ -144,6 +154,7 @@ def gemm_times_s(device: Device, kernels: KernelBatch, chosen: NDArray[np.bool_]
         device,
         product,
         constants,
+        arithmetic=kernels.arithmetic,
         rate_flops=sustained_flops(device, kernels.arithmetic, constants),
         tiles=BATCHED_TILES if batched else linear_tiles(kernels.arithmetic),
         splits=BATCHED_SPLITS if batched else LINEAR_SPLITS,

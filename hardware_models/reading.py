@@ -17,6 +17,7 @@ from hardware_models.schema import (
     CLUSTER_NUMBERS,
     DEVICE_NUMBERS,
     LINK_NUMBERS,
+    PEAK_PATHS,
     ClusterFile,
     DeviceFile,
     LinkFile,
@@ -24,8 +25,8 @@ from hardware_models.schema import (
     NodeTable,
     Number,
     NumberField,
+    named_field,
     parse_number,
-    profile_field,
 )
 from simtrain.core.errors import CatalogError, InputError, UnknownNameError, nearest
 from simtrain.core.hardware import Cluster, Device, Link, MemoryTier, Node, Provenance, ValueKind
@@ -56,9 +57,14 @@ def read_device(path: Path | Traversable) -> Device:
     text = _read(path)
     file = _validate(path, text, DeviceFile)
     numbers = _numbers(file.numbers, DEVICE_NUMBERS)
-    profile, problems = _profile(file.profile)
-    numbers_and_profile = {**numbers, **{f"profile.{key}": number for key, number in profile.items()}}
-    provenance = _provenance(path, text, file.sources, numbers_and_profile, problems)
+    architecture, problems = _named("architecture", file.architecture)
+    profile, wrong = _named("profile", file.profile)
+    problems += wrong
+    if not any(target.startswith("peak_flops.") for target in numbers):
+        problems.append(Problem(("numbers",), "no peak: give at least one of " + ", ".join(f"peak_{path}" for path in PEAK_PATHS)))
+    open_numbers = {f"architecture.{key}": number for key, number in architecture.items()}
+    open_numbers |= {f"profile.{key}": number for key, number in profile.items()}
+    provenance = _provenance(path, text, file.sources, numbers | open_numbers, problems)
     value = {key: number.value for key, number in numbers.items()}
     return Device(
         name=file.name,
@@ -77,6 +83,7 @@ def read_device(path: Path | Traversable) -> Device:
         host_link=file.host_link,
         peer_link=file.peer_link,
         compute_model=file.compute_model,
+        architecture={key: number.value for key, number in architecture.items()},
         profile={key: number.value for key, number in profile.items()},
         provenance=provenance,
         aliases=tuple(file.aliases),
@@ -237,14 +244,14 @@ def _numbers(table: BaseModel, fields: Mapping[str, NumberField]) -> dict[str, N
     return {target: number for target, number in found.items() if number is not None}
 
 
-def _profile(raw: Mapping[str, Any]) -> tuple[dict[str, Number], list[Problem]]:
+def _named(table: str, raw: Mapping[str, Any]) -> tuple[dict[str, Number], list[Problem]]:
     values: dict[str, Number] = {}
     problems: list[Problem] = []
     for name, entry in raw.items():
         try:
-            values[name] = parse_number(entry, profile_field(name))
+            values[name] = parse_number(entry, named_field(table, name))
         except PydanticCustomError as error:
-            problems.append(Problem(("profile", name), error.message()))
+            problems.append(Problem((table, name), error.message()))
     return values, problems
 
 
@@ -256,7 +263,7 @@ def _provenance(
     problems = list(problems)
     for target, number in numbers.items():
         if number.source not in sources:
-            where = ("numbers", keys[target]) if target in keys else ("profile", target.removeprefix("profile."))
+            where = ("numbers", keys[target]) if target in keys else tuple(target.split(".", 1))
             problems.append(Problem(where, _no_source(number.source, sources)))
     if problems:
         raise _error(path, text, problems)
@@ -309,7 +316,7 @@ def _dotted(path: tuple[str | int, ...]) -> str:
 def _line(lines: list[str], path: tuple[str | int, ...]) -> int:
     """Finds the line of a field: the key itself, else the table it belongs to, else the first line."""
     start = 0
-    if path and path[0] in ("numbers", "profile", "sources", "nodes", "network"):
+    if path and path[0] in ("numbers", "architecture", "profile", "sources", "nodes", "network"):
         headers = [i for i, line in enumerate(lines) if re.match(rf"\s*\[+\s*{path[0]}\s*\]+", line)]
         occurrence = path[1] if len(path) > 1 and isinstance(path[1], int) else 0
         start = headers[occurrence] if occurrence < len(headers) else 0

@@ -46,7 +46,7 @@ PEAK_PATHS = (DType.FP64, DType.FP32, DType.TF32, DType.BF16, DType.FP16, DType.
 
 DEVICE_NUMBERS: Mapping[str, NumberField] = {
     "year": NumberField("year", "1", whole=True),
-    **{f"peak_{path}": NumberField(f"peak_flops.{path}", "FLOP/s", required=path is DType.FP32) for path in PEAK_PATHS},
+    **{f"peak_{path}": NumberField(f"peak_flops.{path}", "FLOP/s", required=False) for path in PEAK_PATHS},
     "memory_capacity": NumberField("memory.capacity_bytes", "B"),
     "memory_bandwidth": NumberField("memory.bandwidth_bytes_per_s", "B/s"),
     "multiprocessors": NumberField("multiprocessors", "1", whole=True),
@@ -110,8 +110,8 @@ def parse_number(raw: Any, spec: NumberField) -> Number:
     return Number(value, ValueKind(kind), source)
 
 
-def profile_field(name: str) -> NumberField:
-    """Returns how to read a constant of `[profile]`: the end of its name is its unit.
+def named_field(table: str, name: str) -> NumberField:
+    """Returns how to read a number of `[profile]` or `[architecture]`, whose names are open: the end of its name is its unit.
 
     `gemm.launch_s` is a time, `gemm.flops_per_s` and `gemm.flops_per_s.bf16` are rates of arithmetic, `norm.bytes_per_s` is a data
     rate; anything else is a plain number.
@@ -120,7 +120,7 @@ def profile_field(name: str) -> NumberField:
     base = stem if last in tuple(DType) else name
     endings = {"flops_per_s": "FLOP/s", "bytes_per_s": "B/s", "_s": "s"}
     dimension = next((dimension for ending, dimension in endings.items() if base.endswith(ending)), "1")
-    return NumberField(f"profile.{name}", dimension, zero=True)
+    return NumberField(f"{table}.{name}", dimension, zero=True)
 
 
 def _problem(text: str) -> PydanticCustomError:
@@ -151,16 +151,30 @@ class _File(BaseModel):
     sources: dict[str, str]
 
 
+DEVICE_CLASSES = ("gpu", "cpu", "systolic", "spatial")
+"""Classes with a compute model in this package; a file may name another one, with the compute model that its author brings."""
+
+
+def _device_class(raw: Any) -> str:
+    if not isinstance(raw, str) or not raw:
+        raise _problem(f"{raw!r} does not fit: expected a class, such as {', '.join(DEVICE_CLASSES)}")
+    near = nearest(raw, DEVICE_CLASSES, count=1)
+    if near and raw not in DEVICE_CLASSES:
+        raise _problem(f"{raw!r} is not one of {', '.join(DEVICE_CLASSES)}: did you mean {near[0]!r}?")
+    return raw
+
+
 class DeviceFile(_File):
     """A device: `hardware_models/devices/*.toml`."""
 
-    device_class: Literal["gpu", "cpu", "systolic", "spatial"]
+    device_class: Annotated[str, BeforeValidator(_device_class)]
     vendor: str
     compute_model: str
     memory_technology: str
     host_link: str
     peer_link: str
     numbers: _table("DeviceNumbers", DEVICE_NUMBERS)  # type: ignore[valid-type]
+    architecture: dict[str, Any] = {}
     profile: dict[str, Any] = {}
 
 

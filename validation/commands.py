@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
     validate.command("torch")(validate_torch)
     validate.command("published")(validate_published)
     validate.command("collectives")(validate_collectives)
+    validate.command("kernels")(validate_kernels)
     validate.command("decisions")(validate_decisions)
     validate.command("data")(validate_data)
     validate.command("batch")(validate_batch)
@@ -109,6 +110,22 @@ def validate_collectives(as_json: Json = False) -> None:
         write_json(report.to_dict())
     else:
         typer.echo(str(report))
+
+
+def validate_kernels(as_json: Json = False) -> None:
+    """Compare the device models with published times of matrix products and of passes on one device, beside null models."""
+    from validation.kernels_published import FITTED_SETS, HELD_OUT_SETS, compare_kernels
+    from validation.published import compare_all
+
+    kernels, held_out, fitted = compare_kernels(), compare_all(HELD_OUT_SETS), compare_all(FITTED_SETS)
+    if as_json:
+        fitted_data = [r.to_dict() for r in fitted]
+        data = {"kernels": [r.to_dict() for r in kernels], "steps": [r.to_dict() for r in held_out], "steps_fitted_on": fitted_data}
+        write_json(data)
+    else:
+        typer.echo("\n\n".join(str(r) for r in (*kernels, *held_out)))
+        typer.echo("\nConstants were fitted on the rows that follow: what is left of their errors is no prediction.")
+        typer.echo("\n\n".join(str(r) for r in fitted))
 
 
 def validate_decisions(

@@ -1,4 +1,4 @@
-"""`simtrain devices`, `clusters` and `workloads`: what the catalogs hold, and where each number comes from."""
+"""`simtrain clusters` and `workloads`: what the catalogs hold, and where each number comes from."""
 
 from __future__ import annotations
 
@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 NameArgument = Annotated[str | None, typer.Argument(help="Show one in full, or all whose name holds this text.")]
-
-
-def devices(name: NameArgument = None, json: JsonOption = False) -> None:
-    """List devices, or show one (or a .toml file) with the source of every number."""
-    from simtrain import report
-
-    _show("devices", name, catalog.device, json=json, many=report.devices_table, one=report.device_details, data=plain)
 
 
 def clusters(name: NameArgument = None, json: JsonOption = False) -> None:
@@ -55,7 +48,7 @@ def _show(
     data: Callable[[Any], Any],
 ) -> None:
     """Prints all items of a group, the one called `name`, or those whose name holds it."""
-    items = _select(group, name, find)
+    items = select(group, name, find)
     if json:
         write_json({group: [data(item) for item in items]})
     elif name is not None and len(items) == 1:
@@ -64,7 +57,12 @@ def _show(
         write_table(many(items))
 
 
-def _select(group: str, name: str | None, find: Callable[[str], Any]) -> list[Any]:
+def select(group: str, name: str | None, find: Callable[[str], Any]) -> list[Any]:
+    """Returns all items of a group, the one called `name`, or those whose name holds it.
+
+    Raises:
+        UnknownNameError: With the nearest names.
+    """
     if name is None:
         return [find(known) for known in catalog.names(group)]
     try:

@@ -53,7 +53,7 @@ def write_files(result: Result, *, timeline: Path | None = None, memory: Path | 
 
 
 def save_picture(path: Path, draw: Callable[[Axes], object], *, height_inch: float) -> None:
-    """Draws into a new figure and writes it.
+    """Draws a picture of its own, without a display, and says so on standard error.
 
     Raises:
         InputError: The file cannot be written.

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from simtrain import __version__
-from simtrain.cli import capture, catalogs, environment, plan, predict, run
+from simtrain.cli import capture, catalogs, devices, environment, plan, predict, run
 from simtrain.cli.output import note, write_json
 from simtrain.core.errors import SimtrainError
 
@@ -21,7 +21,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "plan": plan.plan,
     "run": run.run,
     "capture": capture.capture,
-    "devices": catalogs.devices,
+    "devices": devices.devices,
     "clusters": catalogs.clusters,
     "workloads": catalogs.workloads,
     "show-env": environment.show_env,

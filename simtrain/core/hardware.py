@@ -41,7 +41,7 @@ class MemoryTier:
     """One level of a device's memory.
 
     Attributes:
-        technology: "HBM2e", "GDDR6X", "DDR4", ...
+        technology: "HBM2e", "GDDR6X", "GDDR6 ECC", "DDR4", ...
         capacity_bytes: Usable size.
         bandwidth_bytes_per_s: Peak of reads and writes together.
     """
@@ -55,6 +55,11 @@ class MemoryTier:
         """Whether it is stacked memory (its sustained share of the peak is higher than GDDR's)."""
         return self.technology.upper().startswith("HBM")
 
+    @property
+    def has_inline_ecc(self) -> bool:
+        """Whether error correction is on and its bits travel with the data (GDDR; stacked memory keeps them beside the data)."""
+        return "ECC" in self.technology.upper()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Device:
@@ -62,12 +67,12 @@ class Device:
 
     Attributes:
         name: As in the catalog.
-        device_class: "gpu", "cpu", "systolic" or "spatial".
+        device_class: "gpu", "cpu", "systolic", "spatial", or a class of one's own.
         vendor: Maker.
         year: Of introduction (drives the sustained-power term).
         peak_flops: Dense peak by arithmetic path.
         memory: Main memory.
-        multiprocessors: Streaming multiprocessors, compute units or cores.
+        multiprocessors: Streaming multiprocessors, compute units, cores or systolic arrays.
         lanes_per_multiprocessor: fp32 lanes of each.
         clock_hz: Boost clock.
         cache_bytes: Last-level cache.
@@ -77,6 +82,7 @@ class Device:
         host_link: Name of the link to its host.
         peer_link: Name of the link to its peers ("" if traffic goes through the host).
         compute_model: Name of the compute model that prices its kernels.
+        architecture: Numbers that only its compute model knows (edge of a systolic array, blocks of multipliers), by name.
         profile: Constants measured on the machine itself (a calibration), by name; empty for data-sheet devices.
         provenance: Origin of each number, by field name.
         aliases: Other names.
@@ -101,6 +107,7 @@ class Device:
     profile: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Provenance] = field(default_factory=dict, repr=False)
     aliases: tuple[str, ...] = ()
+    architecture: Mapping[str, float] = field(default_factory=dict)
 
     def peak(self, dtype: DType) -> float:
         """Dense peak FLOP/s of an arithmetic path.

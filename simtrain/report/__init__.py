@@ -10,12 +10,14 @@ if TYPE_CHECKING:
         cluster_details,
         clusters_table,
         device_details,
+        devices_comparison,
         devices_table,
         workload_details,
         workloads_table,
     )
     from simtrain.report.frame import to_frame, to_rows
     from simtrain.report.plots import plot_breakdown, plot_memory
+    from simtrain.report.roofline import plot_roofline
     from simtrain.report.run_plots import plot_finish, plot_goodput, plot_run, plot_tradeoff
     from simtrain.report.run_tables import run_table
     from simtrain.report.tables import plan_table, result_table
@@ -27,12 +29,14 @@ _HOME = {
     "cluster_details": "catalog_tables",
     "clusters_table": "catalog_tables",
     "device_details": "catalog_tables",
+    "devices_comparison": "catalog_tables",
     "devices_table": "catalog_tables",
     "plan_table": "tables",
     "plot_breakdown": "plots",
     "plot_finish": "run_plots",
     "plot_goodput": "run_plots",
     "plot_memory": "plots",
+    "plot_roofline": "roofline",
     "plot_run": "run_plots",
     "plot_timeline": "timeline",
     "plot_tradeoff": "run_plots",
@@ -50,12 +54,14 @@ __all__ = [
     "cluster_details",
     "clusters_table",
     "device_details",
+    "devices_comparison",
     "devices_table",
     "plan_table",
     "plot_breakdown",
     "plot_finish",
     "plot_goodput",
     "plot_memory",
+    "plot_roofline",
     "plot_run",
     "plot_timeline",
     "plot_tradeoff",

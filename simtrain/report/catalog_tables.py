@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,29 @@ def device_details(device: Device) -> RenderableType:
         ]
     )
     return Group(head, "", _numbers_table("Numbers", device, device.provenance))
+
+
+def devices_comparison(devices: Sequence[Device]) -> RenderableType:
+    """Returns one row per number and one column per device, with each value over that of the first device."""
+    from rich.console import Group
+
+    names = list(dict.fromkeys(name for d in devices for name in d.provenance))
+    table = plain_table("", "number", *(d.name for d in devices), numeric=tuple(d.name for d in devices))
+    table.add_row("class", *(d.device_class for d in devices))
+    table.add_row("memory", *(d.memory.technology for d in devices))
+    table.add_row("links", *(f"{d.host_link}, {d.peer_link or 'none'}" for d in devices))
+    for name in names:
+        values = [_value(d, name) for d in devices]
+        table.add_row(name, *(_compared(name, value, values[0]) for value in values))
+    return Group(table, "", "In brackets: over the first device. Where each number comes from: simtrain devices NAME")
+
+
+def _compared(name: str, value: Any, first: Any) -> str:
+    if value is None:
+        return "-"
+    shown = _quantity(name, value)
+    ratio = value / first if first and value is not first and name != "year" else 0.0
+    return f"{shown} ({ratio:.2f}x)" if ratio else shown
 
 
 def clusters_table(clusters: Iterable[Cluster]) -> RenderableType:

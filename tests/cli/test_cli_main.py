@@ -55,7 +55,7 @@ OPTIONS = {
     "run": "cluster strategy target-loss steps tokens law mtbf-h device-mtbf-h node-mtbf-h repair-h detection-s restart-s spares snapshot "
     "snapshot-every-s pue region pricing usd-per-device-h reserved-h seed seeds runtime seq-len plot json",
     "capture": "seq-len out json",
-    "devices": "json",
+    "devices": "class vendor memory-min bandwidth-min precision since compare roofline json",
     "clusters": "json",
     "workloads": "seq-len json",
     "show-env": "json",

@@ -22,6 +22,10 @@ class Runtime:
         recompute_s: Host time that recomputation costs for every saved tensor (hooks around saving and restoring it).
         run_ahead_launches: How far the host may be ahead of the device; 0 means the host computes itself (CPU).
         fused_attention: Whether attention is one kernel that does not store the score matrix.
+        attention_speed: Speed of the fused attention kernel over FlashAttention-2's (0.5 for FlashAttention 1 and its Triton form).
+        fused_elementwise: Whether chains of elementwise operators run as one kernel each (`simtrain.step.fuse`).
+        recompute_stops_early: Whether recomputation ends with the last tensor that backward needs (PyTorch's non-reentrant checkpoints)
+            rather than at the end of the segment (the reentrant ones of Megatron-LM and DeepSpeed).
         optimizer_style: "foreach" (multi-tensor with parameter-sized temporaries), "fused" (one pass) or "single" (tensor by tensor).
         first_bucket_bytes: Size of the first gradient bucket.
         bucket_bytes: Size of the others.
@@ -54,6 +58,9 @@ class Runtime:
     fused_attention: bool
     optimizer_style: Literal["foreach", "fused", "single"]
     recompute_s: float = 60e-6
+    attention_speed: float = 1.0
+    fused_elementwise: bool = False
+    recompute_stops_early: bool = True
     first_bucket_bytes: int = 1 * MIB
     bucket_bytes: int = 25 * MIB
     gradient_as_bucket_view: bool = False
@@ -88,6 +95,8 @@ class Runtime:
                 raise InputError(f"runtime: {name} must not be negative, not {getattr(self, name)!r}")
         if not 0 <= self.communication_share < 1:
             raise InputError(f"runtime: communication_share must be at least 0 and below 1, not {self.communication_share!r}")
+        if not self.attention_speed > 0:
+            raise InputError(f"runtime: attention_speed must be above 0, not {self.attention_speed!r}")
         for name in ("first_bucket_bytes", "bucket_bytes", "reserved_factor"):
             if not getattr(self, name) >= 1:
                 raise InputError(f"runtime: {name} must be at least 1, not {getattr(self, name)!r}")
@@ -149,6 +158,8 @@ RUNTIMES: dict[str, Runtime] = {
             run_ahead_launches=1000,
             fused_attention=True,
             optimizer_style="fused",
+            fused_elementwise=True,
+            recompute_stops_early=False,
             first_bucket_bytes=160_000_000,
             bucket_bytes=160_000_000,
             gradient_as_bucket_view=True,
@@ -177,6 +188,8 @@ RUNTIMES: dict[str, Runtime] = {
             run_ahead_launches=1000,
             fused_attention=False,
             optimizer_style="fused",
+            fused_elementwise=True,
+            recompute_stops_early=False,
             first_bucket_bytes=500_000_000,
             bucket_bytes=500_000_000,
             gradient_as_bucket_view=True,

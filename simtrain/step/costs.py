@@ -18,6 +18,7 @@ from simtrain.core.kernels import KernelBatch
 from simtrain.core.program import TermKind
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Operator, OperatorKind
+from simtrain.step.fuse import fused_operators
 from simtrain.step.kernels import accumulation_kernels, bucket_copy_kernels, operator_kernels, payload_bytes
 from simtrain.step.network import Wire
 from simtrain.step.occupancy import Mode, mode_operators
@@ -105,9 +106,12 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     Raises:
         InternalError: A layer communicates where nobody shares it.
     """
+    if place.runtime.fused_elementwise:
+        operators = fused_operators(tuple(operators), concrete)
     local = [op for op in operators if op.kind is not OperatorKind.COLLECTIVE]
     kernels = operator_kernels(local, concrete, place.batch, place.sequence)
     local_s = compute_model(place.device.compute_model).kernel_times_s(place.device, kernels)
+    local_s = np.where(_attention(local), local_s / place.runtime.attention_speed, local_s)
     if len(local) == len(operators):
         return interlock(local_s, kernels.launches * place.runtime.launch_s, int(kernels.launches.sum()))
     if place.wire is None:
@@ -126,6 +130,10 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     return replace(cost, wire_s=float(times[wired].sum()))
 
 
+def _attention(operators: Sequence[Operator]) -> list[bool]:
+    return [op.kind in (OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD) for op in operators]
+
+
 @lru_cache(maxsize=20_000)
 def layer_pass_cost(
     place: Place, concrete: ConcreteLayer, mode: Mode, last_of_segment: bool, *, accumulates: bool, copies_to_buckets: bool
@@ -140,7 +148,8 @@ def layer_pass_cost(
         accumulates: Whether gradients are added to those of earlier micro-batches.
         copies_to_buckets: Whether each gradient is copied into a reduction bucket.
     """
-    costs = [operators_cost(ops, concrete, place)] if (ops := mode_operators(concrete, mode, last_of_segment=last_of_segment)) else []
+    early = last_of_segment and place.runtime.recompute_stops_early
+    costs = [operators_cost(ops, concrete, place)] if (ops := mode_operators(concrete, mode, last_of_segment=early)) else []
     main = mode in ADDS_GRADIENTS and place.runtime.main_gradients
     if main or accumulates:
         costs.append(pass_cost(place.device, accumulation_kernels(concrete.layer, concrete.precision, main=main), place.runtime))

@@ -1,0 +1,60 @@
+"""Chains of elementwise operators that a framework runs as one kernel.
+
+Megatron-LM compiles bias, dropout and the residual sum into one kernel, scales and masks inside the softmax, and rotates heads in one
+kernel; tensors between such operators are never stored. An operator joins the one before it where it alone reads what that one writes.
+Prices only: what lies in memory while a layer runs is the operators' own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import lru_cache
+
+from simtrain.core.workload import Operator, OperatorKind
+from simtrain.step.specialize import ConcreteLayer
+
+_POINTWISE = (OperatorKind.ELEMENTWISE, OperatorKind.CAST)
+
+
+def fused_operators(operators: tuple[Operator, ...], concrete: ConcreteLayer) -> tuple[Operator, ...]:
+    """Returns operators with chains of pointwise ones as one each; a softmax takes in those before it, its gradient those behind it.
+
+    Args:
+        operators: Of a pass, in order.
+        concrete: The layer that they are of.
+    """
+    readers = _readers(concrete)
+    fused: list[Operator] = []
+    for op in operators:
+        if fused and _joins(fused[-1], op, readers):
+            fused[-1] = _merged(fused[-1], op)
+        else:
+            fused.append(op)
+    return tuple(fused)
+
+
+@lru_cache(maxsize=512)
+def _readers(concrete: ConcreteLayer) -> Counter[str]:
+    """How many operators really read each tensor; what is only kept alive does not count."""
+    read = [name for op in concrete.forward + concrete.backward for name in {*op.reads, *op.updates} - set(op.partial)]
+    return Counter(read)
+
+
+def _joins(before: Operator, op: Operator, readers: Counter[str]) -> bool:
+    if not before.writes or before.writes[0].name not in op.reads or readers[before.writes[0].name] != 1:
+        return False
+    if before.kind in _POINTWISE:
+        return op.kind in _POINTWISE or op.kind is OperatorKind.SOFTMAX
+    return before.kind is OperatorKind.SOFTMAX_BACKWARD and op.kind in _POINTWISE
+
+
+def _merged(before: Operator, op: Operator) -> Operator:
+    """One kernel for both: the tensor between them is not stored."""
+    main = before if before.dims else op
+    between = before.writes[0].name
+    reads = tuple(dict.fromkeys((*before.reads, *(name for name in op.reads if name != between))))
+    return replace(main, name=op.name, reads=reads, writes=(*op.writes, *before.writes[1:]), partial=(*before.partial, *op.partial))
+
+
+__all__ = ["fused_operators"]

@@ -25,6 +25,10 @@ PADDED_VOCABULARY = (
     "NVIDIA, Matrix Multiplication Background User's Guide (rows should be multiples of 16 bytes); size set so that padding GPT-2's "
     "vocabulary from 50257 to 50304 speeds an A100 up by a quarter, as nanoGPT's author reported (recalled)"
 )
+ALIGNED_LINES = (
+    "NVIDIA, Matrix Multiplication Background User's Guide (rows should be multiples of 128 bytes on A100, as a reader's notes on it quote); "
+    "size: BLOOM of width 14400 on 8 devices against 14336 (validation/published/layouts/bigscience_bloom.toml)"
+)
 NEUSIGHT_CONVOLUTION = (
     "NeuSight artefact (ASPLOS 2025) convolution measurements (3x3, stride 1, fp32 without tensor cores), fitted over 3 GPUs"
 )
@@ -67,6 +71,12 @@ class GpuConstants:
         1.0,
         "slowdown if m, n or k is no multiple of 16 bytes, on tensor cores that do 2048 operations per clock",
         PADDED_VOCABULARY,
+        kind=_ASSUMED,
+    )
+    misaligned_line: float = _constant(
+        0.3,
+        "slowdown if m, n or k is a multiple of 16 bytes but not of a 128-byte line, on tensor cores that do 2048 operations per clock",
+        ALIGNED_LINES,
         kind=_ASSUMED,
     )
     gemm_floor_exponent: float = _constant(1.17, "exponent of the power mean of kernel time and launch floor", NEUSIGHT)

@@ -92,6 +92,7 @@ class LayoutRow:
         checkpoint: Activation checkpointing.
         precision: Recipe.
         fused_attention: Where rows of one source differ; `None` for the source's.
+        blocking_launches: Whether the host waited for every kernel (CUDA_LAUNCH_BLOCKING=1).
         step_time_s: As printed; `None` where throughput is.
         tokens_per_s: Over all devices, as printed.
         samples_per_s: Over all devices, as printed.
@@ -124,6 +125,7 @@ class LayoutRow:
     checkpoint: str = "none"
     precision: str = "bf16"
     fused_attention: bool | None = None
+    blocking_launches: bool = False
     step_time_s: float | None = None
     tokens_per_s: float | None = None
     samples_per_s: float | None = None
@@ -257,7 +259,9 @@ class LayoutSet:
             UnknownNameError: It is not modelled.
             InputError: It lacks a behaviour that the source has.
         """
-        own = {} if row.fused_attention is None else {"fused_attention": row.fused_attention}
+        own: dict[str, Any] = {} if row.fused_attention is None else {"fused_attention": row.fused_attention}
+        if row.blocking_launches:
+            own["blocking_launches"] = True
         return runtime(self.runtime).with_(**{**self.runtime_options, **own})
 
     def step_time_s(self, row: LayoutRow) -> float | None:

@@ -26,6 +26,9 @@ class Runtime:
         fused_elementwise: Whether chains of elementwise operators run as one kernel each (`simtrain.step.fuse`).
         recompute_stops_early: Whether recomputation ends with the last tensor that backward needs (PyTorch's non-reentrant checkpoints)
             rather than at the end of the segment (the reentrant ones of Megatron-LM and DeepSpeed).
+        blocking_launches: Whether the host waits for every kernel (CUDA_LAUNCH_BLOCKING=1), so that its time adds to the device's.
+        gather_shards: Whether ranks of ZeRO 1 and 2 hold whole parameters, which each sends to the others in a broadcast of its own
+            (InternEvo), rather than slices, which one all-gather collects.
         optimizer_style: "foreach" (multi-tensor with parameter-sized temporaries), "fused" (one pass) or "single" (tensor by tensor).
         first_bucket_bytes: Size of the first gradient bucket.
         bucket_bytes: Size of the others.
@@ -61,6 +64,8 @@ class Runtime:
     attention_speed: float = 1.0
     fused_elementwise: bool = False
     recompute_stops_early: bool = True
+    blocking_launches: bool = False
+    gather_shards: bool = False
     first_bucket_bytes: int = 1 * MIB
     bucket_bytes: int = 25 * MIB
     gradient_as_bucket_view: bool = False

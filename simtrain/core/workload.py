@@ -261,6 +261,7 @@ class Form:
             they are (Megatron-LM).
         regather: Whether what sequence parallelism gathered is dropped and gathered again in backward (Megatron-LM).
         overlap: Whether the reduction of an input's gradient runs beside the product that makes the weight's gradient.
+        fused: Whether a gated activation is one kernel that keeps only its two inputs.
         vocabulary_multiple: The vocabulary is padded to a multiple of this many rows per rank.
         untied: Whether a weight that two layers share is held twice, because the layers are on different ranks.
     """
@@ -273,6 +274,7 @@ class Form:
     loss: Literal["torch", "in-place"] = "torch"
     regather: bool = False
     overlap: bool = False
+    fused: bool = False
     vocabulary_multiple: int = 1
     untied: bool = False
 

@@ -159,6 +159,8 @@ def layer_pass_cost(
     if mode is Mode.RECOMPUTE:
         costs.insert(0, _hooks(place.device, len(concrete.saved), place.runtime))
     total = chain(costs)
+    if place.runtime.blocking_launches:
+        total = replace(total, device_s=total.device_s + total.host_s, lead_s=0.0)
     return replace(total, recompute_s=total.device_s - total.wire_s) if mode is Mode.RECOMPUTE else total
 
 

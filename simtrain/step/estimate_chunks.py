@@ -22,7 +22,7 @@ from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place, send
 from simtrain.step.results import assemble, by_rank, memory_report
 from simtrain.step.schedules import Action
-from simtrain.step.synchronise import chunk_buckets, reduction, tie_cost, update_cost
+from simtrain.step.synchronise import chunk_buckets, gathering, reduction, tie_cost, update_cost
 
 
 def in_order(ready_s: FloatArray, durations_s: FloatArray, start_s: float = 0.0) -> FloatArray:
@@ -42,9 +42,9 @@ def gather_s(layout: Layout, stage: int) -> float:
     held = layout.by_stage[stage][0].chunks
     if setting.runtime.overlap_gather:  # only what the first layer needs stands in the way
         first = next((sum(p.elements for p in x.trained) for x in held[0].workload if x.trained), 0)
-        return cost(layout.fabric, Collective.ALL_GATHER, placed, first * size).time_s
+        return gathering(layout, placed, first * size).time_s
     total = sum(p.elements for chunk in held for p in chunk.trained)
-    return cost(layout.fabric, Collective.ALL_GATHER, placed, total * size).time_s
+    return gathering(layout, placed, total * size).time_s
 
 
 def work_parts(passes: Sequence[PassCost]) -> dict[str, float]:

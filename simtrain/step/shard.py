@@ -82,6 +82,7 @@ def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime) -> Workl
         loss=runtime.loss,
         regather=runtime.regather,
         overlap=runtime.overlap_tensor,
+        fused=runtime.fused_elementwise,
         vocabulary_multiple=runtime.vocabulary_multiple,
         untied=strategy.pipeline > 1,
     )

@@ -74,6 +74,15 @@ def reduction(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCo
     return cost(layout.fabric, Collective.REDUCE_SCATTER if scatter else Collective.ALL_REDUCE, placed, size_bytes)
 
 
+def gathering(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCost:
+    """What it costs to collect updated parameters of a size: at once, or owner by owner."""
+    if not layout.setting.runtime.gather_shards:
+        return cost(layout.fabric, Collective.ALL_GATHER, placed, size_bytes)
+    owners = len(placed.ranks)
+    one = cost(layout.fabric, Collective.BROADCAST, placed, size_bytes / owners)
+    return CollectiveCost(one.algorithm, owners * one.latency_s, {link: owners * amount for link, amount in one.loads.items()})
+
+
 def update_cost(setting: Setting, lane: Lane) -> PassCost:
     """What the optimizer costs a lane, over all its chunks."""
     strategy = setting.strategy

@@ -164,6 +164,22 @@ def multiply(tape: Tape, a: str, b: str, out: str) -> str:
     return out
 
 
+def swiglu(tape: Tape, gate: str, up: str, out: str) -> str:
+    """`silu(gate) * up` as one kernel; its backward pass reads both and computes the activation anew."""
+    like = tape.tensors[gate]
+    tape.run(Operator("swiglu", OperatorKind.ELEMENTWISE, (gate, up), (Tensor(out, like.elements, like.role),)))
+
+    def node() -> None:
+        gradients = (tape.gradient_tensor(gate), tape.gradient_tensor(up))
+        reads = (tape.gradient(out), gate, up)
+        tape.run_backward(Operator("swiglu.backward", OperatorKind.ELEMENTWISE, reads, gradients))
+        for name, gradient in zip((gate, up), gradients, strict=True):
+            tape.give(name, gradient.name)
+
+    tape.node(node)
+    return out
+
+
 def dropout(tape: Tape, x: str, out: str, probability: float, *, holds: Iterable[str] = ()) -> str:
     """Dropout as on CUDA: one operator writes the result and a mask of one byte per element.
 

@@ -12,7 +12,7 @@ from simtrain.core.polynomial import ONE, B, Polynomial
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import Form, Layer, Operator, OperatorKind, Role, Tensor, TensorKind, Workload
 from workloads.common.parallel import Product, column_parallel, sum_partial
-from workloads.common.pieces import HIGH, Axis, add, dropout, linear, multiply, norm, unary
+from workloads.common.pieces import HIGH, Axis, add, dropout, linear, multiply, norm, swiglu, unary
 from workloads.common.tape import Tape
 from workloads.transformer.attention import attention, leave
 from workloads.transformer.loss import lm_head, span_head
@@ -109,10 +109,16 @@ def feed_forward(tape: Tape, x: str, out: str, part: Part) -> str:
     if gated:
         if part.whole:
             linear(tape, x, "mlp.gate", "g", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias)
-        unary(tape, "g", "silu", "s")
+        fused = part.form.fused
+        if not fused:
+            unary(tape, "g", "silu", "s")
         if part.whole:
-            linear(tape, x, "mlp.up", "u", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias, holds=("s",))
-        multiply(tape, "s", "u", "act")
+            held = () if fused else ("s",)
+            linear(tape, x, "mlp.up", "u", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias, holds=held)
+        if fused:
+            swiglu(tape, "g", "u", "act")
+        else:
+            multiply(tape, "s", "u", "act")
     else:
         unary(tape, "f", "relu_squared" if spec.activation == "relu-squared" else "gelu", "act")
     last = "mlp.down" if gated else "mlp.fc2"

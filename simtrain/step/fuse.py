@@ -50,11 +50,14 @@ def _joins(before: Operator, op: Operator, readers: Counter[str]) -> bool:
 
 
 def _merged(before: Operator, op: Operator) -> Operator:
-    """One kernel for both: the tensor between them is not stored."""
-    main = before if before.dims else op
+    """One kernel for both: the tensor between them is not stored.
+
+    A softmax that others join is Megatron-LM's own, which keeps a row in registers, so that it moves each element once.
+    """
     between = before.writes[0].name
     reads = tuple(dict.fromkeys((*before.reads, *(name for name in op.reads if name != between))))
-    return replace(main, name=op.name, reads=reads, writes=(*op.writes, *before.writes[1:]), partial=(*before.partial, *op.partial))
+    writes = (*op.writes, *before.writes[1:])
+    return replace(op, kind=OperatorKind.ELEMENTWISE, reads=reads, writes=writes, partial=(*before.partial, *op.partial), dims=())
 
 
 __all__ = ["fused_operators"]

@@ -21,6 +21,14 @@ from simtrain.cost.traffic import Flows, Plan, SwitchFlows, Traffic
 LAUNCH_LATENCY_S = 8.4e-6
 """Fixed cost of a collective. Source: NCCL's tuning table, ring algorithm, Simple protocol (`src/graph/tuning.cc`), 8.4 us."""
 
+RAMP_S = 30e-6
+"""What a large collective of a GPU takes longer than a small one beside its hops. Source: all-reduces of up to 8 A100 over NVLink, vTrain's
+shipped NCCL tables: 31 us + 7.7 us per rank at sizes from 1 MiB, against 8.4 us + 1.9 us per hop of small messages."""
+
+SIMPLE_HOPS = 1.0
+"""Latency of a hop that the Simple protocol adds to LL128's, over the latter: 0.8 over NVLink, 1.4 over the network. Source: NCCL's tuning
+table (`src/graph/tuning.cc`, rings)."""
+
 TREE_BANDWIDTH_SHARE = 0.9
 """Share of the links' rate that trees sustain, against rings. Source: NCCL's tuning table (`src/graph/tuning.cc`), tree algorithm."""
 
@@ -74,7 +82,13 @@ def _ring(fabric: Fabric, collective: Collective, ranks: IntArray) -> Plan:
     hops_s = fabric.latencies_s(ranks, target)
     passes = _passes(collective)
     flows = Flows(ranks, target, np.full(n, passes * (n - 1) / n))
-    return Plan("ring", (Traffic((flows,)),), LAUNCH_LATENCY_S + _ring_latency_s(hops_s, passes))
+    around_s = _ring_latency_s(hops_s, passes)
+    return Plan("ring", (Traffic((flows,)),), LAUNCH_LATENCY_S + around_s, ramp_s=_ramp_s(fabric, ranks, around_s))
+
+
+def _ramp_s(fabric: Fabric, ranks: IntArray, hops_s: float) -> float:
+    """What a large message adds to the latency, given that of its hops; only GPUs' library changes protocols."""
+    return RAMP_S + SIMPLE_HOPS * hops_s if fabric.device_class(int(ranks[0])) == "gpu" else 0.0
 
 
 def _chain(fabric: Fabric, collective: Collective, ranks: IntArray) -> Plan:
@@ -97,7 +111,8 @@ def _tree(fabric: Fabric, collective: Collective, ranks: IntArray) -> Plan:
         deepest_s = max(deepest_s, depth_s)
         half = np.full(len(child), 0.5)
         flows += [Flows(child, parent, half), Flows(parent, child, half)]
-    return Plan("tree", (Traffic(tuple(flows)),), LAUNCH_LATENCY_S + 2 * deepest_s, TREE_BANDWIDTH_SHARE)
+    ramp_s = _ramp_s(fabric, ranks, 2 * deepest_s)
+    return Plan("tree", (Traffic(tuple(flows)),), LAUNCH_LATENCY_S + 2 * deepest_s, TREE_BANDWIDTH_SHARE, ramp_s)
 
 
 def _tree_edges(fabric: Fabric, order: IntArray) -> tuple[IntArray, IntArray, float]:
@@ -229,7 +244,7 @@ def _in_network(fabric: Fabric, collective: Collective, ranks: IntArray) -> Plan
         if not machines[0].peer_reduction or len(np.unique(fabric.peers_of[ranks])) > 1:
             raise UnsupportedError(f"in-network needs a peer switch that adds up: set peer_reduction on node {nodes[0]} if it has one")
         through = SwitchFlows(ranks, 1 + 1 / n, 1 + 1 / n)
-        return Plan("in-network", (Traffic((), (through,)),), LAUNCH_LATENCY_S + SWITCH_LATENCY_S, SWITCH_BANDWIDTH_SHARE)
+        return Plan("in-network", (Traffic((), (through,)),), LAUNCH_LATENCY_S + SWITCH_LATENCY_S, SWITCH_BANDWIDTH_SHARE, RAMP_S)
     if not fabric.cluster.network.in_network_reduction:
         raise UnsupportedError("in-network needs network switches that add up: set network.in_network_reduction if they do")
     latency_s = LAUNCH_LATENCY_S + NETWORK_SWITCH_LATENCY_S

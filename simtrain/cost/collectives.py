@@ -27,6 +27,9 @@ __all__ = ["Collective", "CollectiveCost", "all_gather", "all_reduce", "collecti
 AUTO = ("ring", "tree")
 """What is compared when nobody chooses an algorithm for an all-reduce."""
 
+RAMP_BYTES = 2**20
+"""Message size at which half of `Plan.ramp_s` is paid: where NCCL leaves its protocols of low latency, about 1 MiB on NVLink (assumption)."""
+
 CHOOSERS = ("auto", "best", "nccl")
 """Names that stand for a choice among algorithms."""
 
@@ -61,13 +64,17 @@ class _UnitCost:
     resources: tuple[Resource, ...]
     amounts: FloatArray
     busiest_s: float
+    ramp_s: float
 
     def of(self, size_bytes: float) -> CollectiveCost:
         loads = dict(zip(self.resources, (self.amounts * size_bytes).tolist(), strict=True))
-        return CollectiveCost(self.algorithm, self.fixed_s + self.serial_s * size_bytes, loads)
+        return CollectiveCost(self.algorithm, self._latency_s(size_bytes) + self.serial_s * size_bytes, loads)
 
     def time_s(self, size_bytes: float) -> float:
-        return self.fixed_s + (self.serial_s + self.busiest_s) * size_bytes
+        return self._latency_s(size_bytes) + (self.serial_s + self.busiest_s) * size_bytes
+
+    def _latency_s(self, size_bytes: float) -> float:
+        return self.fixed_s + self.ramp_s * size_bytes / (size_bytes + RAMP_BYTES)
 
 
 def collective(
@@ -181,7 +188,8 @@ def _priced(fabric: Fabric, kind: Collective, algorithm: str, groups: list[IntAr
     total, capacity = phases.sum(axis=0), fabric.capacity[used]
     busiest_s = float((total / capacity).max())
     serial_s = float((phases / capacity).max(axis=1).sum()) - busiest_s
-    return _UnitCost(own.algorithm, own.latency_s, max(serial_s, 0.0), tuple(fabric.resources(used)), total, busiest_s)
+    links = tuple(fabric.resources(used))
+    return _UnitCost(own.algorithm, own.latency_s, max(serial_s, 0.0), links, total, busiest_s, own.ramp_s)
 
 
 def _checked(

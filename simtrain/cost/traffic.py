@@ -69,9 +69,11 @@ class Plan:
         phases: What is sent, one after the other; what can be pipelined is one phase.
         latency_s: Part of the duration that no rate shortens.
         rate_share: Share of the links' rate that the algorithm sustains.
+        ramp_s: What messages too large for the protocols of low latency take longer to start and to pass each hop.
     """
 
     algorithm: str
     phases: tuple[Traffic, ...]
     latency_s: float
     rate_share: float = 1.0
+    ramp_s: float = 0.0

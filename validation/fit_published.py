@@ -37,8 +37,8 @@ class Constant:
     """A constant to fit.
 
     Attributes:
-        name: "device.X" (constant X of the compute model), "runtime.X" (field X of the runtime) or "link.NAME.X" (field X of a link);
-            other names are the predictor's own.
+        name: "device.X" (constant X of the compute model), "runtime.X" (field X of every runtime), "runtime.NAME.X" (of that
+            runtime alone) or "link.NAME.X" (field X of a link); other names are the predictor's own.
         prior: Best guess before these rows.
         spread: Standard deviation of its logarithm.
         low: Physically possible at least.
@@ -198,7 +198,7 @@ def fit_constants(
     limits, steps = (np.log(low), np.log(high)), np.full(len(prior), STEP)
     found = least_squares(residuals, begin, bounds=limits, diff_step=steps, x_scale=spread, ftol=TOLERANCE, xtol=TOLERANCE)
     slopes: FloatArray = np.asarray(found.jac, dtype=np.float64)
-    deviation = np.sqrt(np.diag(np.linalg.inv(slopes.T @ slopes)))
+    deviation = np.sqrt(np.diag(np.linalg.pinv(slopes.T @ slopes)))
     values = named(found.x)
     errors = np.asarray(predict(values, chosen)) / measured[chosen] - 1
     at_limit = tuple(c.name for c in constants if min(values[c.name] / c.low, c.high / values[c.name]) < 1 + STEP)
@@ -310,13 +310,17 @@ def _subset(variant: Variant, rows: NDArray[np.int64]) -> Variant:
 
 
 def with_constants(cluster: Cluster, runtime: Runtime, values: Values) -> tuple[Cluster, Runtime]:
-    """Returns machines and framework with constants changed: "device.X", "runtime.X" and "link.NAME.X"; other names are ignored.
+    """Returns machines and framework with constants changed; other names than those of `Constant` are ignored.
 
     Raises:
         InputError: The runtime has no such behaviour, or a link no such field.
     """
     device = {name.removeprefix("device."): value for name, value in values.items() if name.startswith("device.")}
-    behaviour = {name.removeprefix("runtime."): value for name, value in values.items() if name.startswith("runtime.")}
+    behaviour = {
+        name.removeprefix("runtime.").removeprefix(f"{runtime.name}."): value
+        for name, value in values.items()
+        if name.startswith("runtime.") and (name.count(".") == 1 or name.startswith(f"runtime.{runtime.name}."))
+    }
 
     def changed(link: Link | None) -> Link | None:
         if link is None:

@@ -180,6 +180,7 @@ RUNTIMES: dict[str, Runtime] = {
             reserved_factor=1.05,
             workspace_bytes=68 * MIB,
             sources=(
+                "fused elementwise kernels and reentrant checkpoints: Megatron-LM, core/fusions and core/tensor_parallel/random.py (recalled)",
                 "Megatron-LM, core/distributed (fp32 gradient buffer, buckets of 40 million elements), core/tensor_parallel (vocabulary "
                 "padded to 128 rows per rank, in-place cross-entropy, gradients reduced beside the weight's product)",
                 "measured: 68 MiB of library workspaces on A100 (cuBLAS 2 x 32 MiB and Transformer Engine 4 MiB)",
@@ -189,7 +190,7 @@ RUNTIMES: dict[str, Runtime] = {
         ),
         Runtime(
             name="deepspeed",
-            launch_s=6e-6,
+            launch_s=60e-6,
             run_ahead_launches=1000,
             fused_attention=False,
             optimizer_style="fused",
@@ -209,10 +210,13 @@ RUNTIMES: dict[str, Runtime] = {
             reserved_factor=1.05,
             workspace_bytes=2 * 8_519_680,
             sources=(
+                "fused elementwise kernels and reentrant checkpoints: as Megatron-LM (recalled)",
                 "Megatron-DeepSpeed with DeepSpeed's ZeRO: buckets of 500 million bytes reduced after backward, unfused attention "
                 "(configurations of the BLOOM and vTrain runs)",
                 COMMUNICATION_SHARE_SOURCE,
-                "assumption: 6 us of host time per launched kernel, 450 MiB of driver context, reserved 1.05 x allocated",
+                "host time: 60 us per launched kernel, about what kernel traces of vTrain's single-node rows show (50 kernels in 3 ms a layer, "
+                "under tracing); not told apart from hooks and RNG states of checkpoints",
+                "assumption: 450 MiB of driver context, reserved 1.05 x allocated",
             ),
         ),
         Runtime(

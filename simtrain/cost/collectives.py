@@ -28,7 +28,7 @@ AUTO = ("ring", "tree")
 """What is compared when nobody chooses an algorithm for an all-reduce."""
 
 RAMP_BYTES = 2**20
-"""Message size at which half of `Plan.ramp_s` is paid: where NCCL leaves its protocols of low latency, about 1 MiB on NVLink (assumption)."""
+"""Message size at which half of `Plan.ramp_s` is paid: where NCCL leaves its protocols of low latency (assumption)."""
 
 CHOOSERS = ("auto", "best", "nccl")
 """Names that stand for a choice among algorithms."""

@@ -26,8 +26,8 @@ PADDED_VOCABULARY = (
     "vocabulary from 50257 to 50304 speeds an A100 up by a quarter, as nanoGPT's author reported (recalled)"
 )
 ALIGNED_LINES = (
-    "NVIDIA, Matrix Multiplication Background User's Guide (rows should be multiples of 128 bytes on A100, as a reader's notes on it quote); "
-    "size: BLOOM of width 14400 on 8 devices against 14336 (validation/published/layouts/bigscience_bloom.toml)"
+    "NVIDIA, Matrix Multiplication Background User's Guide (rows should be multiples of 128 bytes on A100, as a reader's notes "
+    "on it quote); size: BLOOM of width 14400 on 8 devices against 14336 (validation/published/layouts/bigscience_bloom.toml)"
 )
 NEUSIGHT_CONVOLUTION = (
     "NeuSight artefact (ASPLOS 2025) convolution measurements (3x3, stride 1, fp32 without tensor cores), fitted over 3 GPUs"

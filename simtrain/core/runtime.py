@@ -9,7 +9,10 @@ from simtrain.core.errors import InputError, UnknownNameError, nearest
 
 MIB = 2**20
 
-COMMUNICATION_SHARE_SOURCE = "communication occupies 15 % of the multiprocessors: 20 of 132 on an H800 (DeepSeek-V3 technical report, section 3.2.1); taken for all GPUs"
+COMMUNICATION_SHARE_SOURCE = (
+    "communication occupies 15 % of the multiprocessors: 20 of 132 on an H800 (DeepSeek-V3 technical report, section 3.2.1); "
+    "taken for all GPUs"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +183,7 @@ RUNTIMES: dict[str, Runtime] = {
             reserved_factor=1.05,
             workspace_bytes=68 * MIB,
             sources=(
-                "fused elementwise kernels and reentrant checkpoints: Megatron-LM, core/fusions and core/tensor_parallel/random.py (recalled)",
+                "fused elementwise kernels and reentrant checkpoints: Megatron-LM, core/fusions, core/tensor_parallel/random.py (recalled)",
                 "Megatron-LM, core/distributed (fp32 gradient buffer, buckets of 40 million elements), core/tensor_parallel (vocabulary "
                 "padded to 128 rows per rank, in-place cross-entropy, gradients reduced beside the weight's product)",
                 "measured: 68 MiB of library workspaces on A100 (cuBLAS 2 x 32 MiB and Transformer Engine 4 MiB)",
@@ -214,8 +217,8 @@ RUNTIMES: dict[str, Runtime] = {
                 "Megatron-DeepSpeed with DeepSpeed's ZeRO: buckets of 500 million bytes reduced after backward, unfused attention "
                 "(configurations of the BLOOM and vTrain runs)",
                 COMMUNICATION_SHARE_SOURCE,
-                "host time: 60 us per launched kernel, about what kernel traces of vTrain's single-node rows show (50 kernels in 3 ms a layer, "
-                "under tracing); not told apart from hooks and RNG states of checkpoints",
+                "host time: 60 us per launched kernel, about what kernel traces of vTrain's single-node rows show (50 kernels in 3 ms "
+                "a layer, under tracing); not told apart from hooks and RNG states of checkpoints",
                 "assumption: 450 MiB of driver context, reserved 1.05 x allocated",
             ),
         ),

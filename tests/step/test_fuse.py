@@ -1,0 +1,69 @@
+"""Fused elementwise chains and the frameworks' behaviours that change prices, against counts of bytes by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+import simtrain as st
+from simtrain.core.errors import InputError
+from simtrain.core.precision import precision
+from simtrain.core.runtime import runtime
+from simtrain.core.workload import Form, OperatorKind
+from simtrain.step.fuse import fused_operators
+from simtrain.step.kernels import operator_kernels
+from simtrain.step.specialize import specialize
+
+
+def block(form=None, **options):
+    work = st.workload("gpt", layers=2, hidden=1024, heads=16, vocabulary=32000, seq_len=512, **options)
+    layer = (work if form is None else work.reform(form)).layers[1]
+    return specialize(layer, precision("bf16-master"), False)
+
+
+def test_dropout_and_residual_sum_are_one_kernel():
+    concrete = block(dropout=0.1)
+    fused = {op.name: op for op in fused_operators(concrete.forward, concrete)}
+    batch, elements = 4, 4 * 512 * 1024
+    kernels = operator_kernels([fused["y.add"]], concrete, batch, 512)
+    assert "m.dropped.dropout" not in fused
+    assert kernels.bytes_moved[0] == pytest.approx((2 + 2 + 2 + 1) * elements)  # reads both, writes the sum and a mask of one byte
+
+
+def test_scale_and_mask_join_the_softmax_both_ways():
+    concrete = block(dropout=0.0)
+    forward = {op.name: op for op in fused_operators(concrete.forward, concrete)}
+    backward = {op.name: op for op in fused_operators(concrete.backward, concrete)}
+    square = 2 * 16 * 512 * 512
+    assert not {"scaled", "masked"} & set(forward) and not {"masked.backward", "weights.backward"} & set(backward)
+    assert operator_kernels([forward["weights"]], concrete, 2, 512).bytes_moved[0] == pytest.approx(2 * 2 * square, rel=0.1)
+    assert operator_kernels([backward["scaled.backward"]], concrete, 2, 512).bytes_moved[0] == pytest.approx(3 * 2 * square, rel=0.1)
+
+
+def test_fusion_never_adds_bytes_and_keeps_products():
+    concrete = block(dropout=0.1)
+    for operators in (concrete.forward, concrete.backward):
+        fused = fused_operators(operators, concrete)
+        before, after = (operator_kernels(ops, concrete, 4, 512) for ops in (operators, fused))
+        assert after.bytes_moved.sum() < before.bytes_moved.sum() and len(fused) < len(operators)
+        assert after.flops.sum() == before.flops.sum()
+        assert [o.name for o in fused if o.kind is OperatorKind.GEMM] == [o.name for o in operators if o.kind is OperatorKind.GEMM]
+
+
+def test_gated_activation_moves_eight_tensors():
+    concrete = block(Form(fused=True), activation="swiglu", ffn=2048)
+    ops = [op for op in (*concrete.forward, *concrete.backward) if op.name.startswith("swiglu")]
+    moved = operator_kernels(ops, concrete, 1, 512).bytes_moved
+    assert moved.tolist() == [3 * 2 * 512 * 2048, 5 * 2 * 512 * 2048]
+
+
+def test_blocking_launches_add_host_time_and_slow_attention_its_share():
+    work = st.workload("gpt", layers=4, hidden=1024, heads=16, vocabulary=32000, seq_len=1024)
+    base = runtime("megatron")
+
+    def time_s(framework):
+        return st.estimate(work, "a100-sxm-80g", "micro_batch=8,precision=bf16-master", runtime=framework).step_time_s
+
+    assert time_s(base.with_(blocking_launches=True)) > time_s(base)
+    assert time_s(base.with_(attention_speed=0.5)) > time_s(base) > time_s(base.with_(attention_speed=1.5))
+    with pytest.raises(InputError, match="attention_speed"):
+        base.with_(attention_speed=0.0)

@@ -27,10 +27,12 @@ def fused_operators(operators: tuple[Operator, ...], concrete: ConcreteLayer) ->
     readers = _readers(concrete)
     fused: list[Operator] = []
     for op in operators:
-        if fused and _joins(fused[-1], op, readers):
-            fused[-1] = _merged(fused[-1], op)
-        else:
+        before = next((b for b in reversed(fused) if _joins(b, op, readers)), None)
+        if before is None:
             fused.append(op)
+        else:
+            fused.remove(before)
+            fused.append(_merged(before, op))
     return tuple(fused)
 
 

@@ -9,7 +9,10 @@ from simtrain.core.errors import InputError, UnknownNameError, nearest
 
 MIB = 2**20
 
-COMMUNICATION_SHARE_SOURCE = "communication occupies 15 % of the multiprocessors: 20 of 132 on an H800 (DeepSeek-V3 technical report, section 3.2.1); taken for all GPUs"
+COMMUNICATION_SHARE_SOURCE = (
+    "communication occupies 15 % of the multiprocessors: 20 of 132 on an H800 (DeepSeek-V3 technical report, section 3.2.1); "
+    + "taken for all GPUs (assumption)"
+)
 
 
 @dataclass(frozen=True, slots=True)

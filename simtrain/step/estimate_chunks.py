@@ -19,7 +19,7 @@ from simtrain.step.fully_sharded import gathered_bytes, scattered_bytes, stage_v
 from simtrain.step.instructions import Step, chunk_costs
 from simtrain.step.kernels import bucket_copy_kernels
 from simtrain.step.layout import Lane, Layout
-from simtrain.step.network import Placed, cost, place, send
+from simtrain.step.network import Placed, cost, place
 from simtrain.step.results import assemble, by_rank, memory_report
 from simtrain.step.schedules import Action
 from simtrain.step.synchronise import chunk_buckets, reduction, tie_cost, update_cost
@@ -87,6 +87,7 @@ class _Walk:
         }
         self.updates = [update_cost(layout.setting, lane) for lane in self.lanes]
         self.passes: list[list[PassCost]] = [[] for _ in stages]
+        self.known: dict[int, tuple[PassCost, FloatArray]] = {}
         self.synchronised = layout.setting.precision.loss_scaling and layout.setting.runtime.run_ahead_launches > 0
         # a host that has waited for the reduction issues the update first, then the passes of the next step: there the clock starts
         after = [u.device_s + gather_s(layout, stage) for stage, u in enumerate(self.updates)]
@@ -128,33 +129,34 @@ class _Walk:
 
     def _sent(self, i: int, source: int, to: int, ready: float) -> float:
         plan, lane = self.layout.plan, self.lanes[source]
-        forward = plan.action[i] == Action.FORWARD
-        chunk = lane.chunks[int(plan.chunk[i])]
-        edge = chunk.concrete[-1].layer if forward else chunk.concrete[0].before
-        size = edge.cut(lane.place.batch, lane.place.sequence) * self.setting.precision.dtype(edge.cut_role).size_bytes
+        forward = bool(plan.action[i] == Action.FORWARD)
         key = (source, int(forward))
         start = max(ready, self.sent_free.get(key, 0.0))
-        self.sent_free[key] = start + send(self.layout.fabric, self.layout.grid, source, to, size).time_s
+        self.sent_free[key] = start + self.layout.send(lane, int(plan.chunk[i]), to, forward=forward).time_s
         return self.sent_free[key]
 
     def _instruction(self, i: int, stage: int, at: float) -> float:
         plan, chunk = self.layout.plan, int(self.layout.plan.chunk[i])
         steps = self.costs[stage, chunk].steps(Action(int(plan.action[i])), int(plan.micro_batch[i]), plan, stage, chunk)
-        self.passes[stage] += [s.cost for s in steps]
+        if id(steps) not in self.known:  # what an instruction does is listed once and kept by its costs
+            self.known[id(steps)] = (chain([s.cost for s in steps]), np.cumsum([s.cost.device_s for s in steps]))
+        whole, offsets = self.known[id(steps)]
+        self.passes[stage].append(whole)
         if self.synchronised:
-            whole = chain([s.cost for s in steps])
             at, self.issued[stage] = max(at, self.issued[stage] + whole.lead_s), self.issued[stage] + whole.host_s
         if self.sharded:
             for step in steps:
                 at = self.shards[stage].run(chunk, step, at)
             return at
-        ends = at + np.cumsum([s.cost.device_s for s in steps])
+        every = self.setting.strategy.zero == 2 and self.setting.runtime.reduce_every
+        if not (steps[0].last or every):
+            return at + whole.device_s
+        ends = at + offsets
         return float(ends[-1]) + self._reduce(stage, chunk, steps, ends)
 
     def _reduce(self, stage: int, chunk: int, steps: Sequence[Step], ends: FloatArray) -> float:
         """Reduces the buckets that the last backward pass of a chunk completes; returns what that takes from the pass."""
-        every = self.setting.strategy.zero == 2 and self.setting.runtime.reduce_every
-        complete = {s.which.layer: float(e) for s, e in zip(steps, ends, strict=True) if s.ends_gradients and (s.last or every)}
+        complete = {s.which.layer: float(e) for s, e in zip(steps, ends, strict=True) if s.ends_gradients}
         if not complete:
             return 0.0
         taken = 0.0

@@ -9,10 +9,11 @@ from simtrain.core.errors import UnsupportedError
 from simtrain.core.hardware import Device
 from simtrain.core.program import RankClass
 from simtrain.core.workload import Workload
+from simtrain.cost.collectives import CollectiveCost
 from simtrain.cost.fabric import Fabric
 from simtrain.step.costs import Place
 from simtrain.step.grid import Grid
-from simtrain.step.network import stage_wire
+from simtrain.step.network import send, stage_wire
 from simtrain.step.schedules import SchedulePlan, plan
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, chunks, even_cuts, rank_form
@@ -63,6 +64,20 @@ class Layout:
     def by_stage(self) -> tuple[tuple[Lane, ...], ...]:
         """Lanes of each stage, one per kind of replica."""
         return tuple(tuple(lane for lane in self.lanes if lane.stage == s) for s in range(self.grid.pipeline))
+
+    @cached_property
+    def _sends(self) -> dict[tuple[int, int, float], CollectiveCost]:
+        return {}
+
+    def send(self, lane: Lane, chunk: int, target: int, *, forward: bool) -> CollectiveCost:
+        """What it costs a lane to send a chunk's output, or the gradient of its input, to another stage."""
+        held = lane.chunks[chunk]
+        edge = held.concrete[-1].layer if forward else held.concrete[0].before
+        size = edge.cut(lane.place.batch, lane.place.sequence) * self.setting.precision.dtype(edge.cut_role).size_bytes
+        key = (lane.stage, target, size)
+        if key not in self._sends:
+            self._sends[key] = send(self.fabric, self.grid, lane.stage, target, size)
+        return self._sends[key]
 
     @property
     def classes(self) -> tuple[RankClass, ...]:

@@ -63,6 +63,7 @@ class _Stretch:
         passes: Pass of each moment, counted in the instruction.
         count: Passes.
         net: What it leaves behind.
+        fullest: The moment with most memory.
     """
 
     names: tuple[str, ...]
@@ -70,10 +71,7 @@ class _Stretch:
     passes: np.ndarray
     count: int
     net: FloatArray
-
-    @property
-    def fullest(self) -> int:
-        return int(np.argmax(self.moments.sum(axis=1)))
+    fullest: int
 
 
 def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
@@ -95,10 +93,10 @@ def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
     detailed = sum(len(s.names) for s in stretches) <= MOST_MOMENTS
     index = 0
     for (_, _, _, micro_batch), stretch in zip(instructions, stretches, strict=True):
-        chosen = range(len(stretch.names)) if detailed else [stretch.fullest]
-        labels += [f"{micro_batch}/{stretch.names[i]}" for i in chosen]
-        rows.append(base + stretch.moments[list(chosen)])
-        owner.append(index + stretch.passes[list(chosen)])
+        chosen = slice(None) if detailed else slice(stretch.fullest, stretch.fullest + 1)
+        labels += [f"{micro_batch}/{name}" for name in stretch.names[chosen]]
+        rows.append(base + stretch.moments[chosen])
+        owner.append(index + stretch.passes[chosen])
         base = base + stretch.net
         index += stretch.count
     labels.append("optimizer")
@@ -161,7 +159,9 @@ class _Book:
                 casts = casts + unsaved_cast_bytes(concrete, step.mode, sizer)
         if action is Action.FORWARD:
             base = base - casts  # autocast is left after the loss
-        return _Stretch(tuple(names), np.concatenate(rows), np.array(owner), len(passes), base - self._leaving(chunk, action))
+        moments = np.concatenate(rows)
+        left, fullest = base - self._leaving(chunk, action), int(np.argmax(moments.sum(axis=1)))
+        return _Stretch(tuple(names), moments, np.array(owner), len(passes), left, fullest)
 
     def _occupancy(self, step: Pass, concrete: ConcreteLayer, sizer: Sizer) -> Occupancy:
         key = (concrete, step.mode, step.context)

@@ -19,7 +19,6 @@ from simtrain.step.costs import TERM_KINDS, PassCost, chain
 from simtrain.step.fully_sharded import FullySharded
 from simtrain.step.instructions import Step, chunk_costs
 from simtrain.step.layout import Lane, Layout, lay_out
-from simtrain.step.network import send
 from simtrain.step.occupancy import Mode
 from simtrain.step.passes import Pass
 from simtrain.step.schedules import Action
@@ -122,12 +121,8 @@ class _Lowering:
         for lane, term in zip(lanes, terms, strict=True):
             if source == to:
                 continue
-            forward = plan.action[i] == Action.FORWARD
-            chunk = lane.chunks[int(plan.chunk[i])]
-            edge = chunk.concrete[-1].layer if forward else chunk.concrete[0].before
-            batch, sequence = lane.place.batch, lane.place.sequence
-            size = edge.cut(batch, sequence) * layout.setting.precision.dtype(edge.cut_role).size_bytes
-            cost = send(layout.fabric, layout.grid, source, to, size)
+            forward = bool(plan.action[i] == Action.FORWARD)
+            cost = layout.send(lane, int(plan.chunk[i]), to, forward=forward)
             stream = self.build.stream((lane.index,), "send forward" if forward else "send backward")
             label = f"send to stage {to}"
             sent = self.build.transfer(TermKind.SEND, stream, label, cost, [term], int(plan.micro_batch[i]))

@@ -131,10 +131,12 @@ RUNTIME = some.sampled_from(["torch-eager", "megatron", "deepspeed", "fsdp2"])
 def test_simulation_agrees_where_nothing_meets_and_is_never_faster(choice, runtime):
     strategy = st.Strategy(**choice)
     cluster = f"{strategy.ranks}x a100-sxm-80g"
-    frozen = st.schedule(model(), cluster, strategy, runtime=runtime)
-    fluid = st.simulate(model(), cluster, strategy, runtime=runtime)
+    alone = RUNTIMES[runtime].with_(communication_share=0.0)
+    frozen, fluid = (read(model(), cluster, strategy, runtime=alone) for read in (st.schedule, st.simulate))
     assert fluid.step_time_s >= frozen.step_time_s * (1 - 1e-9)
-    assert fluid.step_time_s <= 1.5 * frozen.step_time_s
+    # where collectives take multiprocessors, schedule finds overlaps in two rounds
+    frozen, fluid = (read(model(), cluster, strategy, runtime=runtime) for read in (st.schedule, st.simulate))
+    assert 0.99 * frozen.step_time_s <= fluid.step_time_s <= 1.5 * frozen.step_time_s
     closed = st.estimate(model(), cluster, strategy, runtime=runtime)
     assert closed.step_time_s == pytest.approx(frozen.step_time_s, rel=0.15)
     assert closed.memory.allocated_bytes == frozen.memory.allocated_bytes

@@ -1,0 +1,302 @@
+"""The feed-forward part as a mixture of experts: a router, tokens sorted by expert, grouped products, and their weighted sum.
+
+Every token goes to the experts with its highest scores; none is dropped. On one rank the rows that experts compute are as many as there
+are choices, however they are spread. Where ranks share the experts, choices travel to the rank of their expert and back (Lepikhin et al.
+2021, GShard; dropless: Gale et al. 2023, MegaBlocks); the fullest rank gets `load` times as many as the mean one. Tensor-parallel ranks
+also share each expert's matrices, as Megatron-LM's experts do by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from simtrain.core.polynomial import Polynomial, as_polynomial
+from simtrain.core.precision import DTypeRole
+from simtrain.core.workload import Collective, Dim, Operator, OperatorKind, Role, Tensor, gemm_flops
+from workloads.common.parallel import sum_partial
+from workloads.common.pieces import FP32, LOW, Axis, add, linear, multiply, unary
+from workloads.common.tape import Tape, hold
+from workloads.transformer.part import Part
+
+INDEX = DTypeRole.INDEX
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the router decided.
+
+    Attributes:
+        weights: Weight of each choice, in the order of the tokens (fp32).
+        order: Position of each choice among those of the tokens, sorted by expert.
+        rows: Token of each choice, sorted by expert.
+        ends: End of each expert's choices.
+        count: Number of choices.
+        held: What else Python names keep until the experts are done.
+    """
+
+    weights: str
+    order: str
+    rows: str
+    ends: str
+    count: Polynomial
+    held: tuple[str, ...]
+
+
+def experts(
+    tape: Tape, x: str, out: str, part: Part, shared: Callable[[str, str], str], *, holds: tuple[str, ...] = ()
+) -> str:
+    """Routed experts, and the shared ones that every token passes.
+
+    Args:
+        tape: Where it is written.
+        x: Normalized residual stream.
+        out: Name of the result.
+        part: One rank's part of the model.
+        shared: Writes the shared experts from an input to a name.
+        holds: Tensors that Python names keep alive.
+    """
+    spec = part.spec
+    low = tape.cast(x, LOW)
+    chosen = _route(tape, low, part, (x, *holds))
+    rows = _take(tape, low, chosen.rows, "e.tokens", chosen.count * spec.hidden, spec.hidden)
+    inside = _enter(tape, rows, part)
+    made = _products(tape, inside, chosen, part)
+    back = _leave(tape, made, part)
+    routed = _combine(tape, back, chosen, f"{out}.routed" if spec.shared_ffn else out, part, held=(x, low))
+    if not spec.shared_ffn:
+        return routed
+    return add(tape, routed, shared(low, f"{out}.shared"), out, holds=(x,))
+
+
+def _route(tape: Tape, x: str, part: Part, holds: tuple[str, ...]) -> Choices:
+    """Scores, the best of them as weights, and the choices sorted by expert."""
+    spec, tokens = part.spec, part.resident
+    count = tokens * spec.top_k
+    inner, outer = Axis(Role.HIDDEN, spec.hidden), Axis(Role.EXPERTS, spec.experts)
+    linear(tape, x, "mlp.router", "e.scores.low", tokens=tokens, inner=inner, outer=outer, bias=False, holds=holds)
+    scores = tape.cast("e.scores.low", FP32)
+    weights = _best(tape, _softmax(tape, scores, "e.probabilities") if spec.pre_softmax else scores, count)
+    if not spec.pre_softmax:
+        weights = _softmax(tape, weights, "e.weights")
+    sort = Tensor("e.sorted", count, INDEX), Tensor("e.order", count, INDEX)
+    tape.run(Operator("choices.sort", OperatorKind.ELEMENTWISE, ("e.chosen",), sort, launches=4))
+    numbers, ends = Tensor("experts.numbers", as_polynomial(spec.experts), INDEX), Tensor("e.ends", as_polynomial(spec.experts), FP32)
+    tape.run(Operator("experts.numbers", OperatorKind.ELEMENTWISE, (), (numbers,)))
+    tape.run(Operator("choices.ends", OperatorKind.ELEMENTWISE, ("e.sorted", numbers.name), (ends,)))
+    tape.run(Operator("choices.rows", OperatorKind.ELEMENTWISE, ("e.order",), (Tensor("e.rows", count, INDEX),)))
+    return Choices(weights, "e.order", "e.rows", "e.ends", count, ("e.chosen", "e.sorted", scores))
+
+
+def _softmax(tape: Tape, x: str, out: str) -> str:
+    like = tape.tensors[x]
+    tape.run(Operator(out, OperatorKind.SOFTMAX, (x,), (Tensor(out, like.elements, FP32),)))
+
+    def node() -> None:
+        dx = tape.gradient_tensor(x)
+        tape.run_backward(Operator(f"{out}.backward", OperatorKind.SOFTMAX_BACKWARD, (tape.gradient(out), out), (dx,)))
+        tape.give(x, dx.name)
+
+    tape.node(node)
+    return out
+
+
+def _best(tape: Tape, scores: str, count: Polynomial) -> str:
+    best = Tensor("e.best", count, FP32), Tensor("e.chosen", count, INDEX)
+    tape.run(Operator("top_k", OperatorKind.ELEMENTWISE, (scores,), best))
+
+    def node() -> None:
+        dx = tape.gradient_tensor(scores)
+        zeros = replace(dx, name="top_k.zeros")
+        tape.run_backward(
+            Operator(zeros.name, OperatorKind.ELEMENTWISE, (), (zeros,)),
+            Operator("top_k.backward", OperatorKind.ELEMENTWISE, (tape.gradient("e.best"), "e.chosen", zeros.name), (dx,), launches=2),
+        )
+        tape.give(scores, dx.name)
+
+    tape.node(node)
+    return "e.best"
+
+
+def _take(tape: Tape, x: str, index: str, out: str, elements: Polynomial, width: int) -> str:
+    """Rows of a tensor by index; its gradient is a sum into zeros."""
+    like = tape.tensors[x]
+    take = Operator(f"{out}.take", OperatorKind.COPY, (x, index), (Tensor(out, elements, like.role),), partial=(x,), touched=elements)
+    tape.run(take)
+
+    def node() -> None:
+        dx = tape.gradient_tensor(x)
+        zeros = replace(dx, name=f"{out}.zeros")
+        tape.run_backward(
+            Operator(f"{out}.zeros", OperatorKind.ELEMENTWISE, (), (zeros,)),
+            Operator(f"{out}.take.backward", OperatorKind.COPY, (tape.gradient(out), index, zeros.name), (dx,)),
+        )
+        tape.give(x, dx.name)
+
+    tape.node(node)
+    return out
+
+
+def _combine(tape: Tape, x: str, chosen: Choices, out: str, part: Part, held: tuple[str, ...]) -> str:
+    """Rows times the weights of their choices, added up per token."""
+    count, width, role = chosen.count, part.spec.hidden, tape.tensors[x].role
+    sorted_weights = _take(tape, chosen.weights, chosen.order, "e.weights.sorted", count, 1)
+    weights = tape.cast(sorted_weights, role)
+    scaled = Tensor("e.scaled", count * width, role)
+    tape.run(Operator("scale", OperatorKind.ELEMENTWISE, (x, weights), (scaled,)))
+    keeps = (*held, *chosen.held, chosen.order, chosen.ends, chosen.weights)
+    result = Tensor(out, part.resident * width, role)
+    tape.run(Operator(f"{out}.zeros", OperatorKind.ELEMENTWISE, (), (result,)))
+    tape.run(Operator(f"{out}.sum", OperatorKind.ELEMENTWISE, (scaled.name, chosen.rows), updates=(out,)), holds=keeps)
+
+    def node() -> None:
+        spread, dx, dw = Tensor("e.dscaled", count * width, role), tape.gradient_tensor(x), tape.gradient_tensor(weights)
+        products = Tensor("e.scale.products", count * width, role)
+        # PyTorch keeps what was added up, for its shape alone
+        tape.run_backward(hold(Operator("dscaled.take", OperatorKind.COPY, (tape.gradient(out), chosen.rows), (spread,)), (scaled.name,)))
+        tape.run_backward(
+            Operator("scale.dx", OperatorKind.ELEMENTWISE, (spread.name, weights), (dx,)),
+            Operator("e.scale.products", OperatorKind.ELEMENTWISE, (spread.name, x), (products,)),
+            Operator("scale.dw", OperatorKind.REDUCTION, (products.name,), (dw,)),
+        )
+        tape.give(x, dx.name)
+        tape.give(weights, dw.name)
+
+    tape.node(node)
+    return out
+
+
+def _products(tape: Tape, x: str, chosen: Choices, part: Part) -> str:
+    """Every expert's matrices on its own rows."""
+    spec = part.spec
+    gated = spec.activation == "swiglu"
+    if gated:
+        _grouped(tape, x, "mlp.experts.gate", "e.g", part, chosen.ends, up=True)
+        unary(tape, "e.g", "e.silu", "e.s")
+        _grouped(tape, x, "mlp.experts.up", "e.u", part, chosen.ends, up=True)
+        multiply(tape, "e.s", "e.u", "e.act")
+    else:
+        _grouped(tape, x, "mlp.experts.fc1", "e.f", part, chosen.ends, up=True)
+        unary(tape, "e.f", "e.relu_squared" if spec.activation == "relu-squared" else "e.gelu", "e.act")
+    return _grouped(tape, "e.act", "mlp.experts.down" if gated else "mlp.experts.fc2", "e.y", part, chosen.ends, up=False)
+
+
+def _grouped(tape: Tape, x: str, name: str, out: str, part: Part, ends: str, *, up: bool) -> str:
+    """One product per expert, all in one kernel."""
+    spec, local = part.spec, part.local_experts
+    width = part.expert_width
+    ins, outs = (spec.hidden, width) if up else (width, spec.hidden)
+    weight = tape.cast(tape.parameter(name, local, ins, outs, expert=True), LOW)
+    rows = part.expert_rows
+    batch, each = Dim(Role.EXPERTS, as_polynomial(local)), Dim(Role.TOKENS, rows * (1 / local))
+    wide, deep = Dim(Role.FFN, as_polynomial(outs)), Dim(Role.FFN, as_polynomial(ins))
+    flops = gemm_flops(batch.size, each.size, wide.size, deep.size)
+    kind = OperatorKind.BATCHED_GEMM
+    written = Tensor(out, rows * outs, LOW)
+    tape.run(Operator(name, kind, (x, weight, ends), (written,), dims=(batch, each, wide, deep), flops=flops, launches=2))
+
+    def node() -> None:
+        dout, dx, dw = tape.gradient(out), tape.gradient_tensor(x), tape.gradient_tensor(weight)
+        tape.run_backward(
+            Operator(f"{name}.dw", kind, (dout, x, ends), (dw,), dims=(batch, deep, wide, each), flops=flops, launches=2),
+            Operator(f"{name}.dx", kind, (dout, weight, ends), (dx,), dims=(batch, each, deep, wide), flops=flops, launches=2),
+        )
+        tape.give(weight, dw.name)
+        tape.give(x, dx.name)
+
+    tape.node(node)
+    return out
+
+
+def _enter(tape: Tape, x: str, part: Part) -> str:
+    """Brings choices to the ranks that hold their experts."""
+    spec, form = part.spec, part.form
+    width = spec.hidden
+    if form.expert > 1:
+        x = _exchange(tape, x, "e.received", part.exchanged_rows * width, part)
+        if part.local_experts > 1:
+            x = _regroup(tape, x, "e.regrouped")
+    if form.tensor > 1:
+        x = _gather(tape, x, "e.gathered", part)
+    return x
+
+
+def _leave(tape: Tape, x: str, part: Part) -> str:
+    """Sums what tensor-parallel ranks made and returns it to the ranks that the tokens came from."""
+    form = part.form
+    if form.tensor > 1:
+        x = sum_partial(tape, x, "e.summed", form) if form.sequence_parallel else sum_partial(tape, x, x, form)
+    if form.expert > 1:
+        if part.local_experts > 1:
+            x = _regroup(tape, x, "e.returning")
+        x = _exchange(tape, x, "e.returned", part.chosen_rows * part.spec.hidden, part)
+    return x
+
+
+def _exchange(tape: Tape, x: str, out: str, elements: Polynomial, part: Part) -> str:
+    """Choices cross to the rank of their expert, or back; the fullest rank decides how long that takes."""
+    like, most = tape.tensors[x], part.exchanged_rows * part.spec.hidden
+
+    def cross(source: str, target: Tensor) -> Operator:
+        return Operator(
+            f"{target.name}.all_to_all",
+            OperatorKind.COLLECTIVE,
+            (source,),
+            (target,),
+            touched=most,
+            collective=Collective.ALL_TO_ALL,
+            group="expert",
+        )
+
+    tape.run(cross(x, Tensor(out, elements, like.role)))
+
+    def node() -> None:
+        dx = tape.gradient_tensor(x)
+        tape.run_backward(cross(tape.gradient(out), dx))
+        tape.give(x, dx.name)
+
+    tape.node(node)
+    return out
+
+
+def _regroup(tape: Tape, x: str, out: str) -> str:
+    """Sorts what came from several ranks by expert, or back."""
+    like = tape.tensors[x]
+    tape.run(Operator(f"{out}.copy", OperatorKind.COPY, (x,), (replace(like, name=out),)))
+
+    def node() -> None:
+        dx = tape.gradient_tensor(x)
+        tape.run_backward(Operator(f"{out}.copy.backward", OperatorKind.COPY, (tape.gradient(out),), (dx,)))
+        tape.give(x, dx.name)
+
+    tape.node(node)
+    return out
+
+
+def _gather(tape: Tape, x: str, out: str, part: Part) -> str:
+    """Gives every tensor-parallel rank all rows; in backward their gradients are summed."""
+    form, like = part.form, tape.tensors[x]
+    if form.sequence_parallel:
+        whole = Tensor(out, like.elements * form.tensor, like.role)
+        tape.run(Operator(f"{out}.all_gather", OperatorKind.COLLECTIVE, (x,), (whole,), collective=Collective.ALL_GATHER, group="tensor"))
+
+        def scatter() -> None:
+            dx, reads = tape.gradient_tensor(x), (tape.gradient(out),)
+            kind = Collective.REDUCE_SCATTER
+            tape.run_backward(Operator(f"{out}.reduce_scatter", OperatorKind.COLLECTIVE, reads, (dx,), collective=kind, group="tensor"))
+            tape.give(x, dx.name)
+
+        tape.node(scatter)
+        return out
+
+    def reduce() -> None:
+        name = tape.gradient(x)
+        tape.run_backward(
+            Operator(f"{name}.all_reduce", OperatorKind.COLLECTIVE, updates=(name,), collective=Collective.ALL_REDUCE, group="tensor")
+        )
+
+    tape.node(reduce)
+    return x
+
+
+__all__ = ["experts"]

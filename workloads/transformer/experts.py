@@ -59,11 +59,16 @@ def experts(
     spec = part.spec
     low = tape.cast(x, LOW)
     chosen = _route(tape, low, part, (x, *holds))
-    rows = _take(tape, low, chosen.rows, "e.tokens", chosen.count * spec.hidden, spec.hidden)
-    inside = _enter(tape, rows, part)
-    made = _products(tape, inside, chosen, part)
-    back = _leave(tape, made, part)
-    routed = _combine(tape, back, chosen, f"{out}.routed" if spec.shared_ffn else out, part, held=(x, low))
+    rows = _take(tape, low, chosen.rows, "e.tokens", chosen.count * spec.hidden)
+    inside = _enter(tape, rows, part, spec.hidden)
+    name = f"{out}.routed" if spec.shared_ffn else out
+    if part.form.fused_experts:
+        weights = _enter(tape, _take(tape, chosen.weights, chosen.order, "e.weights.sorted", chosen.count), part, 1)
+        back = _leave(tape, _products(tape, inside, chosen, part, weights), part)
+        routed = _add_up(tape, back, chosen, name, part, held=(x, low))
+    else:
+        back = _leave(tape, _products(tape, inside, chosen, part), part)
+        routed = _add_up(tape, _scale(tape, back, chosen), chosen, name, part, held=(x, low))
     if not spec.shared_ffn:
         return routed
     return add(tape, routed, shared(low, f"{out}.shared"), out, holds=(x,))
@@ -118,7 +123,7 @@ def _best(tape: Tape, scores: str, count: Polynomial) -> str:
     return "e.best"
 
 
-def _take(tape: Tape, x: str, index: str, out: str, elements: Polynomial, width: int) -> str:
+def _take(tape: Tape, x: str, index: str, out: str, elements: Polynomial) -> str:
     """Rows of a tensor by index; its gradient is a sum into zeros."""
     like = tape.tensors[x]
     take = Operator(f"{out}.take", OperatorKind.COPY, (x, index), (Tensor(out, elements, like.role),), partial=(x,), touched=elements)
@@ -137,40 +142,71 @@ def _take(tape: Tape, x: str, index: str, out: str, elements: Polynomial, width:
     return out
 
 
-def _combine(tape: Tape, x: str, chosen: Choices, out: str, part: Part, held: tuple[str, ...]) -> str:
-    """Rows times the weights of their choices, added up per token."""
-    count, width, role = chosen.count, part.spec.hidden, tape.tensors[x].role
-    sorted_weights = _take(tape, chosen.weights, chosen.order, "e.weights.sorted", count, 1)
-    weights = tape.cast(sorted_weights, role)
-    scaled = Tensor("e.scaled", count * width, role)
+def _scale(tape: Tape, x: str, chosen: Choices) -> str:
+    """Rows times the weights of their choices."""
+    like = tape.tensors[x]
+    weights = tape.cast(_take(tape, chosen.weights, chosen.order, "e.weights.sorted", chosen.count), like.role)
+    scaled = replace(like, name="e.scaled")
     tape.run(Operator("scale", OperatorKind.ELEMENTWISE, (x, weights), (scaled,)))
-    keeps = (*held, *chosen.held, chosen.order, chosen.ends, chosen.weights)
-    result = Tensor(out, part.resident * width, role)
-    tape.run(Operator(f"{out}.zeros", OperatorKind.ELEMENTWISE, (), (result,)))
-    tape.run(Operator(f"{out}.sum", OperatorKind.ELEMENTWISE, (scaled.name, chosen.rows), updates=(out,)), holds=keeps)
 
     def node() -> None:
-        spread, dx, dw = Tensor("e.dscaled", count * width, role), tape.gradient_tensor(x), tape.gradient_tensor(weights)
-        products = Tensor("e.scale.products", count * width, role)
-        # PyTorch keeps what was added up, for its shape alone
-        tape.run_backward(hold(Operator("dscaled.take", OperatorKind.COPY, (tape.gradient(out), chosen.rows), (spread,)), (scaled.name,)))
+        dout, dx, dw = tape.gradient(scaled.name), tape.gradient_tensor(x), tape.gradient_tensor(weights)
+        products = replace(like, name="e.scale.products")
         tape.run_backward(
-            Operator("scale.dx", OperatorKind.ELEMENTWISE, (spread.name, weights), (dx,)),
-            Operator("e.scale.products", OperatorKind.ELEMENTWISE, (spread.name, x), (products,)),
+            Operator("scale.dx", OperatorKind.ELEMENTWISE, (dout, weights), (dx,)),
+            Operator("scale.products", OperatorKind.ELEMENTWISE, (dout, x), (products,)),
             Operator("scale.dw", OperatorKind.REDUCTION, (products.name,), (dw,)),
         )
         tape.give(x, dx.name)
         tape.give(weights, dw.name)
 
     tape.node(node)
+    return scaled.name
+
+
+def _add_up(tape: Tape, x: str, chosen: Choices, out: str, part: Part, held: tuple[str, ...]) -> str:
+    """Adds what a token's experts made of it."""
+    like = tape.tensors[x]
+    keeps = (*held, *chosen.held, chosen.order, chosen.ends, chosen.weights)
+    result = Tensor(out, part.resident * part.spec.hidden, like.role)
+    tape.run(Operator(f"{out}.zeros", OperatorKind.ELEMENTWISE, (), (result,)))
+    tape.run(Operator(f"{out}.sum", OperatorKind.ELEMENTWISE, (x, chosen.rows), updates=(out,)), holds=keeps)
+
+    def node() -> None:
+        dx = tape.gradient_tensor(x)
+        spread = Operator(f"{out}.spread", OperatorKind.COPY, (tape.gradient(out), chosen.rows), (dx,))
+        # PyTorch keeps what was added up, for its shape alone; a fused kernel does not
+        tape.run_backward(spread if part.form.fused_experts else hold(spread, (x,)))
+        tape.give(x, dx.name)
+
+    tape.node(node)
     return out
 
 
-def _products(tape: Tape, x: str, chosen: Choices, part: Part) -> str:
-    """Every expert's matrices on its own rows."""
+def _fused_activation(tape: Tape, sources: tuple[str, ...], weights: str, out: str) -> str:
+    """Activation, gate and weight of every row in one kernel that keeps its inputs alone."""
+    reads, like = (*sources, weights), tape.tensors[sources[0]]
+    tape.run(Operator("e.activation", OperatorKind.ELEMENTWISE, reads, (replace(like, name=out),)))
+
+    def node() -> None:
+        gradients = tuple(tape.gradient_tensor(name) for name in reads)
+        tape.run_backward(Operator("e.activation.backward", OperatorKind.ELEMENTWISE, (tape.gradient(out), *reads), gradients))
+        for name, gradient in zip(reads, gradients, strict=True):
+            tape.give(name, gradient.name)
+
+    tape.node(node)
+    return out
+
+
+def _products(tape: Tape, x: str, chosen: Choices, part: Part, weights: str | None = None) -> str:
+    """Every expert's matrices on its own rows, which are weighted between the products where one kernel does so."""
     spec = part.spec
     gated = spec.activation == "swiglu"
-    if gated:
+    if weights is not None:
+        names = (("gate", "e.g"), ("up", "e.u")) if gated else (("fc1", "e.f"),)
+        made = tuple(_grouped(tape, x, f"mlp.experts.{name}", out, part, chosen.ends, up=True) for name, out in names)
+        _fused_activation(tape, made, weights, "e.act")
+    elif gated:
         _grouped(tape, x, "mlp.experts.gate", "e.g", part, chosen.ends, up=True)
         unary(tape, "e.g", "e.silu", "e.s")
         _grouped(tape, x, "mlp.experts.up", "e.u", part, chosen.ends, up=True)
@@ -208,45 +244,35 @@ def _grouped(tape: Tape, x: str, name: str, out: str, part: Part, ends: str, *, 
     return out
 
 
-def _enter(tape: Tape, x: str, part: Part) -> str:
-    """Brings choices to the ranks that hold their experts."""
-    spec, form = part.spec, part.form
-    width = spec.hidden
+def _enter(tape: Tape, x: str, part: Part, width: int) -> str:
+    """Brings choices, or `width` numbers of each, to the ranks that hold their experts."""
+    form = part.form
     if form.expert > 1:
-        x = _exchange(tape, x, "e.received", part.exchanged_rows * width, part)
+        x = _exchange(tape, x, f"{x}.received", part.exchanged_rows * width, part, width)
         if part.local_experts > 1:
-            x = _regroup(tape, x, "e.regrouped")
-    if form.tensor > 1:
-        x = _gather(tape, x, "e.gathered", part)
-    return x
+            x = _regroup(tape, x)
+    return _gather(tape, x, part) if form.tensor > 1 else x
 
 
 def _leave(tape: Tape, x: str, part: Part) -> str:
     """Sums what tensor-parallel ranks made and returns it to the ranks that the tokens came from."""
-    form = part.form
+    form, width = part.form, part.spec.hidden
     if form.tensor > 1:
-        x = sum_partial(tape, x, "e.summed", form) if form.sequence_parallel else sum_partial(tape, x, x, form)
+        x = sum_partial(tape, x, f"{x}.summed" if form.sequence_parallel else x, form)
     if form.expert > 1:
         if part.local_experts > 1:
-            x = _regroup(tape, x, "e.returning")
-        x = _exchange(tape, x, "e.returned", part.chosen_rows * part.spec.hidden, part)
+            x = _regroup(tape, x)
+        x = _exchange(tape, x, "e.returned", part.chosen_rows * width, part, width)
     return x
 
 
-def _exchange(tape: Tape, x: str, out: str, elements: Polynomial, part: Part) -> str:
+def _exchange(tape: Tape, x: str, out: str, elements: Polynomial, part: Part, width: int) -> str:
     """Choices cross to the rank of their expert, or back; the fullest rank decides how long that takes."""
-    like, most = tape.tensors[x], part.exchanged_rows * part.spec.hidden
+    like, most = tape.tensors[x], part.exchanged_rows * width
 
     def cross(source: str, target: Tensor) -> Operator:
-        return Operator(
-            f"{target.name}.all_to_all",
-            OperatorKind.COLLECTIVE,
-            (source,),
-            (target,),
-            touched=most,
-            collective=Collective.ALL_TO_ALL,
-            group="expert",
-        )
+        name, kind = f"{target.name}.all_to_all", Collective.ALL_TO_ALL
+        return Operator(name, OperatorKind.COLLECTIVE, (source,), (target,), touched=most, collective=kind, group="expert")
 
     tape.run(cross(x, Tensor(out, elements, like.role)))
 
@@ -259,9 +285,9 @@ def _exchange(tape: Tape, x: str, out: str, elements: Polynomial, part: Part) ->
     return out
 
 
-def _regroup(tape: Tape, x: str, out: str) -> str:
+def _regroup(tape: Tape, x: str) -> str:
     """Sorts what came from several ranks by expert, or back."""
-    like = tape.tensors[x]
+    like, out = tape.tensors[x], f"{x}.regrouped"
     tape.run(Operator(f"{out}.copy", OperatorKind.COPY, (x,), (replace(like, name=out),)))
 
     def node() -> None:
@@ -273,9 +299,9 @@ def _regroup(tape: Tape, x: str, out: str) -> str:
     return out
 
 
-def _gather(tape: Tape, x: str, out: str, part: Part) -> str:
+def _gather(tape: Tape, x: str, part: Part) -> str:
     """Gives every tensor-parallel rank all rows; in backward their gradients are summed."""
-    form, like = part.form, tape.tensors[x]
+    form, like, out = part.form, tape.tensors[x], f"{x}.gathered"
     if form.sequence_parallel:
         whole = Tensor(out, like.elements * form.tensor, like.role)
         tape.run(Operator(f"{out}.all_gather", OperatorKind.COLLECTIVE, (x,), (whole,), collective=Collective.ALL_GATHER, group="tensor"))

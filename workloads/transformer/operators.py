@@ -46,6 +46,7 @@ def workload(
         input_bytes=8 * (part.tokens + targets),
         description=description,
         source=source,
+        assumptions=_spread(part),
         reform=lambda form: workload(spec, name=name, description=description, source=source, form=form),
     )
 
@@ -74,6 +75,15 @@ def embedding(part: Part) -> Layer:
         x = _normalize(tape, x, "norm", "normalized", part)
     x = dropout(tape, x, "dropped", spec.dropout)
     return tape.layer("embedding", out=x, cut=wide, inputs=False)
+
+
+def _spread(part: Part) -> tuple[str, ...]:
+    """What is taken to be so about the router's choices."""
+    if part.form.expert == 1:
+        return ()
+    load = part.spec.load
+    share = "as many tokens as any other (load=1)" if load == 1 else f"{load:g} times as many tokens as the mean (load={load:g})"
+    return (f"the fullest rank of those that share the experts gets {share}, in every block; its pace is that of all",)
 
 
 def blocks(part: Part) -> tuple[Layer, ...]:

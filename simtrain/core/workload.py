@@ -262,7 +262,8 @@ class Form:
         regather: Whether what sequence parallelism gathered is dropped and gathered again in backward (Megatron-LM).
         overlap: Whether the reduction of an input's gradient runs beside the product that makes the weight's gradient.
         vocabulary_multiple: The vocabulary is padded to a multiple of this many rows per rank.
-        fused_experts: Whether one kernel applies activation, gate and weight to the rows of experts (Megatron-LM).
+        expert_weights: Where the weights of a token's experts are multiplied in: "after" their products; "between" the products, in fp32;
+            "fused" there, in one kernel with activation and gate (Megatron-LM).
         untied: Whether a weight that two layers share is held twice, because the layers are on different ranks.
     """
 
@@ -275,7 +276,7 @@ class Form:
     regather: bool = False
     overlap: bool = False
     vocabulary_multiple: int = 1
-    fused_experts: bool = False
+    expert_weights: Literal["after", "between", "fused"] = "after"
     untied: bool = False
 
 

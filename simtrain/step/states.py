@@ -68,7 +68,8 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
         row[COLUMN[MemoryKind.ROUNDING]] += states * state[1] / over
     for expert in (False, True):
         total = sum(p.elements for p in parameters if p.trained and p.expert is expert)
-        _add_gradients(row, setting, total, shards(setting, expert=expert))
+        holders = strategy.data * strategy.context // (strategy.expert if expert else 1)
+        _add_gradients(row, setting, total, shards(setting, expert=expert), holders)
     if strategy.zero == 2:
         whole = sum(p.elements for p in parameters if p.trained) * precision.parameter.size_bytes
         row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, whole)
@@ -78,7 +79,7 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     return row
 
 
-def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int) -> None:
+def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int, holders: int) -> None:
     """Gradients that persist, and second copies of them in the buckets in which they are reduced."""
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
     gradient = COLUMN[MemoryKind.GRADIENT]
@@ -90,10 +91,11 @@ def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int) -> 
         return
     if precision.master is not None:  # gradients in the master's format live beside those of the weights
         row[gradient] += total * precision.state.size_bytes / over
-    if strategy.data * strategy.context > 1:
-        # buckets hold a second copy of the gradients, or the gradients themselves
-        column = MemoryKind.GRADIENT if runtime.gradient_as_bucket_view else MemoryKind.COMMUNICATION
-        row[COLUMN[column]] += total * precision.parameter.size_bytes
+    # buckets hold the gradients themselves, or a second copy of those that are reduced
+    if runtime.gradient_as_bucket_view and strategy.data * strategy.context > 1:
+        row[gradient] += total * precision.parameter.size_bytes
+    elif holders > 1:
+        row[COLUMN[MemoryKind.COMMUNICATION]] += total * precision.parameter.size_bytes
 
 
 def _rounded(elements: float, size: float, caching: bool) -> tuple[float, float]:

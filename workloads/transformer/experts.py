@@ -62,7 +62,7 @@ def experts(
     rows = _take(tape, low, chosen.rows, "e.tokens", chosen.count * spec.hidden)
     inside = _enter(tape, rows, part, spec.hidden)
     name = f"{out}.routed" if spec.shared_ffn else out
-    if part.form.fused_experts:
+    if part.form.expert_weights != "after":
         weights = _enter(tape, _take(tape, chosen.weights, chosen.order, "e.weights.sorted", chosen.count), part, 1)
         back = _leave(tape, _products(tape, inside, chosen, part, weights), part)
         routed = _add_up(tape, back, chosen, name, part, held=(x, low))
@@ -176,7 +176,7 @@ def _add_up(tape: Tape, x: str, chosen: Choices, out: str, part: Part, held: tup
         dx = tape.gradient_tensor(x)
         spread = Operator(f"{out}.spread", OperatorKind.COPY, (tape.gradient(out), chosen.rows), (dx,))
         # PyTorch keeps what was added up, for its shape alone; a fused kernel does not
-        tape.run_backward(spread if part.form.fused_experts else hold(spread, (x,)))
+        tape.run_backward(hold(spread, (x,)) if part.form.expert_weights == "after" else spread)
         tape.give(x, dx.name)
 
     tape.node(node)
@@ -202,7 +202,7 @@ def _products(tape: Tape, x: str, chosen: Choices, part: Part, weights: str | No
     """Every expert's matrices on its own rows, which are weighted between the products where one kernel does so."""
     spec = part.spec
     gated = spec.activation == "swiglu"
-    if weights is not None:
+    if weights is not None and part.form.expert_weights == "fused":
         names = (("gate", "e.g"), ("up", "e.u")) if gated else (("fc1", "e.f"),)
         made = tuple(_grouped(tape, x, f"mlp.experts.{name}", out, part, chosen.ends, up=True) for name, out in names)
         _fused_activation(tape, made, weights, "e.act")
@@ -214,7 +214,32 @@ def _products(tape: Tape, x: str, chosen: Choices, part: Part, weights: str | No
     else:
         _grouped(tape, x, "mlp.experts.fc1", "e.f", part, chosen.ends, up=True)
         unary(tape, "e.f", "e.relu_squared" if spec.activation == "relu-squared" else "e.gelu", "e.act")
-    return _grouped(tape, "e.act", "mlp.experts.down" if gated else "mlp.experts.fc2", "e.y", part, chosen.ends, up=False)
+    act = "e.act"
+    if weights is not None and part.form.expert_weights == "between":
+        act = _weigh(tape, act, weights)
+    return _grouped(tape, act, "mlp.experts.down" if gated else "mlp.experts.fc2", "e.y", part, chosen.ends, up=False)
+
+
+def _weigh(tape: Tape, x: str, weights: str) -> str:
+    """Rows times fp32 weights, in fp32, brought back to their own format."""
+    like = tape.tensors[x]
+    high = replace(like, name=f"{x}.weighed", role=FP32)
+    tape.run(Operator(high.name, OperatorKind.ELEMENTWISE, (x, weights), (high,)))
+
+    def node() -> None:
+        dout, dx, dw = tape.gradient(high.name), tape.gradient_tensor(x), tape.gradient_tensor(weights)
+        own, products = replace(high, name=f"{high.name}.dx"), replace(high, name=f"{high.name}.products")
+        tape.run_backward(
+            Operator(own.name, OperatorKind.ELEMENTWISE, (dout, weights), (own,)),
+            Operator(products.name, OperatorKind.ELEMENTWISE, (dout, x), (products,)),
+            Operator(f"{high.name}.dw", OperatorKind.REDUCTION, (products.name,), (dw,)),
+        )
+        tape.run_backward(Operator(f"{high.name}.dx.cast", OperatorKind.CAST, (own.name,), (dx,)))
+        tape.give(x, dx.name)
+        tape.give(weights, dw.name)
+
+    tape.node(node)
+    return tape.cast(high.name, like.role)
 
 
 def _grouped(tape: Tape, x: str, name: str, out: str, part: Part, ends: str, *, up: bool) -> str:

@@ -5,10 +5,10 @@ import pytest
 import simtrain as st
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.precision import DTypeRole
+from simtrain.core.result import MemoryKind
 from simtrain.core.runtime import RUNTIMES
 from simtrain.core.workload import Collective, Form, OperatorKind, Tensor, Workload
 from simtrain.step.occupancy import COLUMN
-from simtrain.core.result import MemoryKind
 from simtrain.step.states import persistent
 from tests.step.books import layout, ledger_of
 from workloads.common.tape import Tape
@@ -52,12 +52,12 @@ def test_every_choice_crosses_four_times():
 
 def test_an_uneven_load_slows_the_fullest_rank_and_no_model_flops():
     even, uneven = (form(mixture(load=load), expert=4) for load in (1.0, 1.5))
-    products = [
-        sum(op.flops(2, 128) for op in work.layers[1].forward if op.kind is OperatorKind.BATCHED_GEMM) for work in (even, uneven)
-    ]
+    products = [sum(op.flops(2, 128) for op in work.layers[1].forward if op.kind is OperatorKind.BATCHED_GEMM) for work in (even, uneven)]
     assert products[1] == pytest.approx(1.5 * products[0])
     assert mixture(load=1.5).model_flops(2) == mixture().model_flops(2)
-    slow, fast = (st.schedule(mixture(load=load), "4x a100-sxm-80g", "data=4,expert=4,precision=bf16,micro_batch=64") for load in (4.0, 1.0))
+    slow, fast = (
+        st.schedule(mixture(load=load), "4x a100-sxm-80g", "data=4,expert=4,precision=bf16,micro_batch=64") for load in (4.0, 1.0)
+    )
     assert slow.step_time_s > fast.step_time_s
     assert any("load=4" in text for text in slow.assumptions)
     assert any("load=1" in text for text in fast.assumptions)

@@ -41,9 +41,7 @@ class Tape:
         self._inputs = tuple(t for t in given if t.name.startswith("input:"))
         self._buffer_bytes = 0
 
-    def parameter(
-        self, name: str, *shape: int, tied_to: str | None = None, gradient: str | None = None, expert: bool = False
-    ) -> str:
+    def parameter(self, name: str, *shape: int, tied_to: str | None = None, gradient: str | None = None, expert: bool = False) -> str:
         """Registers a parameter and returns its name.
 
         Args:

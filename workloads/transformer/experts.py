@@ -43,9 +43,7 @@ class Choices:
     held: tuple[str, ...]
 
 
-def experts(
-    tape: Tape, x: str, out: str, part: Part, shared: Callable[[str, str], str], *, holds: tuple[str, ...] = ()
-) -> str:
+def experts(tape: Tape, x: str, out: str, part: Part, shared: Callable[[str, str], str], *, holds: tuple[str, ...] = ()) -> str:
     """Routed experts, and the shared ones that every token passes.
 
     Args:

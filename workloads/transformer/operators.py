@@ -99,7 +99,7 @@ def blocks(part: Part) -> tuple[Layer, ...]:
     return tuple(made)
 
 
-def block(part: Part, *, has_experts: bool, repeats: int, name: str = "block") -> Layer:
+def block(part: Part, *, has_experts: bool = False, repeats: int = 1, name: str = "block") -> Layer:
     """Attention and feed-forward part, each added to the residual stream.
 
     Args:

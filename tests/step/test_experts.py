@@ -111,8 +111,9 @@ def layer_of_experts(form: Form) -> Workload:
 def test_a_layer_of_mixtral_has_the_memory_that_megatron_measured():
     """2.692 GiB on H100 over 8 expert-parallel ranks (Megatron-LM, `moe_perf/baseline.json`, mixtral_a2a_tp1ep8_bf16).
 
-    The benchmark runs the layer without fused activation, without gradient buffers and without an optimizer.
+    The benchmark runs the layer without fused activation (weights multiplied in fp32 between the products, `moe/experts.py`), without
+    gradient buffers and without an optimizer (`moe_perf/__main__.py`).
     """
     plain = RUNTIMES["megatron"].with_(expert_weights="between", main_gradients=False, gradient_as_bucket_view=False)
     book = ledger_of(layer_of_experts(Form()), st.Strategy(data=8, expert=8, precision="bf16", optimizer="sgd"), plain)
-    assert book.moments[book.peak].sum() / 2**30 == pytest.approx(2.692, rel=0.05)
+    assert book.moments[book.peak].sum() / 2**30 == pytest.approx(2.692, rel=0.02)

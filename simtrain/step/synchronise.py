@@ -66,7 +66,7 @@ def chunk_buckets(layout: Layout, stage: int, chunk: int) -> tuple[tuple[Bucket,
             placed = place(layout.fabric, among)
             made = gradient_buckets(part.workload, setting.precision, setting.runtime, expert=expert)
             found += [(bucket, placed) for bucket in made]
-    return tuple(found)
+    return tuple(sorted(found, key=lambda f: -f[0].ready_after_layer))  # as they become ready
 
 
 def reduction(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCost:

@@ -40,7 +40,7 @@ class Part:
         spec, form = self.spec, self.form
         if not spec.experts:
             if form.expert != 1:
-                raise StrategyError("expert=1 is all that a model without experts allows")
+                raise StrategyError(f"expert={form.expert} divides experts, of which this model has none: use expert=1")
             return
         self._divides("experts", spec.experts, form.expert, "expert")
         self._divides("expert width", spec.expert_width, form.tensor, "tensor")

@@ -262,6 +262,8 @@ class Form:
         regather: Whether what sequence parallelism gathered is dropped and gathered again in backward (Megatron-LM).
         overlap: Whether the reduction of an input's gradient runs beside the product that makes the weight's gradient.
         vocabulary_multiple: The vocabulary is padded to a multiple of this many rows per rank.
+        expert_weights: Where the weights of a token's experts are multiplied in: "after" their products; "between" the products, in fp32;
+            "fused" there, in one kernel with activation and gate (Megatron-LM).
         untied: Whether a weight that two layers share is held twice, because the layers are on different ranks.
     """
 
@@ -274,6 +276,7 @@ class Form:
     regather: bool = False
     overlap: bool = False
     vocabulary_multiple: int = 1
+    expert_weights: Literal["after", "between", "fused"] = "after"
     untied: bool = False
 
 
@@ -289,6 +292,7 @@ class Workload:
         input_bytes: Bytes of one batch of inputs and targets.
         description: One line.
         source: Where the architecture's numbers come from.
+        assumptions: What is taken to be so about the data that pass through it.
         reform: Writes it in another form; `None` where only the whole model is known. Raises `StrategyError` for an impossible one.
     """
 
@@ -299,6 +303,7 @@ class Workload:
     input_bytes: Polynomial = ZERO
     description: str = ""
     source: str = ""
+    assumptions: tuple[str, ...] = ()
     reform: Callable[[Form], Workload] | None = field(default=None, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Layer]:

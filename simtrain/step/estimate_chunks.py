@@ -22,7 +22,7 @@ from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.results import assemble, by_rank, memory_report
 from simtrain.step.schedules import Action
-from simtrain.step.synchronise import chunk_buckets, reduction, tie_cost, update_cost
+from simtrain.step.synchronise import chunk_buckets, reduction, shared_parameters, sharing, tie_cost, update_cost
 
 
 def in_order(ready_s: FloatArray, durations_s: FloatArray, start_s: float = 0.0) -> FloatArray:
@@ -37,14 +37,13 @@ def gather_s(layout: Layout, stage: int) -> float:
     setting = layout.setting
     if setting.strategy.zero not in (1, 2) or layout.grid.holders == 1:
         return 0.0
-    placed = place(layout.fabric, layout.grid.holder_groups(stage, setting.strategy.shard))
     size = setting.precision.parameter.size_bytes
     held = layout.by_stage[stage][0].chunks
+    layers = [x for chunk in held for x in chunk.workload if x.trained]
     if setting.runtime.overlap_gather:  # only what the first layer needs stands in the way
-        first = next((sum(p.elements for p in x.trained) for x in held[0].workload if x.trained), 0)
-        return cost(layout.fabric, Collective.ALL_GATHER, placed, first * size).time_s
-    total = sum(p.elements for chunk in held for p in chunk.trained)
-    return cost(layout.fabric, Collective.ALL_GATHER, placed, total * size).time_s
+        layers = layers[:1]
+    counts = [(sum(shared_parameters(x, expert=expert) for x in layers), placed) for expert, placed in sharing(layout, stage)]
+    return sum(cost(layout.fabric, Collective.ALL_GATHER, placed, n * size).time_s for n, placed in counts if n)
 
 
 def work_parts(passes: Sequence[PassCost]) -> dict[str, float]:

@@ -107,6 +107,12 @@ def _refuse_unmodelled(strategy: Strategy) -> None:
         raise StrategyError(
             f"expert={strategy.expert} must divide the {holders} ranks of data x context, from which expert ranks come: use expert={fits}"
         )
+    if strategy.expert > 1 and (strategy.zero == 3 or strategy.shard):
+        field = "zero=3" if strategy.zero == 3 else f"shard={strategy.shard}"
+        raise UnsupportedError(
+            f"{field} with expert={strategy.expert} is not modelled (experts would be sharded over other ranks than the rest): "
+            "use zero=2 or less without shard, or expert=1"
+        )
     if strategy.shard and (holders % strategy.shard or strategy.shard > holders):
         fits = max(d for d in range(1, min(strategy.shard, holders) + 1) if holders % d == 0)
         raise StrategyError(

@@ -82,6 +82,7 @@ def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime) -> Workl
         loss=runtime.loss,
         regather=runtime.regather,
         overlap=runtime.overlap_tensor,
+        expert_weights=runtime.expert_weights if any(p.expert for layer in workload.layers for p in layer.parameters) else "after",
         vocabulary_multiple=runtime.vocabulary_multiple,
         untied=strategy.pipeline > 1,
     )

@@ -28,10 +28,16 @@ STEP_COUNTER_BYTES = 4
 """AdamW keeps a step counter tensor per parameter (`torch/optim/adamw.py`)."""
 
 
-def shards(setting: Setting) -> int:
-    """Ranks over which ZeRO shards; 1 without it."""
+def shards(setting: Setting, *, expert: bool = False) -> int:
+    """Ranks over which ZeRO shards; 1 without it.
+
+    Args:
+        setting: The question.
+        expert: Of parameters of experts, which only the ranks with the same experts share.
+    """
     strategy = setting.strategy
-    return (strategy.shard or strategy.data * strategy.context) if strategy.zero else 1
+    holders = (strategy.shard or strategy.data * strategy.context) if strategy.zero else 1
+    return max(holders // strategy.expert, 1) if expert else holders
 
 
 def holds_gradients(setting: Setting) -> bool:
@@ -46,12 +52,12 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     row = np.zeros(len(KINDS))
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
     parameters = [p for chunk in lane.chunks for p in chunk.parameters]
-    over = shards(setting)
     adam = OPTIMIZERS[strategy.optimizer] == 2
     states = OPTIMIZERS[strategy.optimizer] + (precision.master is not None)
     whole_size = 0 if strategy.zero == 3 and precision.master is not None else precision.parameter.size_bytes
-    spread = over if strategy.zero == 3 else 1
     for parameter in parameters:
+        over = shards(setting, expert=parameter.expert)
+        spread = over if strategy.zero == 3 else 1
         weights = _rounded(parameter.elements / spread, whole_size, runtime.allocator == "caching")
         row[COLUMN[MemoryKind.PARAMETER]] += weights[0]
         row[COLUMN[MemoryKind.ROUNDING]] += weights[1]
@@ -60,32 +66,36 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
         state = _rounded(parameter.elements, precision.state.size_bytes, runtime.allocator == "caching")
         row[COLUMN[MemoryKind.OPTIMIZER]] += (states * state[0] + STEP_COUNTER_BYTES * adam) / over
         row[COLUMN[MemoryKind.ROUNDING]] += states * state[1] / over
-    total = sum(p.elements for p in parameters if p.trained)
-    _add_gradients(row, setting, total, over)
+    for expert in (False, True):
+        total = sum(p.elements for p in parameters if p.trained and p.expert is expert)
+        holders = strategy.data * strategy.context // (strategy.expert if expert else 1)
+        _add_gradients(row, setting, total, shards(setting, expert=expert), holders)
+    if strategy.zero == 2:
+        whole = sum(p.elements for p in parameters if p.trained) * precision.parameter.size_bytes
+        row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, whole)
     row[COLUMN[MemoryKind.PARAMETER]] += sum(x.buffer_bytes for chunk in lane.chunks for x in chunk.workload)
     row[COLUMN[MemoryKind.INPUT]] += lane.chunks[0].workload.input_bytes(strategy.micro_batch, lane.place.sequence)
     row[COLUMN[MemoryKind.WORKSPACE]] += runtime.workspace_bytes
     return row
 
 
-def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int) -> None:
-    """Gradients that persist, and the buckets in which they are reduced."""
+def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int, holders: int) -> None:
+    """Gradients that persist, and second copies of them in the buckets in which they are reduced."""
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
     gradient = COLUMN[MemoryKind.GRADIENT]
     if strategy.zero >= 2:
         row[gradient] += total * gradient_bytes(precision, runtime) / over
-        if strategy.zero == 2:
-            row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, total * precision.parameter.size_bytes)
         return
     if runtime.main_gradients:
         row[gradient] += 4 * total
         return
     if precision.master is not None:  # gradients in the master's format live beside those of the weights
         row[gradient] += total * precision.state.size_bytes / over
-    if strategy.data * strategy.context > 1:
-        # buckets hold a second copy of the gradients, or the gradients themselves
-        column = MemoryKind.GRADIENT if runtime.gradient_as_bucket_view else MemoryKind.COMMUNICATION
-        row[COLUMN[column]] += total * precision.parameter.size_bytes
+    # buckets hold the gradients themselves, or a second copy of those that are reduced
+    if runtime.gradient_as_bucket_view and strategy.data * strategy.context > 1:
+        row[gradient] += total * precision.parameter.size_bytes
+    elif holders > 1:
+        row[COLUMN[MemoryKind.COMMUNICATION]] += total * precision.parameter.size_bytes
 
 
 def _rounded(elements: float, size: float, caching: bool) -> tuple[float, float]:
@@ -100,9 +110,10 @@ def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
     if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused":
         return row
     size = setting.precision.state.size_bytes
-    sizes = [p.elements for chunk in lane.chunks for p in chunk.trained]
+    parameters = [p for chunk in lane.chunks for p in chunk.trained]
+    sizes = [p.elements for p in parameters]
     if runtime.optimizer_style == "foreach":
-        row[COLUMN[MemoryKind.TRANSIENT]] = sum(sizes) * size / shards(setting)
+        row[COLUMN[MemoryKind.TRANSIENT]] = sum(p.elements / shards(setting, expert=p.expert) for p in parameters) * size
     elif sizes:
         # the root of the second moment and the denominator made from it, while the denominator of the parameter before is still held
         row[COLUMN[MemoryKind.TRANSIENT]] = max(2 * own + before for before, own in pairwise([0, *sizes])) * size

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from simtrain.core.program import TermKind
-from simtrain.core.workload import Collective
+from simtrain.core.workload import Collective, Layer
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.step.buckets import Bucket, gradient_buckets, gradient_bytes
 from simtrain.step.builder import Builder
@@ -21,6 +21,7 @@ from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, tied_parameter
+from simtrain.step.states import shards
 
 Cell = tuple[int, int]
 """A stage and one of its chunks."""
@@ -65,7 +66,7 @@ def chunk_buckets(layout: Layout, stage: int, chunk: int) -> tuple[tuple[Bucket,
             placed = place(layout.fabric, among)
             made = gradient_buckets(part.workload, setting.precision, setting.runtime, expert=expert)
             found += [(bucket, placed) for bucket in made]
-    return tuple(found)
+    return tuple(sorted(found, key=lambda f: -f[0].ready_after_layer))  # as they become ready
 
 
 def reduction(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCost:
@@ -74,13 +75,24 @@ def reduction(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCo
     return cost(layout.fabric, Collective.REDUCE_SCATTER if scatter else Collective.ALL_REDUCE, placed, size_bytes)
 
 
+def sharing(layout: Layout, stage: int) -> list[tuple[bool, Placed]]:
+    """The ranks that share updated parameters: those of everything but experts, and those with the same experts."""
+    grid = layout.grid
+    groups = {False: grid.holder_groups(stage, layout.setting.strategy.shard), True: grid.expert_holder_groups(stage)}
+    return [(expert, place(layout.fabric, among)) for expert, among in groups.items() if len(among[0]) > 1]
+
+
+def shared_parameters(layer: Layer, *, expert: bool) -> int:
+    """Trained parameters of a layer that belong to experts, or all others."""
+    return sum(p.elements for p in layer.trained if p.expert is expert)
+
+
 def update_cost(setting: Setting, lane: Lane) -> PassCost:
     """What the optimizer costs a lane, over all its chunks."""
-    strategy = setting.strategy
-    holders = strategy.data * strategy.context
-    shards = (strategy.shard or holders) if strategy.zero else 1
-    parameters = [p.elements for chunk in lane.chunks for p in chunk.trained]
-    kernels = optimizer_kernels(parameters, strategy.optimizer, setting.precision, setting.runtime, shards)
+    over = {expert: shards(setting, expert=expert) for expert in (False, True)}
+    # experts are divided among fewer ranks, so that each updates more of them
+    parameters = [p.elements * (over[False] // over[p.expert]) for chunk in lane.chunks for p in chunk.trained]
+    kernels = optimizer_kernels(parameters, setting.strategy.optimizer, setting.precision, setting.runtime, over[False])
     return pass_cost(lane.place.device, kernels, setting.runtime)
 
 
@@ -211,11 +223,10 @@ class Replicated:
     def _gather(self, updates: Sequence[int]) -> None:
         """Gathers updated parameters; the next step's forward passes wait for theirs, or all of them for everything."""
         layout, setting = self.layout, self.setting
-        groups = [layout.grid.holder_groups(stage, setting.strategy.shard) for stage in range(layout.grid.pipeline)]
         for stage, lanes in enumerate(layout.by_stage):
-            placed = place(layout.fabric, groups[stage])
+            sharers = sharing(layout, stage)
             for c, chunk in enumerate(lanes[0].chunks):
-                for first, size in _gather_sizes(chunk, setting):
+                for first, size, placed in (gather for found in sharers for gather in _gathers(chunk, setting, found)):
                     price = cost(layout.fabric, Collective.ALL_GATHER, placed, size)
                     waits = [updates[lane.index] for lane in lanes]
                     term = self.build.transfer(TermKind.COLLECTIVE, self._stream((stage,)), "gather parameters", price, waits)
@@ -224,10 +235,10 @@ class Replicated:
                         self.build.carries.append((term, self.first_forward[target], 0.0))
 
 
-def _gather_sizes(chunk: Chunk, setting: Setting) -> list[tuple[int, float]]:
-    """First layer and bytes of what is gathered together: each layer by itself where that overlaps, else all of them."""
-    size = setting.precision.parameter.size_bytes
-    layers = [size * sum(p.elements for p in layer.trained) for layer in chunk.workload]
+def _gathers(chunk: Chunk, setting: Setting, sharers: tuple[bool, Placed]) -> list[tuple[int, float, Placed]]:
+    """First layer, bytes and ranks of what is gathered together: each layer by itself where that overlaps, else all of them."""
+    expert, placed = sharers
+    layers = [setting.precision.parameter.size_bytes * shared_parameters(layer, expert=expert) for layer in chunk.workload]
     if setting.runtime.overlap_gather and setting.strategy.pipeline == 1:
-        return [(i, float(s)) for i, s in enumerate(layers) if s]
-    return [(0, float(sum(layers)))]
+        return [(i, float(s), placed) for i, s in enumerate(layers) if s]
+    return [(0, float(sum(layers)), placed)] if sum(layers) else []

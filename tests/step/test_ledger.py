@@ -49,7 +49,8 @@ def test_only_states_and_gradients_survive_a_step(family, recipe, checkpoint, ac
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    family=some.sampled_from(["gpt", "llama"]),
+    family=some.sampled_from(["gpt", "llama", "mixture"]),
+    expert=some.sampled_from([1, 2]),
     recipe=some.sampled_from(["fp32", "bf16-amp", "bf16"]),
     checkpoint=some.sampled_from(["none", "full", "every:2"]),
     schedule=some.sampled_from(["1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "dualpipe", "breadth-first"]),
@@ -61,9 +62,10 @@ def test_only_states_and_gradients_survive_a_step(family, recipe, checkpoint, ac
     stage=some.sampled_from([0, 1]),
 )
 def test_nothing_leaks_on_any_rank_of_a_pipeline(
-    family, recipe, checkpoint, schedule, tensor, sequence_parallel, context, zero, runtime, stage
+    family, expert, recipe, checkpoint, schedule, tensor, sequence_parallel, context, zero, runtime, stage
 ):
-    workload = st.workload(family, seq_len=32, **(SIZES | {"layers": 8}))
+    mixed = {"experts": 4, "top_k": 2, "expert_ffn": 32, "shared_ffn": 16} if family == "mixture" else {}
+    workload = st.workload("llama" if mixed else family, seq_len=32, **(SIZES | {"layers": 8} | mixed))
     strategy = st.Strategy(
         data=2,
         pipeline=2,
@@ -77,6 +79,7 @@ def test_nothing_leaks_on_any_rank_of_a_pipeline(
         checkpoint=checkpoint,
         zero=zero,
         optimizer="sgd",
+        expert=expert if mixed and zero < 3 else 1,
     )
     book = ledger_of(workload, strategy, RUNTIMES[runtime], stage)
     laid = layout(workload, strategy, RUNTIMES[runtime])

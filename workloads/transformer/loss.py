@@ -17,8 +17,8 @@ from workloads.transformer.part import Part
 def lm_head(tape: Tape, x: str, part: Part) -> None:
     """Next-token prediction; a tied head hands its part of the table's gradient to the embedding as `shared:dwte`."""
     spec, form = part.spec, part.form
-    tied = {"tied_to": "embedding.wte.weight", "gradient": "shared:dwte"} if part.tied else {}
-    weight = tape.parameter("linear.weight", part.vocabulary, spec.hidden, **tied)
+    table, gradient = ("embedding.wte.weight", "shared:dwte") if part.tied else (None, None)
+    weight = tape.parameter("linear.weight", part.vocabulary, spec.hidden, tied_to=table, gradient=gradient)
     inner, outer = Axis(Role.HIDDEN, spec.hidden), Axis(Role.VOCABULARY, part.vocabulary)
     kind = TensorKind.LOGITS
     if part.whole:

@@ -91,21 +91,24 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class FeedForward(nn.Module):
     """Two matrices around a GELU or a squared ReLU."""
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    def __init__(self, spec: TransformerSpec, width: int) -> None:
         super().__init__()
         self.activation = spec.activation
-        self.fc1 = nn.Linear(spec.hidden, spec.ffn_width, bias=spec.bias)
-        self.fc2 = nn.Linear(spec.ffn_width, spec.hidden, bias=spec.bias)
+        self.fc1 = nn.Linear(spec.hidden, width, bias=spec.bias)
+        self.fc2 = nn.Linear(width, spec.hidden, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transforms every position on its own."""
-        inner = self.fc1(x)
-        if self.activation == "relu-squared":
-            act: Tensor = SquaredReLU.apply(inner)  # type: ignore[no-untyped-call]
-        else:
-            act = F.gelu(inner, approximate="tanh" if self.activation == "gelu-tanh" else "none")
-        mixed: Tensor = self.fc2(act)
+        mixed: Tensor = self.fc2(activate(self.fc1(x), self.activation))
         return mixed
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """Applies an activation function without a gate."""
+    if name == "relu-squared":
+        squared: Tensor = SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+        return squared
+    return F.gelu(x, approximate="tanh" if name == "gelu-tanh" else "none")
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -127,11 +130,11 @@ class SquaredReLU(torch.autograd.Function):
 class GatedFeedForward(nn.Module):
     """Three matrices, one of them a gate (Shazeer 2020, "GLU variants improve Transformer")."""
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    def __init__(self, spec: TransformerSpec, width: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(spec.hidden, spec.ffn_width, bias=spec.bias)
-        self.up = nn.Linear(spec.hidden, spec.ffn_width, bias=spec.bias)
-        self.down = nn.Linear(spec.ffn_width, spec.hidden, bias=spec.bias)
+        self.gate = nn.Linear(spec.hidden, width, bias=spec.bias)
+        self.up = nn.Linear(spec.hidden, width, bias=spec.bias)
+        self.down = nn.Linear(width, spec.hidden, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transforms every position on its own."""
@@ -139,15 +142,78 @@ class GatedFeedForward(nn.Module):
         return mixed
 
 
+class GroupedExperts(nn.Module):
+    """The matrices of all experts, each multiplied by the rows of its own, all experts in one kernel."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.activation = spec.activation
+        wide = (spec.experts, spec.hidden, spec.expert_width)
+        if spec.activation == "swiglu":
+            self.gate, self.up = nn.Parameter(torch.empty(wide)), nn.Parameter(torch.empty(wide))
+            self.down = nn.Parameter(torch.empty(spec.experts, spec.expert_width, spec.hidden))
+        else:
+            self.fc1 = nn.Parameter(torch.empty(wide))
+            self.fc2 = nn.Parameter(torch.empty(spec.experts, spec.expert_width, spec.hidden))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Transforms rows sorted by expert; `ends` says where each expert's rows end."""
+        if self.activation == "swiglu":
+            inner = F.silu(F.grouped_mm(x, low(self.gate), offs=ends)) * F.grouped_mm(x, low(self.up), offs=ends)
+            return F.grouped_mm(inner, low(self.down), offs=ends)
+        inner = activate(F.grouped_mm(x, low(self.fc1), offs=ends), self.activation)
+        return F.grouped_mm(inner, low(self.fc2), offs=ends)
+
+
+class MixtureOfExperts(nn.Module):
+    """Every token goes to the experts that a router scores highest (Shazeer et al. 2017); none is dropped (Gale et al. 2023)."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.top_k, self.pre_softmax = spec.top_k, spec.pre_softmax
+        self.router = nn.Linear(spec.hidden, spec.experts, bias=False)
+        self.experts = GroupedExperts(spec)
+        self.shared = make_feed_forward(spec, spec.shared_ffn) if spec.shared_ffn else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds up what a token's experts make of it, times their weights."""
+        rows = low(x).flatten(0, 1)
+        mixed = self.route(rows)
+        if self.shared is not None:
+            mixed = mixed + self.shared(rows)
+        return mixed.view_as(x)
+
+    def route(self, x: Tensor) -> Tensor:
+        """Sends tokens to their experts and brings them back."""
+        scores = self.router(x).float()
+        if self.pre_softmax:
+            weights, chosen = F.softmax(scores, dim=-1).topk(self.top_k)
+        else:
+            weights, chosen = scores.topk(self.top_k)
+            weights = F.softmax(weights, dim=-1)
+        sorted_choices, order = chosen.flatten().sort()
+        ends = torch.searchsorted(sorted_choices, torch.arange(self.router.out_features, device=x.device), right=True, out_int32=True)
+        rows = order // self.top_k
+        made = self.experts(x.index_select(0, rows), ends)
+        made = made * low(weights.flatten().index_select(0, order)).unsqueeze(1)
+        return torch.zeros_like(x).index_add_(0, rows, made)
+
+
+def low(x: Tensor) -> Tensor:
+    """Converts to autocast's format, for operators that autocast does not know."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class PreNormBlock(nn.Module):
     """Norms before attention and feed-forward part (GPT, Llama)."""
 
-    def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
+    def __init__(self, spec: TransformerSpec, form: AttentionForm, has_experts: bool) -> None:
         super().__init__()
         self.norm_1 = make_norm(spec)
         self.attention = Attention(spec, form)
         self.norm_2 = make_norm(spec)
-        self.mlp = make_feed_forward(spec)
+        self.mlp = MixtureOfExperts(spec) if has_experts else make_feed_forward(spec, spec.ffn_width)
         self.dropout = make_dropout(spec)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,11 +226,11 @@ class PreNormBlock(nn.Module):
 class PostNormBlock(nn.Module):
     """Norms after each residual addition (BERT)."""
 
-    def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
+    def __init__(self, spec: TransformerSpec, form: AttentionForm, has_experts: bool) -> None:
         super().__init__()
         self.attention = Attention(spec, form)
         self.norm_1 = make_norm(spec)
-        self.mlp = make_feed_forward(spec)
+        self.mlp = MixtureOfExperts(spec) if has_experts else make_feed_forward(spec, spec.ffn_width)
         self.norm_2 = make_norm(spec)
         self.dropout = make_dropout(spec)
 
@@ -236,7 +302,7 @@ class Transformer(nn.Module):
         block = PreNormBlock if spec.norm_position == "pre" else PostNormBlock
         self.spec = spec
         self.embedding = Embedding(spec)
-        self.blocks = nn.ModuleList(block(spec, attention) for _ in range(spec.layers))
+        self.blocks = nn.ModuleList(block(spec, attention, has_experts) for has_experts in spec.block_experts)
         self.head = SpanHead(spec) if spec.head == "span" else LanguageModelHead(spec)
         self.apply(_initialize)
         if spec.head == "lm" and spec.tied_head:
@@ -257,9 +323,9 @@ def make_norm(spec: TransformerSpec, width: int = 0) -> nn.Module:
     return kind(width or spec.hidden, eps=spec.norm_epsilon)
 
 
-def make_feed_forward(spec: TransformerSpec) -> nn.Module:
-    """Returns the spec's kind of feed-forward part."""
-    return GatedFeedForward(spec) if spec.activation == "swiglu" else FeedForward(spec)
+def make_feed_forward(spec: TransformerSpec, width: int) -> nn.Module:
+    """Returns the spec's kind of ordinary feed-forward part, of some inner width."""
+    return GatedFeedForward(spec, width) if spec.activation == "swiglu" else FeedForward(spec, width)
 
 
 def make_dropout(spec: TransformerSpec) -> nn.Module:
@@ -291,5 +357,8 @@ def _initialize(module: nn.Module) -> None:
     """Weights as in GPT-2: normal with a deviation of 0.02, biases zero."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, GroupedExperts):
+        for weights in module.parameters():
+            nn.init.normal_(weights, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -264,6 +264,10 @@ class Form:
         vocabulary_multiple: The vocabulary is padded to a multiple of this many rows per rank.
         expert_weights: Where the weights of a token's experts are multiplied in: "after" their products; "between" the products, in fp32;
             "fused" there, in one kernel with activation and gate (Megatron-LM).
+        fused_softmax: Whether unfused attention has one kernel from scores to probabilities, which keeps no mask.
+        fused_gate: Whether gate and activation of a gated feed-forward part are one kernel that keeps its inputs alone.
+        copies_attention: Whether fused attention keeps its output in a layout of its own beside the one that the next product reads.
+        mask_input: Whether the batch holds a mask of all pairs of positions.
         untied: Whether a weight that two layers share is held twice, because the layers are on different ranks.
     """
 
@@ -278,6 +282,10 @@ class Form:
     vocabulary_multiple: int = 1
     expert_weights: Literal["after", "between", "fused"] = "after"
     untied: bool = False
+    fused_softmax: bool = False
+    fused_gate: bool = False
+    copies_attention: bool = False
+    mask_input: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simtrain.core.precision import Precision
+from simtrain.core.precision import DType, Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Workload
 
@@ -25,8 +25,12 @@ class Bucket:
 
 
 def gradient_bytes(precision: Precision, runtime: Runtime) -> int:
-    """Bytes of one gradient as it is reduced: fp32 where the framework keeps such a buffer, else the format of the weights."""
-    return 4 if runtime.main_gradients else precision.parameter.size_bytes
+    """Bytes of one gradient as it is added up and reduced.
+
+    A framework with a gradient buffer keeps it in fp32, except for fp16 weights, whose gradients stay in fp16 (Megatron-LM forces fp32
+    accumulation for bf16 alone: `training/arguments.py`, `accumulate_allreduce_grads_in_fp32`).
+    """
+    return 4 if runtime.main_gradients and precision.parameter is not DType.FP16 else precision.parameter.size_bytes
 
 
 def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime, *, expert: bool = False) -> tuple[Bucket, ...]:

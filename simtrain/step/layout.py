@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from simtrain.core.errors import UnsupportedError
+from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Device
 from simtrain.core.program import RankClass
 from simtrain.core.workload import Workload
@@ -93,15 +93,21 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
         split: Give the ranks of every replica classes of their own (when ranks are disturbed one by one).
 
     Raises:
-        StrategyError: The model or the schedule does not run with these degrees.
+        StrategyError: The model, its cuts or the schedule do not run with these degrees.
         UnsupportedError: Ranks that share a layer or a sequence run on different devices.
     """
     strategy = setting.strategy
     grid = Grid.of(strategy)
-    local = rank_form(setting.workload, strategy, setting.runtime)
+    local = rank_form(setting.workload, strategy, setting.runtime, setting.devices)
     schedule = strategy.schedule if strategy.pipeline > 1 else "1f1b"
     order = plan(schedule, strategy.pipeline, strategy.chunks if strategy.pipeline > 1 else 1, strategy.accumulation)
-    pieces = chunks(local, setting.cuts or even_cuts(local, order.positions), setting.precision, setting.runtime)
+    if setting.cuts and len(setting.cuts) != order.positions:
+        raise StrategyError(
+            f"cuts={strategy.cuts} names {len(setting.cuts)} chunks, but the {schedule} schedule over pipeline={strategy.pipeline} has "
+            f"{order.positions}"
+        )
+    cuts = setting.cuts or even_cuts(local, order.positions)
+    pieces = chunks(local, cuts, setting.precision, setting.runtime, selective=strategy.checkpoint == "selective")
     fabric = Fabric(setting.cluster)
     kinds = _replica_kinds(setting, grid, split)
     lanes: list[Lane] = []

@@ -7,6 +7,7 @@ else comes from replaying the operators of each pass (`occupancy`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -33,7 +34,7 @@ MOST_MOMENTS = 40_000
 """Moments that a ledger keeps one by one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Ledger:
     """Memory of one rank over a step.
 
@@ -47,10 +48,15 @@ class Ledger:
     moments: FloatArray
     passes: np.ndarray
 
-    @property
+    @cached_property
     def peak(self) -> int:
         """Index of the moment with the most memory."""
         return int(np.argmax(self.moments.sum(axis=1)))
+
+    @property
+    def peak_bytes(self) -> float:
+        """Allocated bytes at that moment."""
+        return float(self.moments[self.peak].sum())
 
 
 @dataclass(frozen=True, slots=True)

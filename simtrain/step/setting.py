@@ -12,6 +12,7 @@ from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
+from simtrain.step.shard import stated_cuts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +59,7 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
         device.peak(recipe.arithmetic)
     framework = _runtime(runtime, devices)
     _refuse_cpu_dropout(work, framework)
-    return Setting(work, machines, how, recipe, framework, devices)
+    return Setting(work, machines, how, recipe, framework, devices, stated_cuts(work, how.blocks_per_chunk))
 
 
 def _runtime(given: Runtime | str | None, devices: tuple[Device, ...]) -> Runtime:

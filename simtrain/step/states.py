@@ -44,7 +44,7 @@ def holds_gradients(setting: Setting) -> bool:
     """Whether gradients have a place of their own from the start, so that what a backward pass makes is added to it and let go."""
     strategy, runtime = setting.strategy, setting.runtime
     views = runtime.gradient_as_bucket_view and strategy.data * strategy.context > 1
-    return views or runtime.main_gradients or strategy.zero >= 2
+    return views or runtime.main_gradients or strategy.zero == 2
 
 
 def persistent(setting: Setting, lane: Lane) -> FloatArray:
@@ -74,20 +74,57 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
         whole = sum(p.elements for p in parameters if p.trained) * precision.parameter.size_bytes
         row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, whole)
     row[COLUMN[MemoryKind.PARAMETER]] += sum(x.buffer_bytes for chunk in lane.chunks for x in chunk.workload)
-    row[COLUMN[MemoryKind.INPUT]] += lane.chunks[0].workload.input_bytes(strategy.micro_batch, lane.place.sequence)
-    row[COLUMN[MemoryKind.WORKSPACE]] += runtime.workspace_bytes
+    if any(chunk.first or chunk.last for chunk in lane.chunks):
+        row[COLUMN[MemoryKind.INPUT]] += lane.chunks[0].workload.input_bytes(strategy.micro_batch, lane.place.sequence)
+    row[COLUMN[MemoryKind.WORKSPACE]] += _workspaces(setting, lane)
+    row[COLUMN[MemoryKind.COMMUNICATION]] += _boundary(setting, lane)
     return row
+
+
+def _workspaces(setting: Setting, lane: Lane) -> float:
+    """What libraries hold on a device, and the buffer that some unfused attention takes for its scores."""
+    runtime = setting.runtime
+    hopper = lane.place.device.since_hopper and runtime.hopper_workspace_bytes
+    own = runtime.hopper_workspace_bytes if hopper else runtime.workspace_bytes
+    if not runtime.score_buffer or runtime.fused_attention:
+        return own
+    return own + max(
+        (_tensor_bytes(setting, lane, concrete, "scores") for chunk in lane.chunks for concrete in chunk.concrete), default=0.0
+    )
+
+
+def _tensor_bytes(setting: Setting, lane: Lane, concrete: ConcreteLayer, name: str) -> float:
+    if name not in concrete.tensors:
+        return 0.0
+    tensor = concrete.tensors[name]
+    return tensor.elements(setting.strategy.micro_batch, lane.place.sequence) * concrete.dtype(name).size_bytes
+
+
+def _boundary(setting: Setting, lane: Lane) -> float:
+    """Tensors on their way from and to other stages, beside what the pass at work holds."""
+    runtime, strategy = setting.runtime, setting.strategy
+    count = runtime.boundary_tensors if len(lane.chunks) == 1 else runtime.interleaved_boundary_tensors
+    if strategy.pipeline == 1 or not count:
+        return 0.0
+    sizes = []
+    for chunk in lane.chunks:
+        layer = chunk.workload.layers[0] if chunk.last else chunk.workload.layers[-1]
+        crossing = layer if not chunk.last else chunk.concrete[0].before
+        sizes.append(crossing.cut(strategy.micro_batch, lane.place.sequence) * setting.precision.dtype(crossing.cut_role).size_bytes)
+    return count * max(sizes)
 
 
 def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int, holders: int) -> None:
     """Gradients that persist, and second copies of them in the buckets in which they are reduced."""
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
     gradient = COLUMN[MemoryKind.GRADIENT]
+    if strategy.zero == 3 and not runtime.main_gradients:
+        return  # shards of gradients are new tensors in every step
     if strategy.zero >= 2:
         row[gradient] += total * gradient_bytes(precision, runtime) / over
         return
     if runtime.main_gradients:
-        row[gradient] += 4 * total
+        row[gradient] += total * gradient_bytes(precision, runtime)
         return
     if precision.master is not None:  # gradients in the master's format live beside those of the weights
         row[gradient] += total * precision.state.size_bytes / over
@@ -104,9 +141,16 @@ def _rounded(elements: float, size: float, caching: bool) -> tuple[float, float]
 
 
 def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
-    """Temporaries of the update: AdamW forms a denominator, for all parameters at once (multi-tensor) or tensor by tensor."""
+    """Temporaries of the update: copies of coarser gradients in the master's format, and what AdamW needs itself.
+
+    AdamW forms a denominator, for all parameters at once (multi-tensor) or tensor by tensor.
+    """
     row = np.zeros(len(KINDS))
     strategy, runtime = setting.strategy, setting.runtime
+    if runtime.main_gradients and setting.precision.master is not None:
+        coarser = gradient_bytes(setting.precision, runtime) < setting.precision.state.size_bytes
+        total = sum(p.elements for chunk in lane.chunks for p in chunk.parameters)
+        row[COLUMN[MemoryKind.GRADIENT]] = coarser * total * setting.precision.state.size_bytes / shards(setting)
     if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused":
         return row
     size = setting.precision.state.size_bytes
@@ -127,17 +171,19 @@ class FullShards:
     Attributes:
         precision: Format of what is gathered.
         ahead: Layers gathered ahead.
+        over: Ranks that share them.
     """
 
     precision: Precision
     ahead: int
+    over: int
 
     @classmethod
     def of(cls, setting: Setting, lane: Lane) -> FullShards | None:  # noqa: ARG003
         """Returns `None` where parameters are not sharded."""
         if setting.strategy.zero < 3 or setting.strategy.data * setting.strategy.context == 1:
             return None
-        return cls(setting.precision, setting.runtime.prefetch)
+        return cls(setting.precision, setting.runtime.prefetch, shards(setting))
 
     def held(self, chunk: Chunk, passes: Sequence[Pass], at: int) -> FloatArray:
         """Gathered parameters while a pass runs: its block, those gathered ahead, and what is no block."""
@@ -153,7 +199,7 @@ class FullShards:
         return row
 
     def scattered(self, concrete: ConcreteLayer, sizer: Sizer, mode: Mode, adding: bool) -> FloatArray:
-        """Whole gradients of a layer, which go once their shards are summed."""
+        """Whole gradients of a layer, which go once their shards are summed, less these shards, which stay."""
         row = np.zeros(len(KINDS))
         if mode is Mode.BACKWARD_ACCUMULATING or adding:
             return row  # let go by the pass itself
@@ -161,4 +207,4 @@ class FullShards:
             for tensor in op.writes:
                 if tensor.name.startswith("grad:") and any(tensor.name == f"grad:{p.name}" for p in concrete.layer.parameters):
                     row += sizer.tensor(tensor, MemoryKind.GRADIENT)
-        return row
+        return row * (1 - 1 / self.over)

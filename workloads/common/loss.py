@@ -6,10 +6,12 @@ Megatron-LM turns the fp32 logits into probabilities and these into the gradient
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from simtrain.core.polynomial import ONE, Polynomial
 from simtrain.core.workload import Collective, Dim, Operator, OperatorKind, Role, Tensor, TensorKind
 from workloads.common.pieces import FP32
-from workloads.common.tape import Tape
+from workloads.common.tape import Tape, hold
 
 
 def cross_entropy(
@@ -54,6 +56,10 @@ def cross_entropy(
     def softmax_node() -> None:
         dlogits = tape.gradient_tensor(view)
         reads = (tape.gradient(likelihoods), likelihoods)
+        if shared:
+            _probabilities_less_choice(tape, reads, dlogits, prefix)
+            tape.give(view, dlogits.name)
+            return
         tape.run_backward(Operator(f"{prefix}log_softmax.backward", OperatorKind.SOFTMAX_BACKWARD, reads, (dlogits,), dims=dims))
         tape.give(view, dlogits.name)
 
@@ -65,6 +71,18 @@ def cross_entropy(
 
     tape.node(softmax_node)
     tape.node(loss_node)
+
+
+def _probabilities_less_choice(tape: Tape, reads: tuple[str, str], target: Tensor, prefix: str) -> None:
+    """The gradient of a loss over shared classes in plain operators, `(gradient + exp(log-probabilities)) * scale`.
+
+    Source: PyTorch, `torch/distributed/tensor/parallel/loss.py`.
+    """
+    gradient, likelihoods = reads
+    exponentials, total = (replace(target, name=f"{prefix}{what}") for what in ("exponentials", "less_choice"))
+    tape.run_backward(Operator(f"{exponentials.name}.exp", OperatorKind.ELEMENTWISE, (likelihoods,), (exponentials,)))
+    tape.run_backward(Operator(f"{total.name}.add", OperatorKind.ELEMENTWISE, (gradient, exponentials.name), (total,)))
+    tape.run_backward(hold(Operator(f"{target.name}.scale", OperatorKind.ELEMENTWISE, (total.name,), (target,)), reads))
 
 
 def cross_entropy_in_place(tape: Tape, x: str, out: str, *, rows: Polynomial, holds: tuple[str, ...], shared: bool) -> None:

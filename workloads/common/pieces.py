@@ -164,6 +164,22 @@ def multiply(tape: Tape, a: str, b: str, out: str) -> str:
     return out
 
 
+def gated_unit(tape: Tape, gate: str, x: str, out: str) -> str:
+    """The activation of a gate times a tensor as one kernel, which keeps both inputs; its backward pass is one kernel too."""
+    like = tape.tensors[x]
+    tape.run(Operator(f"{out}.gated", OperatorKind.ELEMENTWISE, (gate, x), (Tensor(out, like.elements, like.role),)))
+
+    def node() -> None:
+        gradients = tuple(tape.gradient_tensor(n) for n in (gate, x))
+        reads = (tape.gradient(out), gate, x)
+        tape.run_backward(Operator(f"{out}.gated.backward", OperatorKind.ELEMENTWISE, reads, gradients))
+        for name, gradient in zip((gate, x), gradients, strict=True):
+            tape.give(name, gradient.name)
+
+    tape.node(node)
+    return out
+
+
 def dropout(tape: Tape, x: str, out: str, probability: float, *, holds: Iterable[str] = ()) -> str:
     """Dropout as on CUDA: one operator writes the result and a mask of one byte per element.
 

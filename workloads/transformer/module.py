@@ -275,6 +275,22 @@ class LanguageModelHead(nn.Module):
         return F.cross_entropy(self.linear(self.norm(x)).flatten(0, 1).float(), targets.flatten())
 
 
+class MaskedModelHead(nn.Module):
+    """Logits through one more dense layer, GELU and norm, with a bias per token (BERT's pre-training)."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.norm = make_norm(spec) if spec.norm_position == "pre" else nn.Identity()
+        self.dense = nn.Linear(spec.hidden, spec.hidden, bias=spec.bias)
+        self.norm_2 = make_norm(spec)
+        self.linear = nn.Linear(spec.hidden, spec.vocabulary, bias=True)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean loss; targets have the shape of the ids."""
+        logits = self.linear(self.norm_2(F.gelu(self.dense(self.norm(x)))))
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
 class SpanHead(nn.Module):
     """Scores of every position as start and end of an answer (SQuAD)."""
 
@@ -303,10 +319,12 @@ class Transformer(nn.Module):
         self.spec = spec
         self.embedding = Embedding(spec)
         self.blocks = nn.ModuleList(block(spec, attention, has_experts) for has_experts in spec.block_experts)
-        self.head = SpanHead(spec) if spec.head == "span" else LanguageModelHead(spec)
+        head: LanguageModelHead | MaskedModelHead | SpanHead
+        head = SpanHead(spec) if spec.head == "span" else MaskedModelHead(spec) if spec.head == "mlm" else LanguageModelHead(spec)
+        self.head = head
         self.apply(_initialize)
-        if spec.head == "lm" and spec.tied_head:
-            self.head.linear.weight = self.embedding.wte.weight
+        if spec.predicts_tokens and spec.tied_head:
+            head.linear.weight = self.embedding.wte.weight
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Returns the loss of a batch of token ids `(batch, sequence)`."""
@@ -349,7 +367,7 @@ def example_batch(spec: TransformerSpec, batch: int, seq: int | None = None, see
     spec.check_sequence(length)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(spec.vocabulary, (batch, length), generator=generator)
-    shape, classes = ((batch, 2), length) if spec.head == "span" else ((batch, length), spec.vocabulary)
+    shape, classes = ((batch, 2), length) if not spec.predicts_tokens else ((batch, length), spec.vocabulary)
     return ids, torch.randint(classes, shape, generator=generator)
 
 

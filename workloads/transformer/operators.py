@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 
-from simtrain.core.polynomial import ONE, B, Polynomial
+from simtrain.core.polynomial import ONE, ZERO, B, Polynomial, S
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import Form, Layer, Operator, OperatorKind, Role, Tensor, TensorKind, Workload
 from workloads.common.parallel import Product, column_parallel, sum_partial
-from workloads.common.pieces import HIGH, Axis, add, dropout, linear, multiply, norm, unary
+from workloads.common.pieces import HIGH, Axis, add, dropout, gated_unit, linear, multiply, norm, unary
 from workloads.common.tape import Tape
 from workloads.transformer.attention import attention, leave
 from workloads.transformer.experts import experts
-from workloads.transformer.loss import lm_head, span_head
+from workloads.transformer.loss import HEADS
 from workloads.transformer.part import Part
 from workloads.transformer.spec import TransformerSpec
 
@@ -38,12 +38,12 @@ def workload(
         StrategyError: The model cannot be divided so.
     """
     part = Part(spec, form or Form())
-    targets = 2 * B if spec.head == "span" else part.tokens
+    targets = part.tokens if spec.predicts_tokens else 2 * B
     return Workload(
         name,
         (embedding(part), *blocks(part), head(part)),
         spec.sequence,
-        input_bytes=8 * (part.tokens + targets),
+        input_bytes=8 * (part.tokens + targets) + (B * S * S if part.form.mask_input else ZERO),
         description=description,
         source=source,
         assumptions=_spread(part),
@@ -56,7 +56,7 @@ def embedding(part: Part) -> Layer:
     spec, tokens = part.spec, part.tokens
     tape = Tape(Tensor("input:ids", tokens, DTypeRole.INDEX, TensorKind.INPUT))
     wide = part.resident * spec.hidden
-    tied = part.tied and spec.head == "lm"
+    tied = part.tied and spec.predicts_tokens
     x = _lookup(tape, "wte", (part.vocabulary, spec.hidden), "input:ids", tokens * spec.hidden, tied=tied)
     if not part.whole:
         x = sum_partial(tape, x, "wte.own", part.form)
@@ -160,10 +160,10 @@ def feed_forward(tape: Tape, x: str, out: str, part: Part, *, module: str = "mlp
     if gated:
         if part.whole:
             linear(tape, x, f"{module}.gate", f"{mark}g", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias)
-        unary(tape, f"{mark}g", f"{mark}silu", f"{mark}s")
+        gate = f"{mark}g" if part.form.fused_gate else unary(tape, f"{mark}g", f"{mark}silu", f"{mark}s")
         if part.whole:
-            linear(tape, x, f"{module}.up", f"{mark}u", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias, holds=(f"{mark}s",))
-        multiply(tape, f"{mark}s", f"{mark}u", f"{mark}act")
+            linear(tape, x, f"{module}.up", f"{mark}u", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias, holds=(gate,))
+        (gated_unit if part.form.fused_gate else multiply)(tape, gate, f"{mark}u", f"{mark}act")
     else:
         unary(tape, f"{mark}f", f"{mark}relu_squared" if spec.activation == "relu-squared" else f"{mark}gelu", f"{mark}act")
     last = f"{module}.down" if gated else f"{module}.fc2"
@@ -174,7 +174,7 @@ def head(part: Part) -> Layer:
     """Last norm (where norms stand before), projection and loss; `y` is the loss."""
     tape = Tape(Tensor("x", part.resident * part.spec.hidden, HIGH))
     x = _normalize(tape, "x", "norm", "n", part) if part.spec.norm_position == "pre" else "x"
-    (span_head if part.spec.head == "span" else lm_head)(tape, x, part)
+    HEADS[part.spec.head](tape, x, part)
     return tape.layer("head", out="y", cut=ONE, seed="dloss")
 
 

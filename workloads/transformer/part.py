@@ -33,8 +33,8 @@ class Part:
             raise StrategyError("sequence_parallel splits tokens over tensor-parallel ranks: with tensor=1 leave it off")
         if self.form.context > 1 and self.form.context_style == "ulysses":
             self._divides("heads per tensor-parallel rank", self.heads, self.form.context, "context")
-        if self.form.tensor > 1 and self.spec.head != "lm":
-            raise StrategyError("tensor parallelism is known for language model heads, not for a span head: use tensor=1")
+        if self.form.sequence_parallel and not self.spec.predicts_tokens:
+            raise StrategyError("a span head compares the positions of a whole sequence, which sequence_parallel splits: leave it off")
 
     def _check_experts(self) -> None:
         spec, form = self.spec, self.form

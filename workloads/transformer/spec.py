@@ -12,7 +12,7 @@ Positions = Literal["learned", "rotary", "none"]
 Norm = Literal["layernorm", "rmsnorm"]
 NormPosition = Literal["pre", "post"]
 Activation = Literal["gelu", "gelu-tanh", "relu-squared", "swiglu"]
-HeadKind = Literal["lm", "span"]
+HeadKind = Literal["lm", "mlm", "span"]
 
 _EXPERT_SIZES = ("experts", "top_k", "expert_ffn", "shared_ffn", "dense_layers")
 
@@ -44,7 +44,9 @@ class TransformerSpec:
         embedding_norm: Whether the embedding is normalized before the first block (BLOOM), whatever `norm_position` says.
         dropout: Probability, in the embedding, the attention probabilities and before each residual addition.
         token_types: Rows of a segment table (BERT has 2); 0 for none.
-        head: "lm" predicts every next token; "span" scores every position as start or end of an answer (SQuAD).
+        head: "lm" predicts every next token; "mlm" predicts hidden tokens through one more dense layer, GELU and norm, with a bias per
+            token (BERT's pre-training; without its prediction of the next sentence); "span" scores every position as start or end of an
+            answer (SQuAD).
         norm_epsilon: Added to variances.
         rotary_base: Base of the rotation's wavelengths.
         experts: Experts that the feed-forward part of a block is made of; 0 for an ordinary (dense) one.
@@ -146,6 +148,11 @@ class TransformerSpec:
             raise InputError(f"sequence length must be a whole number of at least 1, not {sequence!r}")
         if sequence > self.max_positions:
             raise InputError(f"sequence length {sequence} exceeds the {self.max_positions} positions of the model; raise max_positions")
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the head scores the vocabulary."""
+        return self.head != "span"
 
     @property
     def size_of_head(self) -> int:

@@ -149,7 +149,7 @@ def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
     strategy, runtime = setting.strategy, setting.runtime
     if runtime.main_gradients and setting.precision.master is not None:
         coarser = gradient_bytes(setting.precision, runtime) < setting.precision.state.size_bytes
-        total = sum(p.elements for chunk in lane.chunks for p in chunk.parameters)
+        total = sum(p.elements for chunk in lane.chunks for p in chunk.parameters if p.trained)
         row[COLUMN[MemoryKind.GRADIENT]] = coarser * total * setting.precision.state.size_bytes / shards(setting)
     if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused":
         return row

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from simtrain.core.program import TermKind
 from simtrain.core.workload import Collective
 from simtrain.cost.collectives import CollectiveCost
+from simtrain.step.buckets import gradient_bytes
 from simtrain.step.builder import Builder
 from simtrain.step.costs import ADDS_GRADIENTS
 from simtrain.step.instructions import Step, chunk_costs, gradient_order
@@ -59,8 +60,8 @@ def scattered_bytes(layout: Layout, lane: Lane, chunk: int, step: Step) -> float
     block = held.is_block(layer)
     if not step.ends_gradients or not (block or layer == held.last_of_rest):
         return 0.0
-    precision = layout.setting.precision
-    width = 4 if layout.setting.runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
+    precision, runtime = layout.setting.precision, layout.setting.runtime
+    width = gradient_bytes(precision, runtime) if runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
     return float(held.unit_parameters(layer if block else REST) * width)
 
 

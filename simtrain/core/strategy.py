@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from simtrain.core.errors import StrategyError, UnknownNameError, nearest
+from simtrain.core.exchange import compression_method, low_communication_method
 from simtrain.core.precision import precision as find_precision
 
 OPTIMIZERS: dict[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1}
@@ -89,6 +90,9 @@ class Strategy:
         context: Context-parallel degree.
         context_style: A name of `CONTEXT_STYLES`.
         expert: Expert-parallel degree; expert-parallel ranks are taken from the data- and context-parallel ones.
+        compression: What is exchanged of gradients: "none" (all of them), "16-bit", "8-bit", "1-bit", "powersgd:RANK", "topk:DENSITY", or
+            "zero++" (quantized gathers and gradients of ZeRO stage 3).
+        low_communication: "local-sgd:STEPS" or "diloco:STEPS" where replicas synchronise every so many steps; "" for every step's gradients.
         plan: Replica groups in full; overrides the sugar above.
     """
 
@@ -109,6 +113,8 @@ class Strategy:
     context: int = 1
     context_style: str = "ring"
     expert: int = 1
+    compression: str = "none"
+    low_communication: str = ""
     plan: tuple[ReplicaGroup, ...] = ()
 
     def __post_init__(self) -> None:
@@ -124,7 +130,7 @@ class Strategy:
                 raise StrategyError(f"{name} must be a whole number of {what}, not {value!r}")
         if not isinstance(self.sequence_parallel, bool):
             raise StrategyError(f"sequence_parallel must be true or false, not {self.sequence_parallel!r}")
-        for name in ("precision", "optimizer", "checkpoint", "schedule", "context_style", "cuts"):
+        for name in ("precision", "optimizer", "checkpoint", "schedule", "context_style", "cuts", "compression", "low_communication"):
             if not isinstance(getattr(self, name), str):
                 raise StrategyError(f"{name} must be text, not {getattr(self, name)!r}")
         find_precision(self.precision)
@@ -133,6 +139,8 @@ class Strategy:
         if self.context_style not in CONTEXT_STYLES:
             raise UnknownNameError("context style", self.context_style, CONTEXT_STYLES)
         checkpoint_segment(self.checkpoint, 1)
+        compression_method(self.compression)
+        low_communication_method(self.low_communication)
         counts = self.blocks_per_chunk
         if counts and (len(counts) % self.pipeline or (self.chunks and len(counts) != self.pipeline * self.chunks)):
             times = f" x chunks={self.chunks}" if self.chunks else ""

@@ -46,6 +46,8 @@ class Compression:
         decompress_flops: Arithmetic after receiving.
         decompress_bytes: Memory traffic after receiving.
         state_bytes: Kept between steps (error feedback, factors).
+        compress_launches: Kernels before sending.
+        decompress_launches: Kernels after receiving.
     """
 
     method: str
@@ -55,6 +57,8 @@ class Compression:
     decompress_flops: float = 0.0
     decompress_bytes: float = 0.0
     state_bytes: float = 0.0
+    compress_launches: int = 1
+    decompress_launches: int = 1
 
 
 def none(elements: float, element_bytes: float = GRADIENT_BYTES) -> Compression:
@@ -127,6 +131,7 @@ def power_sgd(shapes: Sequence[tuple[int, int]], rank: int) -> Compression:
     """
     _positive("rank", rank)
     left = right = plain = products = orthogonal = whole = 0.0
+    matrices = 0
     for rows, columns in shapes:
         _positive("rows", rows)
         _positive("columns", columns)
@@ -134,6 +139,7 @@ def power_sgd(shapes: Sequence[tuple[int, int]], rank: int) -> Compression:
             plain += rows * columns
             continue
         whole += rows * columns
+        matrices += 1
         left += rows * rank
         right += columns * rank
         products += 2.0 * rows * columns * rank
@@ -148,6 +154,8 @@ def power_sgd(shapes: Sequence[tuple[int, int]], rank: int) -> Compression:
         decompress_flops=products + whole,
         decompress_bytes=GRADIENT_BYTES * (4 * whole + factors),  # write M, then the new error from two reads
         state_bytes=GRADIENT_BYTES * (whole + right),
+        compress_launches=4 * matrices,  # add the error, product, make orthogonal, product
+        decompress_launches=2 * matrices,  # product, new error
     )
 
 
@@ -214,6 +222,7 @@ class LowCommunication:
         outer_flops: Arithmetic of the outer update, each time.
         outer_bytes: Memory traffic of the outer update, each time.
         state_bytes: Kept besides the inner optimizer's state.
+        outer_passes: Elementwise kernels of the outer update over all parameters.
     """
 
     method: str
@@ -222,6 +231,7 @@ class LowCommunication:
     outer_flops: float
     outer_bytes: float
     state_bytes: float
+    outer_passes: int = 1
 
     @property
     def size_bytes_per_step(self) -> float:
@@ -244,7 +254,7 @@ def low_communication(method: str, parameters: float, steps_between: int) -> Low
     if method == "DiLoCo":
         # The change (one difference), then momentum and update: read parameters of both times and momentum, write parameters and momentum.
         return LowCommunication(
-            method, steps_between, message, 6 * parameters, 8 * GRADIENT_BYTES * parameters, 2 * GRADIENT_BYTES * parameters
+            method, steps_between, message, 6 * parameters, 8 * GRADIENT_BYTES * parameters, 2 * GRADIENT_BYTES * parameters, 3
         )
     raise UnknownNameError("low-communication method", method, ("local SGD", "DiLoCo"))
 

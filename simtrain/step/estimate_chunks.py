@@ -14,15 +14,15 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.result import Result
 from simtrain.core.workload import Collective
 from simtrain.step.breakdown import PARTS
-from simtrain.step.costs import PassCost, chain, pass_cost
+from simtrain.step.costs import PassCost, chain
+from simtrain.step.exchange import averaging, pack_cost, reductions, restore_cost
 from simtrain.step.fully_sharded import gathered_bytes, scattered_bytes, stage_visits
 from simtrain.step.instructions import Step, chunk_costs
-from simtrain.step.kernels import bucket_copy_kernels
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.results import assemble, by_rank, memory_report
 from simtrain.step.schedules import Action
-from simtrain.step.synchronise import chunk_buckets, reduction, shared_parameters, sharing, tie_cost, update_cost
+from simtrain.step.synchronise import chunk_buckets, shared_parameters, sharing, tie_cost, updates_cost
 
 
 def in_order(ready_s: FloatArray, durations_s: FloatArray, start_s: float = 0.0) -> FloatArray:
@@ -33,8 +33,11 @@ def in_order(ready_s: FloatArray, durations_s: FloatArray, start_s: float = 0.0)
 
 
 def gather_s(layout: Layout, stage: int) -> float:
-    """What gathering updated parameters adds to a step."""
+    """What gathering updated parameters, or averaging replicas every few steps, adds to a step."""
     setting = layout.setting
+    average = averaging(layout, stage)
+    if average is not None:
+        return average.time_s
     if setting.strategy.zero not in (1, 2) or layout.grid.holders == 1:
         return 0.0
     size = setting.precision.parameter.size_bytes
@@ -84,7 +87,7 @@ class _Walk:
         self.costs = {
             (lane.stage, c): chunk_costs(layout.setting, lane, chunk) for lane in self.lanes for c, chunk in enumerate(lane.chunks)
         }
-        self.updates = [update_cost(layout.setting, lane) for lane in self.lanes]
+        self.updates = [updates_cost(layout.setting, lane) for lane in self.lanes]
         self.passes: list[list[PassCost]] = [[] for _ in stages]
         self.known: dict[int, tuple[PassCost, FloatArray]] = {}
         self.synchronised = layout.setting.precision.loss_scaling and layout.setting.runtime.run_ahead_launches > 0
@@ -161,16 +164,19 @@ class _Walk:
         taken = 0.0
         last = any(s.last for s in steps)
         runtime, lane = self.setting.runtime, self.lanes[stage]
-        copied = not (runtime.gradient_as_bucket_view or runtime.main_gradients)
         holders = self.layout.plan.holders[lane.chunks[chunk].position]
         for bucket, placed in chunk_buckets(self.layout, stage, chunk):
             ready = complete[bucket.ready_after_layer] if runtime.overlap_communication else float(ends[-1])
-            takes = reduction(self.layout, placed, bucket.size_bytes).time_s
-            kernels = bucket_copy_kernels(bucket.gradients, self.setting.precision)
-            back = pass_cost(lane.place.device, kernels, runtime) if copied else None
+            takes = sum(c.time_s for c in reductions(self.layout, bucket, placed))
+            back = restore_cost(self.setting, lane, bucket, placed)
             if last and len(holders) > 1:  # waits for the other stages that hold the chunk
                 self.deferred += [(holders, stage, takes, back)]
                 continue
+            packed = pack_cost(self.setting, lane, bucket, placed)
+            if packed is not None:
+                self.passes[stage].append(packed)
+                taken += packed.device_s
+                ready += taken
             start = max(self.wire_free[stage], ready)
             self.wire_free[stage] = start + takes
             taken += runtime.communication_share * max(min(start + takes, float(ends[-1])) - start, 0.0)

@@ -94,13 +94,16 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
 
     Raises:
         StrategyError: The model, its cuts or the schedule do not run with these degrees.
-        UnsupportedError: Ranks that share a layer or a sequence run on different devices.
+        UnsupportedError: Ranks that share a layer or a sequence run on different devices, or an exchange that is not modelled beside the
+            schedule.
     """
     strategy = setting.strategy
     grid = Grid.of(strategy)
     local = rank_form(setting.workload, strategy, setting.runtime, setting.devices)
     schedule = strategy.schedule if strategy.pipeline > 1 else "1f1b"
     order = plan(schedule, strategy.pipeline, strategy.chunks if strategy.pipeline > 1 else 1, strategy.accumulation)
+    if any(len(held) > 1 for held in order.holders):
+        _refuse_copies(strategy)
     if setting.cuts and len(setting.cuts) != order.positions:
         raise StrategyError(
             f"cuts={strategy.cuts} names {len(setting.cuts)} chunks, but the {schedule} schedule over pipeline={strategy.pipeline} has "
@@ -121,6 +124,15 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
             place = Place(device, strategy.micro_batch, local.sequence, setting.runtime, wire)
             lanes.append(Lane(len(lanes), RankClass(name, ranks, device), stage, kind, place, held))
     return Layout(setting, grid, fabric, local, order, tuple(lanes))
+
+
+def _refuse_copies(strategy: Strategy) -> None:
+    """Refuses what is exchanged in another way where two stages hold a chunk, whose gradients they sum too."""
+    for name, plain in (("compression", "none"), ("low_communication", "")):
+        if (given := getattr(strategy, name)) != plain:
+            raise UnsupportedError(
+                f"{name}={given} is not modelled beside schedule={strategy.schedule}, where two stages hold each part: use schedule=zb-h1"
+            )
 
 
 def _name(grid: Grid, stage: int, device: Device, ranks: tuple[int, ...], split: bool) -> str:

@@ -10,6 +10,7 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import RankClass
 from simtrain.core.result import MemoryReport, Result, TraceEvent
 from simtrain.cost import energy
+from simtrain.step.exchange import notes as exchange_notes
 from simtrain.step.kernels import CONVOLUTIONS
 from simtrain.step.layout import Layout
 from simtrain.step.ledger import Ledger, ledger, report
@@ -136,7 +137,7 @@ def assemble(
 
 
 def _notes(setting: Setting) -> list[str]:
-    notes = []
+    notes = exchange_notes(setting)
     idle = setting.cluster.size - len(setting.devices)
     if idle:
         notes.append(f"{idle} of {setting.cluster.size} devices are not used; they are neither powered nor paid")

@@ -17,6 +17,7 @@ from simtrain.core.precision import Precision
 from simtrain.core.result import MemoryKind
 from simtrain.core.strategy import OPTIMIZERS
 from simtrain.step.buckets import gradient_bytes
+from simtrain.step.exchange import held_bytes, rare_exchange
 from simtrain.step.layout import Lane
 from simtrain.step.occupancy import BLOCK_BYTES, COLUMN, KINDS, Mode, Sizer
 from simtrain.step.passes import Pass
@@ -43,7 +44,7 @@ def shards(setting: Setting, *, expert: bool = False) -> int:
 def holds_gradients(setting: Setting) -> bool:
     """Whether gradients have a place of their own from the start, so that what a backward pass makes is added to it and let go."""
     strategy, runtime = setting.strategy, setting.runtime
-    views = runtime.gradient_as_bucket_view and strategy.data * strategy.context > 1
+    views = runtime.gradient_as_bucket_view and setting.reduces
     return views or runtime.main_gradients or strategy.zero == 2
 
 
@@ -73,6 +74,9 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     if strategy.zero == 2:
         whole = sum(p.elements for p in parameters if p.trained) * precision.parameter.size_bytes
         row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, whole)
+    row[COLUMN[MemoryKind.COMMUNICATION]] += held_bytes(setting, lane)
+    if (rare := rare_exchange(setting, lane)) is not None:
+        row[COLUMN[MemoryKind.OPTIMIZER]] += rare.state_bytes
     row[COLUMN[MemoryKind.PARAMETER]] += sum(x.buffer_bytes for chunk in lane.chunks for x in chunk.workload)
     if any(chunk.first or chunk.last for chunk in lane.chunks):
         row[COLUMN[MemoryKind.INPUT]] += lane.chunks[0].workload.input_bytes(strategy.micro_batch, lane.place.sequence)
@@ -129,9 +133,9 @@ def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int, hol
     if precision.master is not None:  # gradients in the master's format live beside those of the weights
         row[gradient] += total * precision.state.size_bytes / over
     # buckets hold the gradients themselves, or a second copy of those that are reduced
-    if runtime.gradient_as_bucket_view and strategy.data * strategy.context > 1:
+    if runtime.gradient_as_bucket_view and setting.reduces:
         row[gradient] += total * precision.parameter.size_bytes
-    elif holders > 1:
+    elif holders > 1 and setting.reduces:
         row[COLUMN[MemoryKind.COMMUNICATION]] += total * precision.parameter.size_bytes
 
 

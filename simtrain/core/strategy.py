@@ -92,7 +92,7 @@ class Strategy:
         expert: Expert-parallel degree; expert-parallel ranks are taken from the data- and context-parallel ones.
         compression: What is exchanged of gradients: "none" (all of them), "16-bit", "8-bit", "1-bit", "powersgd:RANK", "topk:DENSITY", or
             "zero++" (quantized gathers and gradients of ZeRO stage 3).
-        low_communication: "local-sgd:STEPS" or "diloco:STEPS" where replicas synchronise every so many steps; "" for every step's gradients.
+        low_communication: "local-sgd:STEPS" or "diloco:STEPS" where replicas synchronise every so many steps; "" for in every step.
         plan: Replica groups in full; overrides the sugar above.
     """
 

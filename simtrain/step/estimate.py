@@ -74,8 +74,7 @@ def _single_stage(layout: Layout) -> Result:
     setting = layout.setting
     buckets = chunk_buckets(layout, 0, 0)
     synchronised = setting.precision.loss_scaling and setting.runtime.run_ahead_launches > 0
-    takes = {(b.shapes, id(p)): sum(c.time_s for c in reductions(layout, b, p)) for b, p in {(b.shapes, id(p)): (b, p) for b, p in buckets}.values()}
-    reduce_s = np.array([takes[b.shapes, id(p)] for b, p in buckets])
+    reduce_s = np.array([sum(c.time_s for c in reductions(layout, b, p)) for b, p in buckets])
     gather = gather_s(layout, 0)
     chains = [_chain(layout, lane, synchronised, gather) for lane in layout.lanes]
     reduced = _reduced(chains, reduce_s)

@@ -31,7 +31,8 @@ def compressed(setting: Setting, bucket: Bucket, ranks: int) -> Compression | No
     name, value = compression_method(setting.strategy.compression)
     elements = float(sum(bucket.gradients))
     if name == "powersgd":
-        return methods.power_sgd([(shape[0], round(n / shape[0])) for shape, n in zip(bucket.shapes, bucket.gradients, strict=True)], int(value))
+        shapes = [(shape[0], round(n / shape[0])) for shape, n in zip(bucket.shapes, bucket.gradients, strict=True)]
+        return methods.power_sgd(shapes, int(value))
     if name == "topk":
         return methods.top_k(elements, value, ranks)
     if name == "1-bit":
@@ -131,7 +132,7 @@ def notes(setting: Setting) -> list[str]:
     compression, rare = strategy.compression, strategy.low_communication
     if compression == "none" and not rare:
         return []
-    found = [f"what {compression if not rare else rare} does to convergence is not modelled: a step may bring less than one without it"]
+    found = [f"what {rare or compression} does to convergence is not modelled: a step may bring less than one without it"]
     if rare:
         steps = low_communication_method(rare)[1]
         found.append(

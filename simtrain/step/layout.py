@@ -8,6 +8,7 @@ from functools import cached_property
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Device
 from simtrain.core.program import RankClass
+from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.cost.fabric import Fabric

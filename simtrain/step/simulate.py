@@ -207,6 +207,11 @@ def _notes(jitter: float, slow: Mapping[int, float], measured: int, periods: Flo
 def _check_disturbances(setting: Setting, jitter: float, slow: Mapping[int, float]) -> None:
     if not 0 <= jitter < 1:
         raise InputError(f"jitter is a relative standard deviation between 0 and 1, not {jitter!r}")
+    if jitter and setting.strategy.low_communication:
+        raise UnsupportedError(
+            f"jitter beside low_communication={setting.strategy.low_communication} is not modelled: the exchange is spread over all steps, "
+            "so that replicas would wait for each other in every one; use jitter=0"
+        )
     ranks = len(setting.devices)
     for rank, factor in slow.items():
         if not isinstance(rank, int) or not 0 <= rank < ranks:

@@ -15,8 +15,8 @@ from simtrain.cost.collectives import CollectiveCost
 from simtrain.step.buckets import Bucket, gradient_buckets, gradient_bytes
 from simtrain.step.builder import Builder
 from simtrain.step.costs import PassCost, chain, pass_cost
-from simtrain.step.instructions import FORWARD_MODES, Step
 from simtrain.step.exchange import averaging, outer_cost, pack_cost, reductions, restore_cost
+from simtrain.step.instructions import FORWARD_MODES, Step
 from simtrain.step.kernels import optimizer_kernels
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place

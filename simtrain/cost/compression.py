@@ -96,6 +96,16 @@ def quantized_bytes(elements: float, bits: int) -> float:
     return elements * bits / 8 + math.ceil(elements / BLOCK) * SCALE_BYTES
 
 
+def quantize_traffic(elements: float, bits: int) -> float:
+    """Memory traffic of quantizing fp32 elements: one read for the scale, one to quantize, a write."""
+    return 2 * GRADIENT_BYTES * elements + quantized_bytes(elements, bits)
+
+
+def dequantize_traffic(elements: float, bits: int, element_bytes: float) -> float:
+    """Memory traffic of turning quantized elements back: a read and a write."""
+    return quantized_bytes(elements, bits) + element_bytes * elements
+
+
 def one_bit(elements: float) -> Compression:
     """Signs with a scale per block, after 1-bit Adam's warm-up (during it, `none`); error feedback on both sides of the exchange.
 
@@ -204,9 +214,10 @@ def quantized_zero(parameters: float, *, weight_bits: int = 8, gradient_bits: in
         method="quantized ZeRO",
         messages=messages,
         compress_flops=4 * parameters,  # gradients; each rank quantizes only its own shard of the weights
-        compress_bytes=2 * GRADIENT_BYTES * parameters + gradients,
+        compress_bytes=quantize_traffic(parameters, gradient_bits),
         decompress_flops=2 * parameters * (gathers + 1),
-        decompress_bytes=gathers * (weights + 2.0 * parameters) + gradients + GRADIENT_BYTES * parameters,
+        decompress_bytes=gathers * dequantize_traffic(parameters, weight_bits, 2.0)
+        + dequantize_traffic(parameters, gradient_bits, GRADIENT_BYTES),
         state_bytes=2.0 * parameters if secondary else 0.0,
     )
 

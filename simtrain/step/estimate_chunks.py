@@ -15,8 +15,8 @@ from simtrain.core.result import Result
 from simtrain.core.workload import Collective
 from simtrain.step.breakdown import PARTS
 from simtrain.step.costs import PassCost, chain
-from simtrain.step.exchange import averaging, pack_cost, reductions, restore_cost
-from simtrain.step.fully_sharded import gathered_bytes, scattered_bytes, stage_visits
+from simtrain.step.exchange import Quantized, averaging, pack_cost, reductions, restore_cost
+from simtrain.step.fully_sharded import gathered_bytes, scattered_bytes, scattered_parameters, stage_visits
 from simtrain.step.instructions import Step, chunk_costs
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
@@ -103,8 +103,8 @@ class _Walk:
         self.sharded = layout.setting.strategy.zero == 3 and layout.grid.holders > 1
         self.shards = [_Shards(layout, lane) for lane in self.lanes] if self.sharded else []
         self._run()
-        self.busy_s = [sum(c.device_s for c in p) + u.device_s for p, u in zip(self.passes, self.updates, strict=True)]
         self.device_period_s = self._finish()
+        self.busy_s = [sum(c.device_s for c in p) + u.device_s for p, u in zip(self.passes, self.updates, strict=True)]
 
     def period_s(self) -> float:
         """The larger of what devices and what hosts need."""
@@ -149,6 +149,7 @@ class _Walk:
         if self.sharded:
             for step in steps:
                 at = self.shards[stage].run(chunk, step, at)
+            self.passes[stage] += self.shards[stage].take_kernels()
             return at
         every = self.setting.strategy.zero == 2 and self.setting.runtime.reduce_every
         if not (steps[0].last or every):
@@ -196,7 +197,10 @@ class _Walk:
             at = self.free[stage]
             for done, back in self.reduced[stage]:
                 at = max(at, done) + (back.device_s if back else 0.0)
-            ready.append(max(at, self.shards[stage].wire_free) if self.sharded else at)
+            if self.sharded:
+                at = max(self.shards[stage].added(at), self.shards[stage].wire_free)
+                self.passes[stage] += self.shards[stage].take_kernels()
+            ready.append(at)
         tied = tie_cost(layout)
         if tied is not None:
             ready[0] = ready[-1] = max(ready[0], ready[-1]) + tied.time_s
@@ -218,6 +222,9 @@ class _Shards:
         self.wire_free = self.first_s = 0.0
         self.ends: list[float] = []
         self.moving: list[tuple[float, float]] = []
+        self.quantized = Quantized.of(layout, lane.stage)
+        self.exchanged, self.exchanged_s = 0, 0.0
+        self.kernels: list[PassCost] = []
         self.gathered: list[float] = []
 
     def _time_s(self, kind: Collective, size: float) -> float:
@@ -236,17 +243,44 @@ class _Shards:
                 self._move(self.ends[earlier] if earlier >= 0 else 0.0, Collective.ALL_GATHER, size)
             self.gathered.append(self.wire_free if size else 0.0)
         start = max(at, self.gathered[n])
+        (owner, layer), anew = self.visits[n]
+        if self.quantized is not None and anew and (parameters := self.lane.chunks[owner].unit_parameters(layer)):
+            start += self._kernel(self.quantized.dequantize(self.lane, parameters))
         end = start + step.cost.device_s
         met = sum(max(min(end, b) - max(start, a), 0.0) for a, b in self.moving)
         end += self.layout.setting.runtime.communication_share * met
         self.moving = [(a, b) for a, b in self.moving if b > end]
         self.ends.append(end)
         scattered = scattered_bytes(self.layout, self.lane, chunk, step)
-        if scattered:
+        if scattered and self.quantized is not None:
+            end = self.added(end)
+            self.exchanged = scattered_parameters(self.lane, chunk, step)
+            end += self._kernel(self.quantized.quantize(self.lane, self.exchanged))
+            self._busy(end, sum(hop.time_s for hop in self.quantized.scatter(self.exchanged)))
+            self.exchanged_s = self.wire_free
+        elif scattered:
             self._move(end, Collective.REDUCE_SCATTER, scattered)
         return end
 
+    def added(self, at: float) -> float:
+        """When the gradients that were exchanged last are summed, if they are quantized."""
+        if self.quantized is None or not self.exchanged:
+            return at
+        return max(at, self.exchanged_s) + self._kernel(self.quantized.add(self.lane, self.exchanged))
+
+    def take_kernels(self) -> list[PassCost]:
+        """What quantizing has cost since it was asked last."""
+        taken, self.kernels = self.kernels, []
+        return taken
+
+    def _kernel(self, price: PassCost) -> float:
+        self.kernels.append(price)
+        return price.device_s
+
     def _move(self, ready: float, kind: Collective, size: float) -> None:
+        self._busy(ready, self._time_s(kind, size))
+
+    def _busy(self, ready: float, takes_s: float) -> None:
         start = max(self.wire_free, ready)
-        self.wire_free = start + self._time_s(kind, size)
+        self.wire_free = start + takes_s
         self.moving.append((start, self.wire_free))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from simtrain.core.exchange import LOW_COMMUNICATION, compression_method, low_communication_method
 from simtrain.core.workload import Collective, OperatorKind
 from simtrain.cost import compression as methods
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.cost.compression import Compression, LowCommunication
+from simtrain.cost.fabric import Fabric
 from simtrain.step.buckets import Bucket, gradient_buckets
 from simtrain.step.costs import PassCost, chain, pass_cost
 from simtrain.step.kernels import bucket_copy_kernels, elementwise_kernels
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.setting import Setting
+
+WEIGHT_BITS, GRADIENT_BITS = 8, 4
+"""Of ZeRO++ (Wang et al. 2023, recalled and not looked up)."""
 
 TENSORS_PER_LAUNCH = 32
 """Tensors that one multi-tensor kernel takes (as for the optimizer)."""
@@ -111,6 +115,67 @@ def outer_cost(setting: Setting, lane: Lane) -> PassCost | None:
     return PassCost(whole.device_s * share, whole.host_s * share, whole.lead_s * share, launches)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantized:
+    """ZeRO stage 3 with quantized gathers and gradients (ZeRO++; Wang et al. 2023, recalled and not looked up), without a second shard.
+
+    Gradients are exchanged among the ranks of a node, summed, and exchanged again between nodes, where nodes hold equally many ranks.
+
+    Attributes:
+        setting: The question.
+        fabric: Routes.
+        hops: Groups of each exchange of gradients, and the share of the gradients that it carries.
+    """
+
+    setting: Setting
+    fabric: Fabric
+    hops: tuple[tuple[Placed, float], ...]
+
+    @classmethod
+    def of(cls, layout: Layout, stage: int) -> Quantized | None:
+        """Returns `None` where gathers are not quantized."""
+        if layout.setting.strategy.compression != "zero++":
+            return None
+        groups = layout.grid.holder_groups(stage)
+        nodes = [_by_node(layout.fabric, group) for group in groups]
+        own = len(nodes[0][0])
+        if own == 1 or len(nodes[0]) == 1 or any(len(ranks) != own for node in nodes for ranks in node):
+            return cls(layout.setting, layout.fabric, ((place(layout.fabric, groups), 1.0),))
+        inside = place(layout.fabric, [ranks for node in nodes for ranks in node])
+        across = place(layout.fabric, [ranks for node in nodes for ranks in zip(*node, strict=True)])
+        return cls(layout.setting, layout.fabric, ((inside, 1.0), (across, 1 / own)))
+
+    def scatter(self, parameters: float) -> tuple[CollectiveCost, ...]:
+        """Exchanges that leave each rank all ranks' gradients of its shard, one after the other."""
+        sizes = [methods.quantized_bytes(parameters * share, GRADIENT_BITS) for _, share in self.hops]
+        return tuple(cost(self.fabric, Collective.ALL_TO_ALL, p, size) for (p, _), size in zip(self.hops, sizes, strict=True))
+
+    def dequantize(self, lane: Lane, parameters: float) -> PassCost:
+        """What turning gathered weights back to 16 bits costs a rank."""
+        return self._priced(lane, methods.dequantize_traffic(parameters, WEIGHT_BITS, 2.0))
+
+    def quantize(self, lane: Lane, parameters: float) -> PassCost:
+        """What quantizing gradients costs a rank, for every exchange."""
+        return self._priced(lane, sum(methods.quantize_traffic(parameters * share, GRADIENT_BITS) for _, share in self.hops))
+
+    def add(self, lane: Lane, parameters: float) -> PassCost:
+        """What summing exchanged gradients costs a rank."""
+        return self._priced(
+            lane, sum(methods.dequantize_traffic(parameters * s, GRADIENT_BITS, methods.GRADIENT_BYTES) for _, s in self.hops)
+        )
+
+    def _priced(self, lane: Lane, traffic_bytes: float) -> PassCost:
+        price = kernels_cost(self.setting, lane, traffic_bytes, 1)
+        return replace(price, wire_s=price.device_s)
+
+
+def _by_node(fabric: Fabric, group: tuple[int, ...]) -> list[tuple[int, ...]]:
+    nodes: dict[int, list[int]] = {}
+    for rank in group:
+        nodes.setdefault(int(fabric.node_of[rank]), []).append(rank)
+    return [tuple(ranks) for ranks in nodes.values()]
+
+
 def held_bytes(setting: Setting, lane: Lane) -> float:
     """What compression keeps on a rank: its error feedback and factors, and the compressed forms of every bucket."""
     if setting.strategy.compression in ("none", "zero++"):
@@ -142,6 +207,10 @@ def notes(setting: Setting) -> list[str]:
         return found
     found.append("compression moves the bytes of straightforward kernels and is bound by memory (assumption, not measured)")
     name = compression_method(compression)[0]
+    if name == "zero++":
+        found.append(
+            f"ZeRO++: weights in {WEIGHT_BITS} bits in all gathers, gradients in {GRADIENT_BITS}; no second shard of the weights in a node"
+        )
     if name == "1-bit":
         found.append("1-bit: a step after the warm-up, during which gradients are exchanged whole")
     if name == "powersgd":

@@ -16,8 +16,9 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import Precision
 from simtrain.core.result import MemoryKind
 from simtrain.core.strategy import OPTIMIZERS
+from simtrain.cost.compression import quantized_bytes
 from simtrain.step.buckets import gradient_bytes
-from simtrain.step.exchange import held_bytes, rare_exchange
+from simtrain.step.exchange import GRADIENT_BITS, WEIGHT_BITS, held_bytes, rare_exchange
 from simtrain.step.layout import Lane
 from simtrain.step.occupancy import BLOCK_BYTES, COLUMN, KINDS, Mode, Sizer
 from simtrain.step.passes import Pass
@@ -176,18 +177,20 @@ class FullShards:
         precision: Format of what is gathered.
         ahead: Layers gathered ahead.
         over: Ranks that share them.
+        quantized: Whether weights arrive and gradients leave quantized.
     """
 
     precision: Precision
     ahead: int
     over: int
+    quantized: bool = False
 
     @classmethod
     def of(cls, setting: Setting, lane: Lane) -> FullShards | None:  # noqa: ARG003
         """Returns `None` where parameters are not sharded."""
         if setting.strategy.zero < 3 or setting.strategy.data * setting.strategy.context == 1:
             return None
-        return cls(setting.precision, setting.runtime.prefetch, shards(setting))
+        return cls(setting.precision, setting.runtime.prefetch, shards(setting), setting.strategy.compression == "zero++")
 
     def held(self, chunk: Chunk, passes: Sequence[Pass], at: int) -> FloatArray:
         """Gathered parameters while a pass runs: its block, those gathered ahead, and what is no block."""
@@ -199,7 +202,10 @@ class FullShards:
                 break
         row = np.zeros(len(KINDS))
         units = {layer if chunk.is_block(layer) else REST for layer in visited} | {REST}
-        row[COLUMN[MemoryKind.COMMUNICATION]] = sum(map(chunk.unit_parameters, units)) * self.precision.parameter.size_bytes
+        held = sum(map(chunk.unit_parameters, units))
+        # quantized forms of weights and, before and after their exchange, of gradients
+        quantized = quantized_bytes(held, WEIGHT_BITS) + 2 * quantized_bytes(held, GRADIENT_BITS) if self.quantized else 0.0
+        row[COLUMN[MemoryKind.COMMUNICATION]] = held * self.precision.parameter.size_bytes + quantized
         return row
 
     def scattered(self, concrete: ConcreteLayer, sizer: Sizer, mode: Mode, adding: bool) -> FloatArray:

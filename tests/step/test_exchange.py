@@ -9,7 +9,8 @@ from simtrain.core.errors import SimtrainError, StrategyError, UnknownNameError,
 from simtrain.core.program import TermKind
 from simtrain.core.result import MemoryKind
 from simtrain.core.runtime import RUNTIMES
-from simtrain.cost.compression import cast, low_communication, one_bit, power_sgd, top_k
+from simtrain.cost.compression import cast, low_communication, one_bit, power_sgd, quantized_bytes, top_k
+from simtrain.step.exchange import Quantized
 from simtrain.step.lower import lower
 from simtrain.step.occupancy import COLUMN
 from simtrain.step.setting import resolve
@@ -86,7 +87,33 @@ def test_rare_exchanges_cost_their_share_and_tend_to_none(gpt, method):
     assert loads == pytest.approx([2 * 7 / 8 * form.size_bytes_per_step])
 
 
-EXCHANGES = some.sampled_from([{"compression": c} for c in COMPRESSIONS] + [{"low_communication": m} for m in ("local-sgd:3", "diloco:20")])
+def test_quantized_gathers_and_gradients_carry_their_bits():
+    """Blocks are gathered twice, the rest once, in 8 bits and a scale; gradients are exchanged once in 4."""
+    work = st.workload("gpt", **(SIZES | {"layers": 8}))
+    loads = largest_loads("data=8,zero=3,micro_batch=2,precision=bf16-amp,compression=zero++", work, runtime=RUNTIMES["fsdp2"])
+    layer, count = work.layers[1].parameter_count, work.layers[1].repeats
+    rest = work.parameter_count - count * layer
+    weights = 2 * count * quantized_bytes(layer, 8) + quantized_bytes(rest, 8)
+    gradients = count * quantized_bytes(layer, 4) + quantized_bytes(rest, 4)
+    assert sum(loads["gather parameters"]) == pytest.approx(7 / 8 * weights, rel=1e-6)
+    assert sum(loads["exchange gradients"]) == pytest.approx(7 / 8 * gradients, rel=1e-6)
+
+
+def test_quantized_gradients_cross_nodes_once_summed():
+    """Inside the node first: what crosses to the other is what eight ranks have summed."""
+    work = st.workload("gpt", **SIZES)
+    laid = lower(resolve(work, "16x h100-sxm", "data=16,zero=3,precision=bf16-amp,compression=zero++", "fsdp2")).layout
+    quantized = Quantized.of(laid, 0)
+    assert [share for _, share in quantized.hops] == [1, 1 / 8]
+    assert [len(placed.ranks) for placed, _ in quantized.hops] == [8, 2]
+    assert len({laid.fabric.node_of[rank] for rank in quantized.hops[1][0].ranks}) == 2
+
+
+EXCHANGES = some.sampled_from(
+    [{"compression": c} for c in COMPRESSIONS]
+    + [{"compression": "zero++", "zero": 3}]
+    + [{"low_communication": m} for m in ("local-sgd:3", "diloco:20")]
+)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -98,7 +125,7 @@ EXCHANGES = some.sampled_from([{"compression": c} for c in COMPRESSIONS] + [{"lo
     schedule=some.sampled_from(["1f1b", "gpipe", "interleaved", "zb-h1"]),
     micro_batch=some.sampled_from([1, 4, 16]),
     accumulation=some.sampled_from([4, 8]),
-    precision=some.sampled_from(["fp32", "bf16-amp", "fp16-amp"]),
+    precision=some.sampled_from(["bf16-amp", "fp16-amp"]),
     runtime=some.sampled_from(["torch-eager", "megatron", "deepspeed"]),
 )
 def test_readers_agree(exchange, runtime, **degrees):
@@ -177,6 +204,8 @@ def test_memory_holds_error_feedback_and_outer_states(gpt):
         ("data=4,zero=1,compression=8-bit", UnsupportedError, "use zero=0"),
         ("data=4,zero=3,compression=8-bit", UnsupportedError, "use zero=0, or compression=zero++"),
         ("data=4,zero=2,compression=zero++,precision=bf16-amp", StrategyError, "use zero=3"),
+        ("data=4,zero=3,compression=zero++", UnsupportedError, "use bf16-amp"),
+        ("data=4,zero=3,shard=2,compression=zero++,precision=bf16-amp", UnsupportedError, "use shard=0"),
         ("data=4,zero=2,low_communication=diloco:5", StrategyError, "use zero=0"),
         ("data=2,context=2,low_communication=diloco:5", UnsupportedError, "use context=1"),
         ("data=4,compression=8-bit,low_communication=diloco:5", UnsupportedError, "give one of the two"),

@@ -12,6 +12,7 @@ from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
+from simtrain.step.buckets import gradient_bytes
 from simtrain.step.shard import stated_cuts
 
 
@@ -134,7 +135,7 @@ def _refuse_formats(strategy: Strategy, recipe: Precision, runtime: Runtime) -> 
         raise UnsupportedError(
             f"compression=zero++ is modelled for weights gathered in 16 bits, not those of precision={recipe.name}: use bf16-amp"
         )
-    whole = 4 if runtime.main_gradients else recipe.parameter.size_bytes
+    whole = gradient_bytes(recipe, runtime)
     if strategy.compression not in ("none", "zero++") and whole != 4:
         raise UnsupportedError(
             f"compression={strategy.compression} is modelled for fp32 gradients; runtime {runtime.name!r} reduces those of "

@@ -139,7 +139,7 @@ def _refuse_formats(strategy: Strategy, recipe: Precision, runtime: Runtime) -> 
     if strategy.compression not in ("none", "zero++") and whole != 4:
         raise UnsupportedError(
             f"compression={strategy.compression} is modelled for fp32 gradients; runtime {runtime.name!r} reduces those of "
-            f"precision={recipe.name} in {8 * whole} bits: use precision=bf16-amp or fp16-amp, or runtime 'megatron'"
+            f"precision={recipe.name} in {8 * whole} bits: use precision=bf16-amp or fp16-amp"
         )
 
 

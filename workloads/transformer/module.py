@@ -239,6 +239,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(block(spec, attention) for _ in range(spec.layers))
         self.head = SpanHead(spec) if spec.head == "span" else LanguageModelHead(spec)
         self.apply(_initialize)
+        if spec.positions == "rotary":
+            for attention_of in (block.attention for block in self.blocks):
+                attention_of.rotation = self.blocks[0].attention.rotation  # one table for all
         if spec.head == "lm" and spec.tied_head:
             self.head.linear.weight = self.embedding.wte.weight
 

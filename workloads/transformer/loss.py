@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from simtrain.core.polynomial import ONE, B, S, as_polynomial
 from simtrain.core.workload import Operator, OperatorKind, Role, Tensor, TensorKind
-from workloads.common.loss import cross_entropy, cross_entropy_in_place, start_backward
+from workloads.common.loss import cross_entropy, cross_entropy_in_place, cross_entropy_of_parts, start_backward
 from workloads.common.parallel import Product, column_parallel
 from workloads.common.pieces import FP32, HIGH, Axis, linear, norm, unary
 from workloads.common.tape import Tape
@@ -47,8 +47,10 @@ def _predict_tokens(tape: Tape, x: str, part: Part, *, bias: bool) -> None:
         column_parallel(tape, x, [scores], tokens=part.tokens, inner=inner, form=form)
     high = tape.cast("logits", FP32)
     classes = as_polynomial(part.vocabulary)
-    if form.loss == "torch":
-        cross_entropy(tape, high, "", "y", rows=part.tokens, classes=classes, holds=(high, "x"), shared=not part.whole)
+    if form.loss == "torch" and part.whole:
+        cross_entropy(tape, high, "", "y", rows=part.tokens, classes=classes, holds=(high, "x"))
+    elif form.loss == "torch":
+        cross_entropy_of_parts(tape, high, "y", rows=part.tokens, classes=classes, holds=(high, "x"))
     else:
         cross_entropy_in_place(tape, high, "y", rows=part.tokens, holds=("logits", "x"), shared=not part.whole)
     start_backward(tape)

@@ -323,6 +323,9 @@ class Transformer(nn.Module):
         head = SpanHead(spec) if spec.head == "span" else MaskedModelHead(spec) if spec.head == "mlm" else LanguageModelHead(spec)
         self.head = head
         self.apply(_initialize)
+        if spec.positions == "rotary":
+            for attention_of in (block.attention for block in self.blocks):
+                attention_of.rotation = self.blocks[0].attention.rotation  # one table for all
         if spec.predicts_tokens and spec.tied_head:
             head.linear.weight = self.embedding.wte.weight
 

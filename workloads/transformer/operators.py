@@ -74,6 +74,8 @@ def embedding(part: Part) -> Layer:
     if spec.norm_position == "post" or spec.embedding_norm:
         x = _normalize(tape, x, "norm", "normalized", part)
     x = dropout(tape, x, "dropped", spec.dropout)
+    if spec.positions == "rotary":
+        tape.buffer(4 * spec.max_positions * spec.size_of_head)  # the table of rotations, which all blocks share
     return tape.layer("embedding", out=x, cut=wide, inputs=False)
 
 

@@ -324,8 +324,9 @@ class Transformer(nn.Module):
         self.head = head
         self.apply(_initialize)
         if spec.positions == "rotary":
-            for attention_of in (block.attention for block in self.blocks):
-                attention_of.rotation = self.blocks[0].attention.rotation  # one table for all
+            layers = [m for m in self.modules() if isinstance(m, Attention)]
+            for layer in layers:
+                layer.rotation = layers[0].get_buffer("rotation")  # one table for all
         if spec.predicts_tokens and spec.tied_head:
             head.linear.weight = self.embedding.wte.weight
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster
-from simtrain.core.result import MemoryReport
+from simtrain.core.result import MemoryReport, Result
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
@@ -38,6 +38,14 @@ HUNGER: dict[str, Mapping[Any, int]] = {
 """Choices in the order in which they need more memory; what is not named here is not compared."""
 
 
+class Reader(Protocol):
+    """`estimate` or `schedule`."""
+
+    def __call__(self, workload: Workload, cluster: Cluster, strategy: Strategy, *, runtime: Runtime) -> Result:
+        """Predicts a step."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a micro-batch takes at least, all layers on one rank.
@@ -46,12 +54,14 @@ class Work:
         device_s: Of the device.
         host_s: Of the host.
         block_s: Of the device for one of the lightest blocks.
-        blocks: How many there are.
+        tail_s: Of the device for what stands behind the last block.
+        blocks: How many blocks there are.
     """
 
     device_s: float
     host_s: float
     block_s: float
+    tail_s: float
     blocks: int
 
 
@@ -63,13 +73,11 @@ class Screen:
         workload: What is trained.
         cluster: On what.
         margin: Share of the device's memory that must stay free.
-        inferring: Whether a strategy counts as too large where one that needs no more is; else all are replayed.
     """
 
     workload: Workload
     cluster: Cluster
     margin: float = 0.0
-    inferring: bool = True
     _work: dict[Any, Work] = field(default_factory=dict)
     _memory: dict[Any, MemoryReport] = field(default_factory=dict)
     _too_large: dict[Any, list[tuple[tuple[int, ...], Candidate, MemoryReport]]] = field(default_factory=dict)
@@ -78,7 +86,8 @@ class Screen:
         """A lower bound of the step time.
 
         Of the stages, the slowest takes at least their mean: `accumulation x (all layers' passes of a micro-batch) / pipeline`. The last
-        stage cannot begin before the first micro-batch has come through the others, and its last gradient must go back through them. The
+        stage has what stands behind the blocks, cannot begin before a micro-batch has come through the others, and its last gradient must
+        go back through them. The
         collectives inside layers are those of a lone replica, which shares its links with nobody; reductions of gradients and the
         optimizer are left out, and so is recomputation of segments, which the cuts of a pipeline change.
 
@@ -94,7 +103,8 @@ class Screen:
             return least
         chunks = max(strategy.chunks, 1)
         position_s = work.blocks // (strategy.pipeline * chunks) * work.block_s
-        return max(least, position_s * (strategy.accumulation * chunks + strategy.pipeline - 1))
+        last_s = strategy.accumulation * (chunks * position_s + work.tail_s)
+        return max(least, last_s + (strategy.pipeline - 1) * position_s)
 
     def _lone(self, candidate: Candidate) -> Work:
         strategy = candidate.strategy
@@ -119,11 +129,12 @@ class Screen:
             if certain or s.which.mode is not Mode.RECOMPUTE
         ]
         total = chain([s.cost for s in steps])
-        by_block = dict.fromkeys((i for i in range(chunk.workload.depth) if chunk.is_block(i)), 0.0)
+        by_layer = [0.0] * chunk.workload.depth
         for step in steps:
-            if step.which.layer in by_block:
-                by_block[step.which.layer] += step.cost.device_s
-        return Work(total.device_s, total.host_s, min(by_block.values(), default=0.0), len(by_block))
+            by_layer[step.which.layer] += step.cost.device_s
+        blocks = [i for i in range(len(by_layer)) if chunk.is_block(i)]
+        tail = by_layer[blocks[-1] + 1 :] if blocks else []
+        return Work(total.device_s, total.host_s, min((by_layer[i] for i in blocks), default=0.0), sum(tail), len(blocks))
 
     def fits(self, memory: MemoryReport) -> bool:
         """Whether it fits and leaves the margin."""
@@ -139,15 +150,11 @@ class Screen:
             StrategyError: The model does not divide so.
             UnsupportedError: It is not modelled.
         """
-        relatives = [candidate]
-        if self.inferring:
-            frugal, small = self._relatives(candidate)
-            relatives = list(dict.fromkeys((frugal, small, candidate)))
-        for relative in relatives:
+        for relative in dict.fromkeys((*self._relatives(candidate), candidate)):
             family, rank = _family(relative)
             known = self._too_large.setdefault(family, [])
             worse = next(((c, m) for r, c, m in known if all(a <= b for a, b in zip(r, rank, strict=True))), None)
-            if worse and self.inferring:
+            if worse:
                 return worse
             memory = self.memory(relative)
             if not self.fits(memory):
@@ -190,20 +197,28 @@ class Screen:
         return self._memory[key]
 
     def projected_s(self, candidate: Candidate) -> float:
-        """Step time from two shorter steps: once a pipeline is full, every further micro-batch adds the same.
+        """Step time as `estimate` has it, projected from shorter steps.
 
         Raises:
             StrategyError: The model does not divide so.
             UnsupportedError: It is not modelled.
         """
-        strategy, stages = candidate.strategy, candidate.strategy.pipeline
-        few, more = 2 * stages, 3 * stages
-        if strategy.accumulation <= 4 * stages or strategy.schedule in ALWAYS_HOLDING:
-            few = more = strategy.accumulation
-        times = [estimate(self.workload, self.cluster, strategy.with_(accumulation=n), runtime=candidate.runtime).step_time_s for n in {few, more}]
-        if few == more:
-            return times[0]
-        return min(times) + (max(times) - min(times)) / (more - few) * (strategy.accumulation - few)
+        return projected_s(estimate, self.workload, self.cluster, candidate)
+
+
+def projected_s(reader: Reader, workload: Workload, cluster: Cluster, candidate: Candidate) -> float:
+    """Step time from two shorter steps: once a pipeline is full, every further micro-batch adds the same.
+
+    Raises:
+        StrategyError: The model does not divide so.
+        UnsupportedError: It is not modelled.
+    """
+    strategy, stages = candidate.strategy, candidate.strategy.pipeline
+    few, more = 2 * stages, 3 * stages
+    if strategy.accumulation <= 4 * stages or strategy.schedule in ALWAYS_HOLDING:
+        return reader(workload, cluster, strategy, runtime=candidate.runtime).step_time_s
+    shorter, longer = (reader(workload, cluster, strategy.with_(accumulation=n), runtime=candidate.runtime).step_time_s for n in (few, more))
+    return shorter + (longer - shorter) / (more - few) * (strategy.accumulation - few)
 
 
 def _family(candidate: Candidate) -> tuple[Any, tuple[int, ...]]:

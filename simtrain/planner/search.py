@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from simtrain.core import catalog
@@ -23,10 +23,12 @@ from simtrain.core.workload import Workload
 from simtrain.planner.objectives import BALANCED, OBJECTIVES, PRICED, TIMED, Judge, Limits, Objective, Weights, weights_of
 from simtrain.planner.screen import REFUSALS, Screen
 from simtrain.planner.space import Candidate, Wishes, candidates, check_fixed, default_runtimes
+from simtrain.planner.why import Why, feasible, why
 from simtrain.step.predict import estimate, schedule, simulate
 
-EXHAUSTIVE = 300
-"""Spaces up to this size are read in full."""
+EXHAUSTIVE = 100
+SHORT_STEPS = 40_000
+"""Spaces of at most so many combinations, and instructions of all of them, are read in full."""
 
 KEPT = 12
 """Strategies that larger spaces are searched for."""
@@ -88,6 +90,8 @@ class Plan:
         objectives: All of them.
         notes: How it was searched, in words.
         elapsed_s: How long it took.
+        why: What bounds the best and what would change it, where that was asked for.
+        advice: Where nothing fits, what would.
     """
 
     workload: str
@@ -103,6 +107,8 @@ class Plan:
     objectives: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     elapsed_s: float = 0.0
+    why: Why | None = None
+    advice: tuple[str, ...] = ()
 
     @property
     def best(self) -> Result | None:
@@ -119,6 +125,7 @@ class Plan:
         data: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
         data["ranked"] = [r.to_dict() for r in self.ranked]
         data["front"] = [r.to_dict() for r in self.front]
+        data["why"] = asdict(self.why) if self.why else None
         data["failed"] = [{name: getattr(f, name) for name in Failure.__dataclass_fields__} for f in self.failed]
         return data
 
@@ -140,6 +147,7 @@ def plan(
     weights: Weights | Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
     patience_s: float = PATIENCE_S,
+    explain: bool = False,
 ) -> Plan:
     """Searches data, tensor, pipeline and context degrees, micro-batch, ZeRO, checkpointing and schedule for a global batch.
 
@@ -159,6 +167,8 @@ def plan(
         weights: Of the balanced score.
         progress: Called with (done, total).
         patience_s: When to stop; the plan then says how many combinations were not looked at.
+        explain: Whether to price the best anew with more of each resource and with single choices changed, or where nothing fits to look
+            for what would.
 
     Raises:
         StrategyError: The global batch does not divide over the devices, or fixed fields contradict something.
@@ -185,7 +195,13 @@ def plan(
     for batch in batches:
         choices += candidates(work, machines, batch, frameworks, wishes)[0]
     search = _Search(work, machines, tuple(choices), judge, limits or Limits(), progress, patience_s)
-    return search.run(batches[0])
+    found = search.run(batches[0])
+    if not explain:
+        return found
+    if found.best is None:
+        return replace(found, advice=feasible(work, machines, batches[0], limits))
+    framework = next(r for r in frameworks if r.name == found.best.runtime)
+    return replace(found, why=why(work, machines, found.best.strategy, runtime=framework))
 
 
 def _check_prices(cluster: Cluster, judge: Judge, limits: Limits) -> None:
@@ -221,17 +237,16 @@ class _Search:
     done: int = 0
 
     def run(self, global_batch: int) -> Plan:
-        small = len(self.choices) <= EXHAUSTIVE
-        screen = Screen(self.workload, self.cluster, self.limits.memory_margin, inferring=not small)
-        for index, (bound_s, candidate) in enumerate(self._ordered(screen)):
+        small = len(self.choices) <= EXHAUSTIVE and sum(_instructions(c.strategy) for c in self.choices) <= SHORT_STEPS
+        screen = Screen(self.workload, self.cluster, self.limits.memory_margin)
+        for bound_s, candidate in [(0.0, c) for c in self.choices] if small else self._ordered(screen):
             if not small and time.monotonic() - self.start_s > self.patience_s:
                 self.unread = len(self.choices) - self.done
                 break
             self._look(screen, candidate, bound_s, small)
             self._tick()
-            del index
         self._read_projected()
-        self._refine(small)
+        self._refine()
         results = self.judge.ranked([r for _, r in self.found])
         failed = sorted((self._with_change(c, f) for c, f in self.failed), key=lambda f: (f.over_bytes == 0, f.over_bytes))
         return Plan(
@@ -268,14 +283,15 @@ class _Search:
 
     def _look(self, screen: Screen, candidate: Candidate, bound_s: float, small: bool) -> None:
         try:
-            if not small and bound_s > self._bar_s():
+            if small:
+                self._add(candidate, schedule(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
+                return
+            if bound_s > self._bar_s():
                 self.passed_over += 1
                 return
             larger = screen.too_large(candidate)
             if larger is not None:
                 self.failed.append((candidate, _too_large(candidate, *larger, self.limits)))
-            elif small:
-                self._add(candidate, estimate(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
             else:
                 self.projected.append((screen.projected_s(candidate) / candidate.strategy.global_batch, candidate))
         except REFUSALS as error:
@@ -309,9 +325,9 @@ class _Search:
                 continue
             self._add(candidate, estimate(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
 
-    def _refine(self, small: bool) -> None:
-        """Reads the best anew by `schedule`, those of a small space all; then the very best by `simulate`."""
-        for reader, count in ((schedule, len(self.found) if small else SCHEDULED), (simulate, SIMULATED)):
+    def _refine(self) -> None:
+        """Reads the best anew by `schedule` and the very best by `simulate`."""
+        for reader, count in ((schedule, SCHEDULED), (simulate, SIMULATED)):
             read: set[Candidate] = set()
             while True:
                 ahead = [self._pair(r) for r in self.judge.ranked([r for _, r in self.found])[:count]]
@@ -320,7 +336,7 @@ class _Search:
                     break
                 for candidate, result in waiting:
                     read.add(candidate)
-                    if reader is simulate and _instructions(candidate.strategy) > LONG_STEP:
+                    if result.reader == reader.__name__ or (reader is simulate and _instructions(candidate.strategy) > LONG_STEP):
                         continue
                     self.found.remove((candidate, result))
                     self._add(candidate, reader(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
@@ -346,15 +362,7 @@ class _Search:
         near = min(self.found, key=lambda pair: (_difference(candidate, pair[0]), -pair[1].samples_per_s), default=None)
         if near is None or not failure.over_bytes:
             return failure
-        return Failure(
-            strategy=failure.strategy,
-            reason=failure.reason,
-            over_bytes=failure.over_bytes,
-            term=failure.term,
-            smallest_change=str(near[0].strategy),
-            smallest_change_samples_per_s=near[1].samples_per_s,
-            runtime=failure.runtime,
-        )
+        return replace(failure, smallest_change=str(near[0].strategy), smallest_change_samples_per_s=near[1].samples_per_s)
 
 
 def _instructions(strategy: Strategy) -> int:

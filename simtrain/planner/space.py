@@ -239,6 +239,7 @@ def _choices(
     cluster: Cluster, runtime: Runtime, degrees: Mapping[str, Any], per_replica: int, wishes: Wishes
 ) -> Iterator[Strategy]:
     habits, fixed = HABITS.get(runtime.name, HABITS["megatron"]), wishes.fixed
+    usual_checkpoints = [c for c in habits.checkpoints if c != "selective" or not runtime.fused_attention]  # there they are the same
     pipeline, holders = degrees["pipeline"], degrees["data"] * degrees["context"]
     usual = habits.zeros if pipeline == 1 else habits.pipeline_zeros
     asked = wishes.zeros if wishes.zeros is not None else usual
@@ -250,7 +251,7 @@ def _choices(
     for micro_batch, recipe, checkpoint, zero, split, (schedule, chunks) in product(
         _allowed(fixed, "micro_batch", divisors(per_replica)),
         _allowed(fixed, "precision", _precisions(cluster, habits, wishes)),
-        _allowed(fixed, "checkpoint", wishes.checkpoints if wishes.checkpoints is not None else habits.checkpoints),
+        _allowed(fixed, "checkpoint", wishes.checkpoints if wishes.checkpoints is not None else usual_checkpoints),
         _allowed(fixed, "zero", zeros),
         _allowed(fixed, "sequence_parallel", sequence),
         schedules,

@@ -16,8 +16,8 @@ from simtrain.planner.space import Candidate
 from simtrain.step.costs import chain
 from simtrain.step.instructions import chunk_costs
 from simtrain.step.layout import lay_out
-from simtrain.step.occupancy import Mode
 from simtrain.step.ledger import ledger
+from simtrain.step.occupancy import Mode
 from simtrain.step.predict import estimate
 from simtrain.step.results import lane_report, tightest_lane
 from simtrain.step.schedules import Action
@@ -217,7 +217,9 @@ def projected_s(reader: Reader, workload: Workload, cluster: Cluster, candidate:
     few, more = 2 * stages, 3 * stages
     if strategy.accumulation <= 4 * stages or strategy.schedule in ALWAYS_HOLDING:
         return reader(workload, cluster, strategy, runtime=candidate.runtime).step_time_s
-    shorter, longer = (reader(workload, cluster, strategy.with_(accumulation=n), runtime=candidate.runtime).step_time_s for n in (few, more))
+    shorter, longer = (
+        reader(workload, cluster, strategy.with_(accumulation=n), runtime=candidate.runtime).step_time_s for n in (few, more)
+    )
     return shorter + (longer - shorter) / (more - few) * (strategy.accumulation - few)
 
 

@@ -167,7 +167,7 @@ def candidates(
             if global_batch % degrees["data"]:
                 undivided.append(degrees["data"])
                 continue
-            found += [Candidate(s, runtime) for s in _choices(cluster, runtime, degrees, per_replica, wishes)]
+            found += [Candidate(s, runtime) for s in _choices(cluster, runtime, degrees, per_replica, wishes, blocks_of(workload))]
     if not found:
         _complain(global_batch, undivided, left_out, wishes)
     return tuple(found), left_out
@@ -188,6 +188,11 @@ def _complain(global_batch: int, undivided: list[int], left_out: Mapping[str, in
     raise InputError("there is nothing to try: give at least one precision, one checkpointing choice and one ZeRO stage")
 
 
+def blocks_of(workload: Workload) -> int:
+    """What a pipeline can be cut into."""
+    return sum(layer.repeats for layer in workload.layers if layer.block) or workload.depth
+
+
 def divisors(number: int) -> list[int]:
     """All divisors in ascending order."""
     return [d for d in range(1, number + 1) if number % d == 0]
@@ -197,12 +202,14 @@ def _degrees(workload: Workload, cluster: Cluster, runtime: Runtime, wishes: Wis
     """Ways of dividing the devices."""
     habits, fixed, devices = HABITS.get(runtime.name, HABITS["megatron"]), wishes.fixed, wishes.devices
     per_node = min(len(node.devices) for node in cluster.nodes)
-    blocks = sum(layer.repeats for layer in workload.layers if layer.block) or workload.depth
+    blocks = blocks_of(workload)
     divisible = habits.tensor and workload.reform is not None
     tensors = _allowed(fixed, "tensor", [d for d in divisors(devices) if d <= per_node] if divisible else [1])
     pipelines = _allowed(fixed, "pipeline", [d for d in divisors(devices) if d <= blocks] if habits.schedules else [1])
     long = divisible and workload.sequence > LONGEST_SEQUENCE
-    contexts = _allowed(fixed, "context", [d for d in divisors(devices) if d == 1 or workload.sequence / d >= LONGEST_SEQUENCE / 2] if long else [1])
+    contexts = _allowed(
+        fixed, "context", [d for d in divisors(devices) if d == 1 or workload.sequence / d >= LONGEST_SEQUENCE / 2] if long else [1]
+    )
     for tensor, pipeline, context in product(tensors, pipelines, contexts):
         data = devices // (tensor * pipeline * context)
         if data * tensor * pipeline * context != devices or fixed.get("data", data) != data:
@@ -236,7 +243,7 @@ def _allowed(fixed: Mapping[str, Any], name: str, usual: Iterable[Any]) -> list[
 
 
 def _choices(
-    cluster: Cluster, runtime: Runtime, degrees: Mapping[str, Any], per_replica: int, wishes: Wishes
+    cluster: Cluster, runtime: Runtime, degrees: Mapping[str, Any], per_replica: int, wishes: Wishes, blocks: int
 ) -> Iterator[Strategy]:
     habits, fixed = HABITS.get(runtime.name, HABITS["megatron"]), wishes.fixed
     usual_checkpoints = [c for c in habits.checkpoints if c != "selective" or not runtime.fused_attention]  # there they are the same
@@ -259,7 +266,7 @@ def _choices(
         accumulation = per_replica // micro_batch
         if micro_batch * accumulation != per_replica or fixed.get("accumulation", accumulation) != accumulation:
             continue
-        if schedule == "interleaved" and accumulation % pipeline:
+        if schedule == "interleaved" and "schedule" not in fixed and (accumulation % pipeline or pipeline * chunks > blocks):
             continue
         rest = {n: fixed[n] for n in ("shard", "context_style", "optimizer") if n in fixed}
         yield Strategy(

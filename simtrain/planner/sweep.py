@@ -368,7 +368,8 @@ class _Run:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
             return
-        raise self.stopped(f"worker processes died {RESTARTS} times (out of memory?)")
+        hint = "out of memory? a script of your own must guard what it runs with `if __name__ == '__main__':`"
+        raise self.stopped(f"worker processes died {RESTARTS} times ({hint})")
 
     def stopped(self, reason: str) -> SweepStoppedError:
         """An error that says what is kept."""
@@ -394,7 +395,9 @@ def dask_executor(scheduler: str) -> Iterator[Executor]:
     try:
         client = Client(scheduler, timeout=ANSWER_S, set_as_default=False)
     except (OSError, TimeoutError, ValueError, TypeError) as error:
-        raise InputError(f"the scheduler {scheduler} does not answer within {ANSWER_S} s ({type(error).__name__}): is it running there?") from None
+        raise InputError(
+            f"the scheduler {scheduler} does not answer within {ANSWER_S} s ({type(error).__name__}): is it running there?"
+        ) from None
     try:
         versions = client.run(fingerprint)
         if not versions:

@@ -282,9 +282,7 @@ class Comparison:
 
 def compare(a: Result, b: Result) -> Comparison:
     """Splits the difference of two results: time by part, memory by kind, largest first; both sum to the differences of the totals."""
-    return Comparison(
-        a, b, _minus(b.breakdown_s, a.breakdown_s), _minus(dict(b.memory.by_kind_bytes), dict(a.memory.by_kind_bytes))
-    )
+    return Comparison(a, b, _minus(b.breakdown_s, a.breakdown_s), _minus(dict(b.memory.by_kind_bytes), dict(a.memory.by_kind_bytes)))
 
 
 def _minus(b: Any, a: Any) -> dict[str, float]:

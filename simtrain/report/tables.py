@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -128,7 +127,7 @@ def plan_table(plan: Plan, top: int = 10) -> RenderableType:
 def _counts(plan: Plan) -> str:
     counts = f"{plan.considered} strategies: {len(plan.ranked)} fit, {len(plan.failed)} do not"
     if plan.passed_over:
-        counts += f", {plan.passed_over} cannot be among the best"
+        counts += f", {plan.passed_over} are outpaced by a bound or a projection"
     return counts + f" ({format_time(plan.elapsed_s)})"
 
 
@@ -149,19 +148,13 @@ def _failures(failed: tuple[Failure, ...]) -> Table:
     """Groups what does not fit by the kind of memory that takes most, and what is refused by its reason."""
     groups: dict[str, list[Failure]] = defaultdict(list)
     for failure in failed:
-        groups[_group(failure)].append(failure)
+        groups[f"out of memory, mostly {failure.term}" if failure.over_bytes > 0 else failure.reason].append(failure)
     table = plain_table("Why the others fail", "", "why", "over by", "closest to fitting", "would fit with", numeric=("", "over by"))
     for why, group in sorted(groups.items(), key=lambda item: -len(item[1])):
         closest, furthest = (choose(group, key=lambda f: f.over_bytes) for choose in (min, max))
         over = " to ".join(dict.fromkeys(format_bytes(f.over_bytes) for f in (closest, furthest) if f.over_bytes > 0))
         table.add_row(str(len(group)), why, over or "-", closest.strategy.replace(",", ", "), _change(closest))
     return table
-
-
-def _group(failure: Failure) -> str:
-    if failure.over_bytes > 0:
-        return f"out of memory, mostly {failure.term}"
-    return re.sub(r"\d+", "N", failure.reason) if failure.reason.count("chunks") else failure.reason
 
 
 def _change(failure: Failure) -> str:

@@ -73,7 +73,8 @@ def test_the_module_for_fsdp2_is_python():
 
 
 def test_what_others_write_can_be_read():
-    words = "torchrun pretrain_gpt.py --tensor-model-parallel-size 4 \\\n --micro-batch-size 1 --global-batch-size 64 --bf16 --sequence-parallel"
+    words = "torchrun pretrain_gpt.py --tensor-model-parallel-size 4 \\\n "
+    words += "--micro-batch-size 1 --global-batch-size 64 --bf16 --sequence-parallel"
     assert read("megatron", words, ranks=32) == Strategy.parse(
         "data=8,accumulation=8,tensor=4,sequence_parallel=true,precision=bf16-master"
     )
@@ -88,7 +89,11 @@ def test_what_others_write_can_be_read():
         ("torchtitan", "[", "not valid TOML"),
         ("deepspeed", "{", "not valid JSON"),
         ("deepspeed", json.dumps({"train_batch_size": 8}), "must be stated"),
-        ("deepspeed", '{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}', "whole number"),
+        (
+            "deepspeed",
+            '{"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}',
+            "whole number",
+        ),
         ("fsdp2", "MESH = 3", "must be stated"),
         ("fsdp2", "(", "cannot be read"),
         ("torchrun", "torchrun train.py", "nproc-per-node"),

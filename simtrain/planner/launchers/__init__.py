@@ -45,7 +45,9 @@ def emit(launcher: str, strategy: Strategy, *, per_node: int = 8) -> Written:
     """
     module = _module(launcher)
     if strategy.plan:
-        raise UnsupportedError("launchers know equal replicas only; a strategy with an explicit plan of replicas cannot be written for them")
+        raise UnsupportedError(
+            "launchers know equal replicas only; a strategy with an explicit plan of replicas cannot be written for them"
+        )
     written: Written = module.write(strategy, per_node)
     back: Strategy = module.read(written.text, strategy.ranks)
     unsaid = dict(written.unsaid)

@@ -1,4 +1,4 @@
-"""Screening: a lower bound of the step time that costs next to nothing, and memory without time, so that few strategies are read in full."""
+"""Screening: a lower bound of the step time that costs next to nothing, and memory without time, so that few are read in full."""
 
 from __future__ import annotations
 

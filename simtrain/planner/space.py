@@ -246,7 +246,7 @@ def _choices(
     cluster: Cluster, runtime: Runtime, degrees: Mapping[str, Any], per_replica: int, wishes: Wishes, blocks: int
 ) -> Iterator[Strategy]:
     habits, fixed = HABITS.get(runtime.name, HABITS["megatron"]), wishes.fixed
-    usual_checkpoints = [c for c in habits.checkpoints if c != "selective" or not runtime.fused_attention]  # there they are the same
+    usual_checkpoints = [c for c in habits.checkpoints if c != "selective" or not runtime.fused_attention]
     pipeline, holders = degrees["pipeline"], degrees["data"] * degrees["context"]
     usual = habits.zeros if pipeline == 1 else habits.pipeline_zeros
     asked = wishes.zeros if wishes.zeros is not None else usual

@@ -28,7 +28,7 @@ def space(small):
 
 
 def test_the_space_has_every_degree_once(space):
-    cluster, found = space
+    _, found = space
     assert len(set(found)) == len(found)
     assert {c.strategy.tensor for c in found} == {1, 2, 4, 8}, "tensor parallelism stays in a node"
     assert {c.strategy.pipeline for c in found} == {1, 2, 4, 8}, "as many stages as there are blocks"
@@ -39,7 +39,7 @@ def test_the_space_has_every_degree_once(space):
 def test_the_bound_lies_below_the_schedule(small, space):
     cluster, found = space
     screen = Screen(small, cluster)
-    for candidate in found[:: max(len(found) // 25, 1)]:
+    for candidate in found[:: max(len(found) // 15, 1)]:
         try:
             exact = st.schedule(small, cluster, candidate.strategy, runtime=candidate.runtime).step_time_s
         except REFUSALS:
@@ -51,7 +51,7 @@ def test_projections_and_quick_memory_agree_with_the_whole(small, space):
     cluster, found = space
     screen = Screen(small, cluster)
     long = [c for c in found if c.strategy.pipeline > 1 and c.strategy.accumulation > 4 * c.strategy.pipeline]
-    for candidate in long[:: max(len(long) // 12, 1)]:
+    for candidate in long[:: max(len(long) // 8, 1)]:
         whole = st.estimate(small, cluster, candidate.strategy, runtime=candidate.runtime)
         assert projected_s(st.estimate, small, cluster, candidate) == pytest.approx(whole.step_time_s, rel=0.02)
         assert screen.memory(candidate).device_bytes <= whole.memory.device_bytes * (1 + 1e-9)
@@ -61,13 +61,13 @@ def test_projections_and_quick_memory_agree_with_the_whole(small, space):
 
 def test_nothing_that_was_passed_over_is_better(small, space, monkeypatch):
     cluster, _ = space
-    quick = st.plan(small, cluster, 64, runtime="megatron")
+    quick = st.plan(small, cluster, 64, runtime="megatron", fixed={"tensor": 2, "zero": 1})
     assert quick.complete
     assert quick.passed_over
     assert quick.considered == len(quick.ranked) + len(quick.failed) + quick.passed_over
     monkeypatch.setattr(search, "EXHAUSTIVE", 10**6)
     monkeypatch.setattr(search, "SHORT_STEPS", 10**9)
-    every = st.plan(small, cluster, 64, runtime="megatron")
+    every = st.plan(small, cluster, 64, runtime="megatron", fixed={"tensor": 2, "zero": 1})
     assert not every.passed_over
     assert quick.best.strategy == every.best.strategy
     assert quick.best.step_time_s == pytest.approx(every.best.step_time_s, rel=1e-9)
@@ -85,20 +85,20 @@ def test_devices_can_be_left_unused(small):
 
 
 def test_limits_hold_and_are_counted(small):
-    free = st.plan(small, "4x rtx-3090", 64)
+    free = st.plan(small, "4x rtx-3090", 16)
     margin = 1 - free.best.memory.device_bytes / free.best.memory.capacity_bytes + 0.01
-    tight = st.plan(small, "4x rtx-3090", 64, limits=st.Limits(memory_margin=margin))
+    tight = st.plan(small, "4x rtx-3090", 16, limits=st.Limits(memory_margin=margin))
     assert tight.best.strategy != free.best.strategy
     assert all(r.memory.device_bytes <= r.memory.capacity_bytes * (1 - margin) for r in tight.ranked)
-    dear = st.plan(small, "4x rtx-3090", 64, limits=st.Limits(budget_usd=1e-9, tokens=1e12))
+    dear = st.plan(small, "4x rtx-3090", 16, limits=st.Limits(budget_usd=1e-9, tokens=1e12))
     assert not dear.ranked
     assert any("costs more than" in f.reason for f in dear.failed)
-    weak = st.plan(small, "4x rtx-3090", 64, limits=st.Limits(power_w=1.0))
+    weak = st.plan(small, "4x rtx-3090", 16, limits=st.Limits(power_w=1.0))
     assert any("draws more than" in f.reason for f in weak.failed)
 
 
 def test_a_front_holds_what_nothing_beats(small):
-    found = st.plan(small, "4x rtx-3090", 64, objective=["throughput", "memory"])
+    found = st.plan(small, "4x rtx-3090", 16, objective=["throughput", "memory"])
     assert len(found.front) > 1
     for a, b in itertools.permutations(found.front, 2):
         assert a.samples_per_s > b.samples_per_s or a.memory.device_bytes < b.memory.device_bytes
@@ -107,10 +107,10 @@ def test_a_front_holds_what_nothing_beats(small):
 
 
 def test_the_balanced_score_weighs_its_parts(small):
-    found = st.plan(small, "4x rtx-3090", [32, 64], objective="balanced", weights={"throughput": 0, "memory": 1, "convergence": 0})
+    found = st.plan(small, "4x rtx-3090", [8, 16], objective="balanced", weights={"throughput": 0, "memory": 1, "convergence": 0})
     assert found.best.memory.device_bytes == min(r.memory.device_bytes for r in found.ranked)
-    found = st.plan(small, "4x rtx-3090", [32, 64], objective="balanced", weights={"throughput": 0, "memory": 0, "convergence": 1})
-    assert found.best.global_batch == 32, "smaller batches need fewer samples"
+    found = st.plan(small, "4x rtx-3090", [8, 16], objective="balanced", weights={"throughput": 0, "memory": 0, "convergence": 1})
+    assert found.best.global_batch == 8, "smaller batches need fewer samples"
     scores = Judge(("balanced",), Weights()).scores(found.ranked)
     assert all(0 < s <= 1 for s in scores)
 

@@ -81,7 +81,7 @@ def plan(
             what,
             where,
             global_batch,
-            objective=[o.value for o in objective or [Objective.THROUGHPUT]],  # type: ignore[misc]  # the enumeration has the same names
+            objective=[o.value for o in objective or [Objective.THROUGHPUT]],
             precisions=precision or None,
             checkpoints=checkpoint or None,
             zeros=tuple(zero) if zero else None,

@@ -371,7 +371,7 @@ def _instructions(strategy: Strategy) -> int:
 
 def _difference(a: Candidate, b: Candidate) -> int:
     """Choices in which two strategies differ; micro-batch and accumulation are one choice under a fixed global batch."""
-    return sum(getattr(a.strategy, name) != getattr(b.strategy, name) for name in CHOICES) + 2 * (a.runtime != b.runtime)
+    return sum(bool(getattr(a.strategy, name) != getattr(b.strategy, name)) for name in CHOICES) + 2 * (a.runtime != b.runtime)
 
 
 def _refusal(candidate: Candidate, reason: str) -> Failure:

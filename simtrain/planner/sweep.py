@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -389,11 +390,11 @@ def dask_executor(scheduler: str) -> Iterator[Executor]:
         InputError: dask.distributed is not installed, the scheduler does not answer, has no workers, or runs other code.
     """
     try:
-        from distributed import Client
+        distributed: Any = import_module("distributed")
     except ImportError:
         raise InputError("a Dask scheduler needs dask.distributed: pip install 'simtrain[dask]'") from None
     try:
-        client = Client(scheduler, timeout=ANSWER_S, set_as_default=False)
+        client = distributed.Client(scheduler, timeout=ANSWER_S, set_as_default=False)
     except (OSError, TimeoutError, ValueError, TypeError) as error:
         raise InputError(
             f"the scheduler {scheduler} does not answer within {ANSWER_S} s ({type(error).__name__}): is it running there?"

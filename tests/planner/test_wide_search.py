@@ -61,6 +61,7 @@ def test_projections_and_quick_memory_agree_with_the_whole(small, space):
 
 def test_nothing_that_was_passed_over_is_better(small, space, monkeypatch):
     cluster, _ = space
+    monkeypatch.setattr(search, "EXHAUSTIVE", 0)
     quick = st.plan(small, cluster, 64, runtime="megatron", fixed={"tensor": 2, "zero": 1})
     assert quick.complete
     assert quick.passed_over
@@ -85,15 +86,15 @@ def test_devices_can_be_left_unused(small):
 
 
 def test_limits_hold_and_are_counted(small):
-    free = st.plan(small, "4x rtx-3090", 16)
+    free = st.plan(small, "4x rtx-3090", 16, precisions=["fp32"])
     margin = 1 - free.best.memory.device_bytes / free.best.memory.capacity_bytes + 0.01
-    tight = st.plan(small, "4x rtx-3090", 16, limits=st.Limits(memory_margin=margin))
+    tight = st.plan(small, "4x rtx-3090", 16, precisions=["fp32"], limits=st.Limits(memory_margin=margin))
     assert tight.best.strategy != free.best.strategy
     assert all(r.memory.device_bytes <= r.memory.capacity_bytes * (1 - margin) for r in tight.ranked)
-    dear = st.plan(small, "4x rtx-3090", 16, limits=st.Limits(budget_usd=1e-9, tokens=1e12))
+    dear = st.plan(small, "4x rtx-3090", 16, precisions=["fp32"], limits=st.Limits(budget_usd=1e-9, tokens=1e12))
     assert not dear.ranked
     assert any("costs more than" in f.reason for f in dear.failed)
-    weak = st.plan(small, "4x rtx-3090", 16, limits=st.Limits(power_w=1.0))
+    weak = st.plan(small, "4x rtx-3090", 16, precisions=["fp32"], limits=st.Limits(power_w=1.0))
     assert any("draws more than" in f.reason for f in weak.failed)
 
 
@@ -107,9 +108,25 @@ def test_a_front_holds_what_nothing_beats(small):
 
 
 def test_the_balanced_score_weighs_its_parts(small):
-    found = st.plan(small, "4x rtx-3090", [8, 16], objective="balanced", weights={"throughput": 0, "memory": 1, "convergence": 0})
+    found = st.plan(
+        small,
+        "4x rtx-3090",
+        [8, 16],
+        precisions=["fp32"],
+        zeros=[0],
+        objective="balanced",
+        weights={"throughput": 0, "memory": 1, "convergence": 0},
+    )
     assert found.best.memory.device_bytes == min(r.memory.device_bytes for r in found.ranked)
-    found = st.plan(small, "4x rtx-3090", [8, 16], objective="balanced", weights={"throughput": 0, "memory": 0, "convergence": 1})
+    found = st.plan(
+        small,
+        "4x rtx-3090",
+        [8, 16],
+        precisions=["fp32"],
+        zeros=[0],
+        objective="balanced",
+        weights={"throughput": 0, "memory": 0, "convergence": 1},
+    )
     assert found.best.global_batch == 8, "smaller batches need fewer samples"
     scores = Judge(("balanced",), Weights()).scores(found.ranked)
     assert all(0 < s <= 1 for s in scores)

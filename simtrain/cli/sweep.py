@@ -12,8 +12,6 @@ from simtrain.cli.output import note, write_json, write_table
 from simtrain.cli.plan import SlowProgress
 from simtrain.core.errors import InputError
 
-SHOWN = ("step_time_s", "samples_per_s", "mfu", "memory.device_bytes", "fits", "bound_by", "error")
-
 
 def sweep(
     workload: WorkloadArgument,
@@ -55,7 +53,7 @@ def sweep(
             raise InputError(f"cannot write {csv}: {error.strerror or error}") from None
         note(f"wrote {csv}")
     if json:
-        write_json(rows)
+        write_json({"rows": rows})
     else:
         from simtrain.report.sweeps import sweep_table
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +24,8 @@ from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
-from simtrain.planner.cache import Cache, default_folder, fingerprint, key_of
+from simtrain.planner.cache import Cache, default_folder, key_of
+from simtrain.planner.remote import dask_executor
 from simtrain.step.predict import estimate, schedule, simulate
 
 if TYPE_CHECKING:
@@ -38,9 +37,6 @@ OWN_COLUMNS = ("workload", "cluster", "runtime", "reader", "seq_len", "strategy"
 
 RESTARTS = 3
 """How often a pool of processes is started anew after one of them died."""
-
-ANSWER_S = 10
-"""How long a scheduler may take to answer."""
 
 
 class SweepStoppedError(SimtrainError):
@@ -187,18 +183,21 @@ def read_points(
         chosen = own.get("reader", reader)
         if chosen not in READERS:
             raise UnknownNameError("reader", str(chosen), READERS)
+        typed = _typed({n: v for n, v in given.items() if n not in OWN_COLUMNS})
         start = Strategy.parse(own["strategy"]) if "strategy" in own else base
         framework = own.get("runtime", runtime)
         asked = Question(
             workload=own.get("workload", workload),
             seq_len=None if own.get("seq_len") is None else int(own["seq_len"]),
             cluster=_travelling(own.get("cluster", cluster)),
-            strategy=start.with_(**_typed({n: v for n, v in given.items() if n not in OWN_COLUMNS})),
+            strategy=start.with_(**typed),
             runtime=find_runtime(framework) if isinstance(framework, str) else framework,
             reader=chosen,
         )
         content = (_content(asked.workload, asked.seq_len), _cluster_content(asked.cluster))
-        made.append(Point(given, asked, key_of(*content, asked.strategy, asked.runtime, asked.reader)))
+        made.append(
+            Point({n: typed.get(n, v) for n, v in given.items()}, asked, key_of(*content, asked.strategy, asked.runtime, asked.reader))
+        )
     return tuple(made)
 
 
@@ -377,35 +376,3 @@ class _Run:
         done = sum(k in self.rows for k in self.keys)
         kept = "they are kept, and the same sweep resumes there" if self.store else "nothing was kept, because there is no cache"
         return SweepStoppedError(f"{reason} after {done} of {len(self.keys)} points: {kept}")
-
-
-@contextmanager
-def dask_executor(scheduler: str) -> Iterator[Executor]:
-    """An executor on a Dask cluster.
-
-    Args:
-        scheduler: Its address.
-
-    Raises:
-        InputError: dask.distributed is not installed, the scheduler does not answer, has no workers, or runs other code.
-    """
-    try:
-        distributed: Any = import_module("distributed")
-    except ImportError:
-        raise InputError("a Dask scheduler needs dask.distributed: pip install 'simtrain[dask]'") from None
-    try:
-        client = distributed.Client(scheduler, timeout=ANSWER_S, set_as_default=False)
-    except (OSError, TimeoutError, ValueError, TypeError) as error:
-        raise InputError(
-            f"the scheduler {scheduler} does not answer within {ANSWER_S} s ({type(error).__name__}): is it running there?"
-        ) from None
-    try:
-        versions = client.run(fingerprint)
-        if not versions:
-            raise InputError(f"the scheduler {scheduler} has no workers: start some with 'dask worker {scheduler}'")
-        other = [worker for worker, version in versions.items() if version != fingerprint()]
-        if other:
-            raise InputError(f"workers run another version of simtrain than this process: {', '.join(sorted(other))}")
-        yield client.get_executor()
-    finally:
-        client.close()

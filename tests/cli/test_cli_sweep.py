@@ -13,10 +13,10 @@ def test_a_grid_is_a_table(run, tmp_path):
 
 
 def test_rows_as_json(run_json):
-    code, rows = run_json(*sweep("--no-cache"))
+    code, data = run_json(*sweep("--no-cache"))
     assert code == 0
-    assert [r["micro_batch"] for r in rows] == ["1", "2"]
-    assert all(r["step_time_s"] > 0 for r in rows)
+    assert [r["micro_batch"] for r in data["rows"]] == [1, 2]
+    assert all(r["step_time_s"] > 0 for r in data["rows"])
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_bad_questions(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_a_scheduler_that_is_not_there(tmp_path, monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr(sweeps, "ANSWER_S", 1)
+    monkeypatch.setattr("simtrain.planner.remote.ANSWER_S", 1)
     with pytest.raises(InputError, match="does not answer"):
         rows(tmp_path, scheduler="tcp://127.0.0.1:9")
 

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from simtrain.core.runtime import Runtime, runtime
     from simtrain.core.strategy import Strategy
     from simtrain.core.workload import Workload
+    from simtrain.planner.objectives import Limits
     from simtrain.planner.search import Plan, plan
+    from simtrain.planner.sweep import sweep
+    from simtrain.planner.why import compare, why
     from simtrain.run.batch_law import BatchLaw, fit_batch_law
     from simtrain.run.course import Evaluation, Phase, Target
     from simtrain.run.faults import Faults, Preemption, SilentFaults, SlowFaults, Units, read_trace
@@ -41,6 +44,7 @@ _HOME = {
     "LossCurve": "simtrain.run.loss_laws",
     "NoiseGrowth": "simtrain.run.loss_laws",
     "Phase": "simtrain.run.course",
+    "Limits": "simtrain.planner.objectives",
     "Plan": "simtrain.planner.search",
     "Policy": "simtrain.run.policies",
     "Preemption": "simtrain.run.faults",
@@ -57,6 +61,7 @@ _HOME = {
     "Units": "simtrain.run.faults",
     "Workload": "simtrain.core.workload",
     "cluster": "simtrain.core.catalog",
+    "compare": "simtrain.planner.why",
     "device": "simtrain.core.catalog",
     "errors": "simtrain.core",
     "estimate": "simtrain.step.predict",
@@ -70,7 +75,9 @@ _HOME = {
     "schedule": "simtrain.step.predict",
     "simulate": "simtrain.step.predict",
     "simulate_run": "simtrain.run.predict_run",
+    "sweep": "simtrain.planner.sweep",
     "torch": "simtrain",
+    "why": "simtrain.planner.why",
     "workload": "simtrain.core.catalog",
 }
 
@@ -83,6 +90,7 @@ __all__ = [
     "Evaluation",
     "Faults",
     "KaplanLaw",
+    "Limits",
     "LossCurve",
     "NoiseGrowth",
     "Phase",
@@ -102,6 +110,7 @@ __all__ = [
     "Units",
     "Workload",
     "cluster",
+    "compare",
     "device",
     "errors",
     "estimate",
@@ -115,7 +124,9 @@ __all__ = [
     "schedule",
     "simulate",
     "simulate_run",
+    "sweep",
     "torch",
+    "why",
     "workload",
 ]
 

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from simtrain.core import catalog
-from simtrain.core.errors import CatalogError, UnknownNameError, UnsupportedError
+from simtrain.core.errors import CatalogError, UnknownNameError
 from simtrain.core.hardware import Cluster, Device
 from simtrain.core.precision import DType
 from simtrain.core.runtime import Runtime, runtime
@@ -46,6 +46,7 @@ _STRATEGY_FIELDS = (
     "sequence_parallel",
     "chunks",
     "shard",
+    "cuts",
 )
 _MODEL_NOTES = ("preset", "published_parameters")
 
@@ -91,7 +92,9 @@ class LayoutRow:
         sequence_parallel: Whether what tensor parallelism replicates is sharded by tokens.
         checkpoint: Activation checkpointing.
         precision: Recipe.
+        cuts: Blocks of each chunk where they are not even.
         fused_attention: Where rows of one source differ; `None` for the source's.
+        runtime: Framework preset where it differs from the source's.
         blocking_launches: Whether the host waited for every kernel (CUDA_LAUNCH_BLOCKING=1).
         step_time_s: As printed; `None` where throughput is.
         tokens_per_s: Over all devices, as printed.
@@ -104,7 +107,6 @@ class LayoutRow:
         outcome: "ok", or "oom" for a run that ran out of memory.
         recalled: Whether the figure is from memory of the source, not looked up.
         doubt: What the source leaves open that decides the figure ("" for nothing).
-        uneven: How stages differ in layers, where they do.
         where: Place in the source.
     """
 
@@ -124,7 +126,9 @@ class LayoutRow:
     sequence_parallel: bool = False
     checkpoint: str = "none"
     precision: str = "bf16"
+    cuts: str = ""
     fused_attention: bool | None = None
+    runtime: str = ""
     blocking_launches: bool = False
     step_time_s: float | None = None
     tokens_per_s: float | None = None
@@ -137,7 +141,6 @@ class LayoutRow:
     outcome: Literal["ok", "oom"] = "ok"
     recalled: bool = False
     doubt: str = ""
-    uneven: str = ""
     where: str = ""
 
     @property
@@ -156,10 +159,7 @@ class LayoutRow:
         Raises:
             StrategyError: A choice that `Strategy` has no field for.
             UnknownNameError: A recipe or schedule that is not modelled.
-            UnsupportedError: Stages with layers of their own choice.
         """
-        if self.uneven:
-            raise UnsupportedError(f"pipeline stages of a size of their own cannot be stated ({self.uneven})")
         known = {f.name: f.default for f in fields(Strategy)}
         defaults = _ROW_DEFAULTS | known
         chosen = {name: value for name in _STRATEGY_FIELDS if (value := getattr(self, name)) != defaults[name]}
@@ -262,7 +262,7 @@ class LayoutSet:
         own: dict[str, Any] = {} if row.fused_attention is None else {"fused_attention": row.fused_attention}
         if row.blocking_launches:
             own["blocking_launches"] = True
-        return runtime(self.runtime).with_(**{**self.runtime_options, **own})
+        return runtime(row.runtime or self.runtime).with_(**{**self.runtime_options, **own})
 
     def step_time_s(self, row: LayoutRow) -> float | None:
         """Returns the measured time of a step, from whatever the source prints; `None` if it ran out of memory or none is printed."""

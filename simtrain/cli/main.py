@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from simtrain import __version__
-from simtrain.cli import capture, catalogs, devices, environment, plan, predict, run
+from simtrain.cli import capture, catalogs, compare, devices, environment, plan, predict, run, sweep
 from simtrain.cli.output import note, write_json
 from simtrain.core.errors import SimtrainError
 
@@ -20,6 +20,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": predict.predict,
     "plan": plan.plan,
     "run": run.run,
+    "compare": compare.compare,
+    "sweep": sweep.sweep,
     "capture": capture.capture,
     "devices": devices.devices,
     "clusters": catalogs.clusters,

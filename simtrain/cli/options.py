@@ -30,6 +30,8 @@ class Objective(StrEnum):
     MEMORY = "memory"
     ENERGY = "energy"
     COST = "cost"
+    TOKENS_PER_DOLLAR = "tokens_per_dollar"
+    BALANCED = "balanced"
 
 
 WorkloadArgument = Annotated[str, typer.Argument(help="What is trained: one of 'simtrain workloads', or capture:FILE.py:FUNCTION.")]

@@ -15,18 +15,21 @@ from simtrain.cli.options import (
     JsonOption,
     MemoryPlotOption,
     Objective,
-    RuntimeOption,
     SeqLenOption,
     TimelineOption,
     TraceOption,
     WorkloadArgument,
 )
-from simtrain.cli.output import write_json, write_table
+from simtrain.cli.output import note, write_json, write_table
 from simtrain.cli.predict import EXIT_DOES_NOT_FIT
 from simtrain.core import catalog
+from simtrain.core.errors import InputError
+from simtrain.core.strategy import Strategy
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from simtrain.planner.search import Plan
 
 DEFAULT_TOP = 10
 PATIENCE_S = 2.0
@@ -36,15 +39,24 @@ def plan(
     workload: WorkloadArgument,
     *,
     cluster: ClusterOption,
-    global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Samples per optimizer update.")],
-    objective: Annotated[Objective, typer.Option("--objective", help="What to rank by.")] = Objective.THROUGHPUT,
+    global_batch: Annotated[list[int], typer.Option("--global-batch", min=1, help="Samples per optimizer update; repeat to choose from.")],
+    objective: Annotated[list[Objective] | None, typer.Option("--objective", help="What to rank by; repeat for a Pareto front.")] = None,
     precision: Annotated[
-        list[str] | None, typer.Option("--precision", help="Allowed; repeat for several. All that fit by default.")
+        list[str] | None, typer.Option("--precision", help="Allowed; repeat for several. What is customary by default.")
     ] = None,
     checkpoint: Annotated[list[str] | None, typer.Option("--checkpoint", help="Allowed; repeat for several.")] = None,
-    zero: Annotated[list[int] | None, typer.Option("--zero", help="Allowed ZeRO stages; repeat for several. 0 and 1 by default.")] = None,
+    zero: Annotated[list[int] | None, typer.Option("--zero", help="Allowed ZeRO stages; repeat for several.")] = None,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd or sgd-momentum.")] = "adamw",
-    runtime: RuntimeOption = None,
+    runtime: Annotated[list[str] | None, typer.Option("--runtime", help="The framework, such as megatron; repeat to choose from.")] = None,
+    fixed: Annotated[str, typer.Option("--fixed", help="Choices that are settled: 'tensor=8,micro_batch=1'.")] = "",
+    devices: Annotated[int | None, typer.Option("--devices", min=1, help="How many to use; all by default.")] = None,
+    memory_margin: Annotated[float, typer.Option("--memory-margin", help="Share of memory that stays free, such as 0.1.")] = 0.0,
+    power: Annotated[float, typer.Option("--power", help="Most average power, in W.")] = 0.0,
+    budget: Annotated[float, typer.Option("--budget", help="Most money, in USD, for --tokens.")] = 0.0,
+    tokens: Annotated[float, typer.Option("--tokens", help="Length of the training, for --budget.")] = 0.0,
+    weights: Annotated[str, typer.Option("--weights", help="Of the balanced score: 'throughput=0.5,memory=0.3,convergence=0.2'.")] = "",
+    explain: Annotated[bool, typer.Option("--why/--no-why", help="What bounds the best, and what would change it.")] = True,
+    emit: Annotated[str | None, typer.Option("--emit", help="Print the best for a launcher: megatron, torchtitan, deepspeed ...")] = None,
     seq_len: SeqLenOption = None,
     top: Annotated[int | None, typer.Option("--top", min=1, help="How many to print; 10 in the table, all with --json.")] = None,
     timeline: TimelineOption = None,
@@ -54,26 +66,37 @@ def plan(
 ) -> None:
     """Search the strategies for a global batch and rank them."""
     from simtrain.planner import search
+    from simtrain.planner.launchers import check_launcher
+    from simtrain.planner.objectives import Limits
     from simtrain.step.predict import schedule
 
     check_path("--timeline", timeline, PICTURES)
     check_path("--memory-plot", memory_plot, PICTURES)
     check_path("--trace", trace, TRACES)
+    if emit is not None:
+        check_launcher(emit, "--emit")
     what, where = catalog.workload(workload, seq_len=seq_len), catalog.cluster(cluster)
     with SlowProgress("planning") as progress:
         found = search.plan(
             what,
             where,
             global_batch,
-            objective=objective.value,
+            objective=[o.value for o in objective or [Objective.THROUGHPUT]],
             precisions=precision or None,
             checkpoints=checkpoint or None,
-            zeros=tuple(zero) if zero else (0, 1),
+            zeros=tuple(zero) if zero else None,
             optimizer=optimizer,
-            runtime=runtime,
+            runtime=runtime or None,
+            fixed=read_pairs(fixed, "--fixed"),
+            devices=devices,
+            limits=Limits(memory_margin, power, budget, tokens),
+            weights={name: _number(value, name) for name, value in read_pairs(weights, "--weights").items()} or None,
             progress=progress,
+            explain=explain and emit is None,
         )
-    if json:
+    if emit is not None:
+        _emit(found, emit)
+    elif json:
         data = found.to_dict()
         write_json(data | {"ranked": data["ranked"][:top]})
     else:
@@ -82,10 +105,45 @@ def plan(
         write_table(plan_table(found, top=top or DEFAULT_TOP))
     if found.ranked and (timeline or memory_plot or trace):
         best = found.ranked[0]
-        full = best if best.events else schedule(what, where, best.strategy, runtime=runtime)
+        full = best if best.events else schedule(what, where, best.strategy, runtime=best.runtime)
         write_files(full, timeline=timeline, memory=memory_plot, trace=trace)
     if not found.ranked:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def _emit(found: Plan, launcher: str) -> None:
+    """Writes the best strategy in a launcher's own form on standard output, what that cannot say on standard error."""
+    from simtrain.planner.launchers import emit
+
+    if found.best is None:
+        note("nothing fits, so that there is nothing to emit; the same command without --emit says why")
+        return
+    written = emit(launcher, Strategy.parse(found.best.strategy))
+    sys.stdout.write(written.text)
+    for line in written.left_out:
+        note(f"not said in it: {line}")
+
+
+def read_pairs(text: str, option: str) -> dict[str, str]:
+    """Reads `a=1,b=2`.
+
+    Raises:
+        InputError: A part without `=`.
+    """
+    pairs = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"{option}: {part!r} is not of the form name=value")
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--weights: {name} must be a number, not {text!r}") from None
 
 
 class SlowProgress:

@@ -43,6 +43,9 @@ def run(
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer updates.")] = None,
     tokens: Annotated[float | None, typer.Option("--tokens", help="Tokens processed.")] = None,
     law: Annotated[str | None, typer.Option("--law", help="chinchilla (default), chinchilla-replicated or kaplan.")] = None,
+    efficiency: Annotated[
+        float | None, typer.Option("--efficiency", help="Share of tokens that compression or rare synchronisation leave, for a loss.")
+    ] = None,
     mtbf_h: Annotated[float | None, typer.Option("--mtbf-h", help="Mean hours between failures of the whole job.")] = None,
     device_mtbf_h: Annotated[float | None, typer.Option("--device-mtbf-h", help="Mean hours between failures of one device.")] = None,
     node_mtbf_h: Annotated[float | None, typer.Option("--node-mtbf-h", help="Mean hours between failures of one node.")] = None,
@@ -84,6 +87,7 @@ def run(
         policy=Policy("spares" if spares else "restart", spares=spares, restart_s=restart_s),
         site=Site(pue=pue, region=region, pricing=pricing.value, usd_per_device_h=usd_per_device_h, reserved_h=reserved_h),
         law=law,
+        efficiency=efficiency,
         runtime=runtime,
         seed=seed,
         seeds=seeds,

@@ -10,6 +10,7 @@ mapping from name to item; other distributions add theirs the same way.
 | `simtrain.clusters` | `Cluster` |
 | `simtrain.compute_models` | `ComputeModel` |
 | `simtrain.workloads` | `WorkloadFactory` |
+| `simtrain.schedules` | pipeline schedules (`simtrain.step.schedules.language.Schedule`) |
 | `simtrain.file_readers` | functions from a path to a `Device` or `Cluster`, by kind ("device", "cluster") |
 | `simtrain.workload_readers` | `WorkloadReader`, by the prefix that selects it ("capture" reads "capture:FILE.py:FUNCTION") |
 """

@@ -121,6 +121,14 @@ class Device:
             has = ", ".join(self.peak_flops)
             raise UnsupportedError(f"{self.name} has no {dtype} arithmetic; it has {has}") from None
 
+    @property
+    def since_hopper(self) -> bool:
+        """Whether it is an NVIDIA GPU of compute capability 9.0 or later, for which libraries take other kernels and workspaces.
+
+        Told by its numbers: stacked memory and fp8 arithmetic (Ada, 8.9, has fp8 with other memory).
+        """
+        return self.vendor.upper() == "NVIDIA" and self.memory.is_hbm and DType.FP8 in self.peak_flops
+
 
 @dataclass(frozen=True, slots=True)
 class Link:

@@ -64,6 +64,7 @@ class MemoryReport:
         peak_moment: When the peak occurs.
         rank_class: Which ranks.
         timeline: Over the step (`None` where the reader does not compute it).
+        allocated_by_class_bytes: The peak of every rank class, those of the first pipeline stage first.
     """
 
     allocated_bytes: float
@@ -74,6 +75,7 @@ class MemoryReport:
     peak_moment: str
     rank_class: str
     timeline: MemoryTimeline | None = None
+    allocated_by_class_bytes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:

@@ -9,9 +9,16 @@ from simtrain.core.errors import InputError, UnknownNameError, nearest
 
 MIB = 2**20
 
+COMMUNICATOR_BYTES = 24 * 4 * 5 * MIB
+COMMUNICATOR_SOURCE = (
+    "assumption: a communicator of NCCL holds 480 MiB: 24 channels with 4 connections each (ring, and a tree's parent and children), 5 MiB "
+    "of buffers each. Read: 4 MiB for the simple protocol (NCCL, src/init.cc, DEFAULT_BUFFSIZE); the counts and the fifth MiB "
+    "are recalled (not looked up), and set with the errors of BLOOM's memory in sight"
+)
+
 COMMUNICATION_SHARE_SOURCE = (
     "communication occupies 15 % of the multiprocessors: 20 of 132 on an H800 (DeepSeek-V3 technical report, section 3.2.1); "
-    "taken for all GPUs"
+    + "taken for all GPUs (assumption)"
 )
 
 
@@ -42,10 +49,12 @@ class Runtime:
         context_bytes: Device memory outside the allocator (driver context, libraries).
         reserved_factor: Reserved over allocated bytes (0 where the allocator has no such thing).
         workspace_bytes: Persistent library workspaces on the device.
+        hopper_workspace_bytes: The same on devices since Hopper, where libraries take more; 0 for as much.
         loss: How cross-entropy is computed; see `simtrain.core.workload.Form`.
         regather: Whether backward gathers sequence-parallel inputs anew; see `Form`.
         overlap_tensor: Whether tensor-parallel reductions of backward run beside the product of the weight's gradient.
         vocabulary_multiple: Rows that the vocabulary is padded to a multiple of, per tensor-parallel rank.
+        expert_weights: Where the weights of experts are multiplied in; see `Form`.
         main_gradients: Whether gradients add up in a persistent fp32 buffer while weights are 16-bit (Megatron-LM).
         scatter_gradients: Whether sharded states (ZeRO 1 and up) get gradients by reduce-scatter rather than all-reduce.
         reduce_every: Whether ZeRO 2 reduces gradients in every micro-batch rather than in the last.
@@ -54,6 +63,14 @@ class Runtime:
         global_norm: Whether no rank updates before all ranks' gradients are there (clipping by their common norm).
         prefetch: Layers whose sharded parameters are gathered ahead (ZeRO 3).
         communication_share: Share of a device's multiprocessors that a collective occupies while it runs beside computation.
+        fused_softmax: Whether unfused attention scales, masks and normalizes scores in one kernel, so that no mask is kept.
+        fused_gate: Whether gate and activation of a gated feed-forward part are one kernel; see `Form`.
+        score_buffer: Whether unfused attention reserves a buffer of the size of its scores for good.
+        copies_attention: Whether fused attention before Hopper keeps its output in a layout that the next product cannot read, beside
+            the one that it can, when there are several samples.
+        mask_input: Whether the data loader hands a mask of all pairs of positions to the first and the last stage.
+        boundary_tensors: Tensors that cross stages and are alive beside those of the pass at work (received ahead, being sent).
+        interleaved_boundary_tensors: The same with several chunks per rank.
         communicator_bytes: Device memory of each communicator's buffers, outside the allocator.
         sources: What these constants rest on.
     """
@@ -82,6 +99,7 @@ class Runtime:
     regather: bool = False
     overlap_tensor: bool = False
     vocabulary_multiple: int = 1
+    expert_weights: Literal["after", "between", "fused"] = "after"
     main_gradients: bool = False
     scatter_gradients: bool = False
     reduce_every: bool = False
@@ -90,6 +108,14 @@ class Runtime:
     global_norm: bool = False
     prefetch: int = 1
     communication_share: float = 0.0
+    hopper_workspace_bytes: int = 0
+    fused_softmax: bool = False
+    fused_gate: bool = False
+    score_buffer: bool = False
+    copies_attention: bool = False
+    mask_input: bool = False
+    boundary_tensors: int = 0
+    interleaved_boundary_tensors: int = 0
     communicator_bytes: int = 0
     sources: tuple[str, ...] = ()
 
@@ -175,6 +201,7 @@ RUNTIMES: dict[str, Runtime] = {
             regather=True,
             overlap_tensor=True,
             vocabulary_multiple=128,
+            expert_weights="fused",
             main_gradients=True,
             scatter_gradients=True,
             global_norm=True,
@@ -182,12 +209,24 @@ RUNTIMES: dict[str, Runtime] = {
             context_bytes=450 * MIB,
             reserved_factor=1.05,
             workspace_bytes=68 * MIB,
+            hopper_workspace_bytes=96 * MIB,
+            fused_softmax=True,
+            fused_gate=True,
+            copies_attention=True,
+            mask_input=True,
+            boundary_tensors=2,
+            interleaved_boundary_tensors=3,
+            communicator_bytes=COMMUNICATOR_BYTES,
             sources=(
                 "fused elementwise kernels and reentrant checkpoints: Megatron-LM, core/fusions, core/tensor_parallel/random.py (recalled)",
                 "Megatron-LM, core/distributed (fp32 gradient buffer, buckets of 40 million elements), core/tensor_parallel (vocabulary "
                 "padded to 128 rows per rank, in-place cross-entropy, gradients reduced beside the weight's product)",
-                "measured: 68 MiB of library workspaces on A100 (cuBLAS 2 x 32 MiB and Transformer Engine 4 MiB)",
                 COMMUNICATION_SHARE_SOURCE,
+                "library workspaces: cuBLAS 2 x 32 MiB as CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for, Transformer Engine 4 MiB, 32 MiB since "
+                "Hopper (its get_cublas_workspace_size_bytes)",
+                "2 boundary tensors, 3 when interleaved, and a second copy of FlashAttention-2's output: integers that fit the peaks of "
+                "Megatron-LM's functional tests, from which they were chosen",
+                COMMUNICATOR_SOURCE,
                 "assumption: 6 us of host time per launched kernel, 450 MiB of driver context, reserved 1.05 x allocated",
             ),
         ),
@@ -212,11 +251,13 @@ RUNTIMES: dict[str, Runtime] = {
             context_bytes=450 * MIB,
             reserved_factor=1.05,
             workspace_bytes=2 * 8_519_680,
+            communicator_bytes=COMMUNICATOR_BYTES,
             sources=(
                 "fused elementwise kernels and reentrant checkpoints: as Megatron-LM (recalled)",
                 "Megatron-DeepSpeed with DeepSpeed's ZeRO: buckets of 500 million bytes reduced after backward, unfused attention "
                 "(configurations of the BLOOM and vTrain runs)",
                 COMMUNICATION_SHARE_SOURCE,
+                COMMUNICATOR_SOURCE,
                 "host time: 60 us per launched kernel, about what kernel traces of vTrain's single-node rows show (50 kernels in 3 ms "
                 "a layer, under tracing); not told apart from hooks and RNG states of checkpoints",
                 "assumption: 450 MiB of driver context, reserved 1.05 x allocated",
@@ -235,6 +276,19 @@ RUNTIMES: dict[str, Runtime] = {
     )
 }
 """Presets by name."""
+
+RUNTIMES["megatron-local"] = RUNTIMES["megatron"].with_(
+    name="megatron-local",
+    fused_attention=False,
+    score_buffer=True,
+    workspace_bytes=64 * MIB,
+    hopper_workspace_bytes=64 * MIB,
+    sources=(
+        *RUNTIMES["megatron"].sources,
+        "Megatron-LM's own layers instead of Transformer Engine's: no workspace of the latter; core/transformer/dot_product_attention.py "
+        "takes a buffer of the scores' size from the global memory buffer",
+    ),
+)
 
 
 def runtime(name: str) -> Runtime:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from simtrain.core.errors import StrategyError, UnknownNameError, nearest
+from simtrain.core.exchange import compression_method, low_communication_method
 from simtrain.core.precision import precision as find_precision
 
 OPTIMIZERS: dict[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1}
@@ -84,9 +85,14 @@ class Strategy:
         pipeline: Pipeline stages.
         schedule: Pipeline schedule, a name of `simtrain.step.schedules`; matters only with more than one stage.
         chunks: Model chunks per pipeline rank, for schedules that interleave; 0 for what the schedule takes by itself.
+        cuts: Blocks of each model chunk from the input on, such as "2-4-4-2"; empty for even ones. What stands before the first block
+            belongs to the first chunk, what stands behind the last one to the last chunk, and these two may have no block at all.
         context: Context-parallel degree.
         context_style: A name of `CONTEXT_STYLES`.
         expert: Expert-parallel degree; expert-parallel ranks are taken from the data- and context-parallel ones.
+        compression: What is exchanged of gradients: "none" (all of them), "16-bit", "8-bit", "1-bit", "powersgd:RANK", "topk:DENSITY", or
+            "zero++" (quantized gathers and gradients of ZeRO stage 3).
+        low_communication: "local-sgd:STEPS" or "diloco:STEPS" where replicas synchronise every so many steps; "" for in every step.
         plan: Replica groups in full; overrides the sugar above.
     """
 
@@ -103,9 +109,12 @@ class Strategy:
     pipeline: int = 1
     schedule: str = "1f1b"
     chunks: int = 0
+    cuts: str = ""
     context: int = 1
     context_style: str = "ring"
     expert: int = 1
+    compression: str = "none"
+    low_communication: str = ""
     plan: tuple[ReplicaGroup, ...] = ()
 
     def __post_init__(self) -> None:
@@ -121,7 +130,7 @@ class Strategy:
                 raise StrategyError(f"{name} must be a whole number of {what}, not {value!r}")
         if not isinstance(self.sequence_parallel, bool):
             raise StrategyError(f"sequence_parallel must be true or false, not {self.sequence_parallel!r}")
-        for name in ("precision", "optimizer", "checkpoint", "schedule", "context_style"):
+        for name in ("precision", "optimizer", "checkpoint", "schedule", "context_style", "cuts", "compression", "low_communication"):
             if not isinstance(getattr(self, name), str):
                 raise StrategyError(f"{name} must be text, not {getattr(self, name)!r}")
         find_precision(self.precision)
@@ -130,6 +139,27 @@ class Strategy:
         if self.context_style not in CONTEXT_STYLES:
             raise UnknownNameError("context style", self.context_style, CONTEXT_STYLES)
         checkpoint_segment(self.checkpoint, 1)
+        compression_method(self.compression)
+        low_communication_method(self.low_communication)
+        counts = self.blocks_per_chunk
+        if counts and (len(counts) % self.pipeline or (self.chunks and len(counts) != self.pipeline * self.chunks)):
+            times = f" x chunks={self.chunks}" if self.chunks else ""
+            raise StrategyError(f"cuts={self.cuts} names {len(counts)} chunks, which pipeline={self.pipeline}{times} does not divide into")
+
+    @property
+    def blocks_per_chunk(self) -> tuple[int, ...]:
+        """The numbers in `cuts`.
+
+        Raises:
+            StrategyError: It is not of the form 2-4-4-2, or a chunk in the middle is empty.
+        """
+        parts = self.cuts.split("-") if self.cuts else []
+        if not all(part.isascii() and part.isdecimal() for part in parts):
+            raise StrategyError(f"cuts must be numbers of blocks joined by '-', such as 2-4-4-2, not {self.cuts!r}")
+        counts = tuple(int(part) for part in parts)
+        if 0 in counts[1:-1]:
+            raise StrategyError(f"cuts={self.cuts} leaves a chunk in the middle empty; only the first and the last may have 0 blocks")
+        return counts
 
     @property
     def replicas(self) -> tuple[ReplicaGroup, ...]:

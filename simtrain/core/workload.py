@@ -263,6 +263,12 @@ class Form:
         overlap: Whether the reduction of an input's gradient runs beside the product that makes the weight's gradient.
         fused: Whether a gated activation is one kernel that keeps only its two inputs.
         vocabulary_multiple: The vocabulary is padded to a multiple of this many rows per rank.
+        expert_weights: Where the weights of a token's experts are multiplied in: "after" their products; "between" the products, in fp32;
+            "fused" there, in one kernel with activation and gate (Megatron-LM).
+        fused_softmax: Whether unfused attention has one kernel from scores to probabilities, which keeps no mask.
+        fused_gate: Whether gate and activation of a gated feed-forward part are one kernel that keeps its inputs alone.
+        copies_attention: Whether fused attention keeps its output in a layout of its own beside the one that the next product reads.
+        mask_input: Whether the batch holds a mask of all pairs of positions.
         untied: Whether a weight that two layers share is held twice, because the layers are on different ranks.
     """
 
@@ -276,7 +282,12 @@ class Form:
     overlap: bool = False
     fused: bool = False
     vocabulary_multiple: int = 1
+    expert_weights: Literal["after", "between", "fused"] = "after"
     untied: bool = False
+    fused_softmax: bool = False
+    fused_gate: bool = False
+    copies_attention: bool = False
+    mask_input: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +302,7 @@ class Workload:
         input_bytes: Bytes of one batch of inputs and targets.
         description: One line.
         source: Where the architecture's numbers come from.
+        assumptions: What is taken to be so about the data that pass through it.
         reform: Writes it in another form; `None` where only the whole model is known. Raises `StrategyError` for an impossible one.
     """
 
@@ -301,6 +313,7 @@ class Workload:
     input_bytes: Polynomial = ZERO
     description: str = ""
     source: str = ""
+    assumptions: tuple[str, ...] = ()
     reform: Callable[[Form], Workload] | None = field(default=None, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Layer]:

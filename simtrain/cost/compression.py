@@ -46,6 +46,8 @@ class Compression:
         decompress_flops: Arithmetic after receiving.
         decompress_bytes: Memory traffic after receiving.
         state_bytes: Kept between steps (error feedback, factors).
+        compress_launches: Kernels before sending.
+        decompress_launches: Kernels after receiving.
     """
 
     method: str
@@ -55,6 +57,8 @@ class Compression:
     decompress_flops: float = 0.0
     decompress_bytes: float = 0.0
     state_bytes: float = 0.0
+    compress_launches: int = 1
+    decompress_launches: int = 1
 
 
 def none(elements: float, element_bytes: float = GRADIENT_BYTES) -> Compression:
@@ -92,6 +96,16 @@ def quantized_bytes(elements: float, bits: int) -> float:
     return elements * bits / 8 + math.ceil(elements / BLOCK) * SCALE_BYTES
 
 
+def quantize_traffic(elements: float, bits: int) -> float:
+    """Memory traffic of quantizing fp32 elements: one read for the scale, one to quantize, a write."""
+    return 2 * GRADIENT_BYTES * elements + quantized_bytes(elements, bits)
+
+
+def dequantize_traffic(elements: float, bits: int, element_bytes: float) -> float:
+    """Memory traffic of turning quantized elements back: a read and a write."""
+    return quantized_bytes(elements, bits) + element_bytes * elements
+
+
 def one_bit(elements: float) -> Compression:
     """Signs with a scale per block, after 1-bit Adam's warm-up (during it, `none`); error feedback on both sides of the exchange.
 
@@ -127,6 +141,7 @@ def power_sgd(shapes: Sequence[tuple[int, int]], rank: int) -> Compression:
     """
     _positive("rank", rank)
     left = right = plain = products = orthogonal = whole = 0.0
+    matrices = 0
     for rows, columns in shapes:
         _positive("rows", rows)
         _positive("columns", columns)
@@ -134,6 +149,7 @@ def power_sgd(shapes: Sequence[tuple[int, int]], rank: int) -> Compression:
             plain += rows * columns
             continue
         whole += rows * columns
+        matrices += 1
         left += rows * rank
         right += columns * rank
         products += 2.0 * rows * columns * rank
@@ -148,6 +164,8 @@ def power_sgd(shapes: Sequence[tuple[int, int]], rank: int) -> Compression:
         decompress_flops=products + whole,
         decompress_bytes=GRADIENT_BYTES * (4 * whole + factors),  # write M, then the new error from two reads
         state_bytes=GRADIENT_BYTES * (whole + right),
+        compress_launches=4 * matrices,  # add the error, product, make orthogonal, product
+        decompress_launches=2 * matrices,  # product, new error
     )
 
 
@@ -196,9 +214,10 @@ def quantized_zero(parameters: float, *, weight_bits: int = 8, gradient_bits: in
         method="quantized ZeRO",
         messages=messages,
         compress_flops=4 * parameters,  # gradients; each rank quantizes only its own shard of the weights
-        compress_bytes=2 * GRADIENT_BYTES * parameters + gradients,
+        compress_bytes=quantize_traffic(parameters, gradient_bits),
         decompress_flops=2 * parameters * (gathers + 1),
-        decompress_bytes=gathers * (weights + 2.0 * parameters) + gradients + GRADIENT_BYTES * parameters,
+        decompress_bytes=gathers * dequantize_traffic(parameters, weight_bits, 2.0)
+        + dequantize_traffic(parameters, gradient_bits, GRADIENT_BYTES),
         state_bytes=2.0 * parameters if secondary else 0.0,
     )
 
@@ -214,6 +233,7 @@ class LowCommunication:
         outer_flops: Arithmetic of the outer update, each time.
         outer_bytes: Memory traffic of the outer update, each time.
         state_bytes: Kept besides the inner optimizer's state.
+        outer_passes: Elementwise kernels of the outer update over all parameters.
     """
 
     method: str
@@ -222,6 +242,7 @@ class LowCommunication:
     outer_flops: float
     outer_bytes: float
     state_bytes: float
+    outer_passes: int = 1
 
     @property
     def size_bytes_per_step(self) -> float:
@@ -244,7 +265,7 @@ def low_communication(method: str, parameters: float, steps_between: int) -> Low
     if method == "DiLoCo":
         # The change (one difference), then momentum and update: read parameters of both times and momentum, write parameters and momentum.
         return LowCommunication(
-            method, steps_between, message, 6 * parameters, 8 * GRADIENT_BYTES * parameters, 2 * GRADIENT_BYTES * parameters
+            method, steps_between, message, 6 * parameters, 8 * GRADIENT_BYTES * parameters, 2 * GRADIENT_BYTES * parameters, 3
         )
     raise UnknownNameError("low-communication method", method, ("local SGD", "DiLoCo"))
 

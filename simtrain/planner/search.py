@@ -1,34 +1,52 @@
-"""`plan`: try every combination that makes sense, rank what fits, and say of the rest what would make it fit."""
+"""`plan`: searches the strategies that make sense, ranks what fits, and says of the rest what would make it fit.
+
+The search goes from cheap to dear: a lower bound of the step time for everything (`screen`), memory for what the bound leaves,
+`estimate` for what fits, `schedule` and at last `simulate` for the best. A strategy is passed over only when its bound shows that it
+cannot be among the best; how many were, and why the rest failed, is counted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from simtrain.core import catalog
-from simtrain.core.errors import InputError, StrategyError, UnknownNameError, UnsupportedError
+from simtrain.core.errors import InputError
 from simtrain.core.hardware import Cluster
-from simtrain.core.precision import PRECISIONS
-from simtrain.core.result import Result
+from simtrain.core.result import MemoryReport, Result
 from simtrain.core.runtime import Runtime
+from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
-from simtrain.step.predict import schedule
+from simtrain.planner.objectives import BALANCED, OBJECTIVES, PRICED, TIMED, Judge, Limits, Objective, Weights, weights_of
+from simtrain.planner.screen import REFUSALS, Screen
+from simtrain.planner.space import Candidate, Wishes, candidates, check_fixed, default_runtimes
+from simtrain.planner.why import Why, feasible, why
+from simtrain.step.predict import estimate, schedule, simulate
 
-Objective = Literal["throughput", "step_time", "memory", "energy", "cost"]
+EXHAUSTIVE = 100
+SHORT_STEPS = 40_000
+"""Spaces of at most so many combinations, and instructions of all of them, are read in full."""
 
-OBJECTIVES: dict[str, Callable[[Result], float]] = {
-    "throughput": lambda r: -r.samples_per_s,
-    "step_time": lambda r: r.step_time_s,
-    "memory": lambda r: r.memory.device_bytes,
-    "energy": lambda r: r.energy_j / r.global_batch,
-    "cost": lambda r: r.cost_usd / r.global_batch,
-}
-"""What each objective minimises (energy and cost per sample)."""
+KEPT = 12
+"""Strategies that larger spaces are searched for."""
 
-CHECKPOINTS = ("none", "every:2", "sqrt", "full")
-DEFAULT_PRECISIONS = ("fp32", "tf32", "fp16-amp", "bf16-amp")
+SCHEDULED = 5
+"""Of the best, how many are read by `schedule` where reading takes long."""
+
+SIMULATED = 3
+LONG_STEP = 4_000
+"""Instructions of a step beyond which it is scheduled for few and simulated for none."""
+
+PATIENCE_S = 40.0
+"""Screening stops after so long and the plan says that it is not complete."""
+
+CHOICES = (
+    *("micro_batch", "precision", "checkpoint", "zero", "tensor", "sequence_parallel"),
+    *("pipeline", "schedule", "chunks", "context", "expert", "shard"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +56,11 @@ class Failure:
     Attributes:
         strategy: As text.
         reason: In words.
-        over_bytes: By how much it exceeds the device's memory (0 if that is not the reason).
+        over_bytes: By how much it exceeds the device's memory, at least (0 if that is not the reason).
         term: The memory kind that takes most ("" if that is not the reason).
         smallest_change: The fitting combination that differs in the fewest choices, as text ("" if there is none).
         smallest_change_samples_per_s: Its throughput.
+        runtime: What would carry it out.
     """
 
     strategy: str
@@ -50,6 +69,7 @@ class Failure:
     term: str = ""
     smallest_change: str = ""
     smallest_change_samples_per_s: float = 0.0
+    runtime: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +79,19 @@ class Plan:
     Attributes:
         workload: Name.
         cluster: Name.
-        global_batch: Samples per step.
-        objective: What was optimised.
-        considered: Combinations tried.
-        ranked: What fits, best first.
+        global_batch: Samples per step (the first where several were allowed).
+        objective: What was optimised (the first where there were several).
+        considered: Combinations in the space; the sum of ranked, failed and passed over.
+        ranked: What fits and was read, best first.
         failed: What does not, nearest to fitting first.
+        passed_over: Combinations that a bound or a projection of their step time showed to be no match for the best.
+        unread: Combinations that were not looked at because the search took too long; above zero, the plan is not complete.
+        front: With several objectives, what nothing else beats in all of them; else the best alone.
+        objectives: All of them.
+        notes: How it was searched, in words.
+        elapsed_s: How long it took.
+        why: What bounds the best and what would change it, where that was asked for.
+        advice: Where nothing fits, what would.
     """
 
     workload: str
@@ -73,126 +101,295 @@ class Plan:
     considered: int
     ranked: tuple[Result, ...]
     failed: tuple[Failure, ...]
+    passed_over: int = 0
+    unread: int = 0
+    front: tuple[Result, ...] = ()
+    objectives: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    elapsed_s: float = 0.0
+    why: Why | None = None
+    advice: tuple[str, ...] = ()
 
     @property
     def best(self) -> Result | None:
         """The winner, or `None` if nothing fits."""
         return self.ranked[0] if self.ranked else None
 
+    @property
+    def complete(self) -> bool:
+        """Whether every combination was accounted for."""
+        return self.unread == 0
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON."""
-        return {
-            "workload": self.workload,
-            "cluster": self.cluster,
-            "global_batch": self.global_batch,
-            "objective": self.objective,
-            "considered": self.considered,
-            "ranked": [r.to_dict() for r in self.ranked],
-            "failed": [{name: getattr(f, name) for name in Failure.__dataclass_fields__} for f in self.failed],
-        }
+        data: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        data["ranked"] = [r.to_dict() for r in self.ranked]
+        data["front"] = [r.to_dict() for r in self.front]
+        data["why"] = asdict(self.why) if self.why else None
+        data["failed"] = [{name: getattr(f, name) for name in Failure.__dataclass_fields__} for f in self.failed]
+        return data
 
 
 def plan(
     workload: Workload | str,
     cluster: Cluster | str,
-    global_batch: int,
+    global_batch: int | Sequence[int],
     *,
-    objective: Objective = "throughput",
+    objective: Objective | Sequence[Objective] = "throughput",
     precisions: Sequence[str] | None = None,
     checkpoints: Sequence[str] | None = None,
-    zeros: Sequence[int] = (0, 1),
+    zeros: Sequence[int] | None = None,
     optimizer: str = "adamw",
-    runtime: Runtime | str | None = None,
+    runtime: Runtime | str | Sequence[Runtime | str] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    devices: int | None = None,
+    limits: Limits | None = None,
+    weights: Weights | Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    patience_s: float = PATIENCE_S,
+    explain: bool = False,
 ) -> Plan:
-    """Tries all combinations of micro-batch, accumulation, precision, checkpointing and ZeRO stage for a global batch.
+    """Searches data, tensor, pipeline and context degrees, micro-batch, ZeRO, checkpointing and schedule for a global batch.
 
     Args:
         workload: A workload or the name of a preset.
-        cluster: A cluster or its text; all of its devices are used.
-        global_batch: Samples per step; must divide evenly over the devices.
-        objective: What to optimise.
-        precisions: Recipes to try; by default those that every device of the cluster has arithmetic for.
+        cluster: A cluster or its text.
+        global_batch: Samples per step, or several to choose from.
+        objective: What to optimise; several give a Pareto front, ranked by the first.
+        precisions: Recipes to try; by default what is customary with the runtime and every device has arithmetic for.
         checkpoints: Checkpointing to try.
-        zeros: ZeRO stages to try (stages above 0 only with more than one device).
+        zeros: ZeRO stages to try (stages above 0 only with more than one replica).
         optimizer: Which one.
-        runtime: What carries it out.
+        runtime: What carries it out, or several to choose from; eager PyTorch on one machine, else Megatron-LM and FSDP2.
+        fixed: Fields of the strategy with the value they must have, such as `{"tensor": 8}`.
+        devices: How many of the cluster's devices to use; all by default.
+        limits: Memory margin, power and budget to keep to.
+        weights: Of the balanced score.
         progress: Called with (done, total).
+        patience_s: When to stop; the plan then says how many combinations were not looked at.
+        explain: Whether to price the best anew with more of each resource and with single choices changed, or where nothing fits to look
+            for what would.
 
     Raises:
-        StrategyError: The global batch does not divide over the devices.
-        UnknownNameError: Of a workload, cluster, precision or objective.
-        InputError: There is nothing to try.
+        StrategyError: The global batch does not divide over the devices, or fixed fields contradict something.
+        UnknownNameError: Of a workload, cluster, precision, runtime or objective.
+        InputError: There is nothing to try, or limits contradict each other.
     """
-    if objective not in OBJECTIVES:
-        raise UnknownNameError("objective", objective, OBJECTIVES)
+    judge = Judge((objective,) if isinstance(objective, str) else tuple(objective), weights_of(weights))
     work = catalog.workload(workload) if isinstance(workload, str) else workload
     machines = catalog.cluster(cluster) if isinstance(cluster, str) else cluster
-    recipes = tuple(precisions) if precisions is not None else _available(machines)
-    choices = list(_space(machines.size, global_batch, recipes, tuple(checkpoints or CHECKPOINTS), tuple(zeros), optimizer))
-    if not choices:
-        raise InputError("there is nothing to try: give at least one precision, one checkpointing choice and one ZeRO stage")
-    fitting: list[tuple[Strategy, Result]] = []
-    full: list[tuple[Strategy, Result]] = []
-    refused: list[Failure] = []
-    for done, strategy in enumerate(choices, start=1):
-        try:
-            result = schedule(work, machines, strategy, runtime=runtime)
-            (fitting if result.fits else full).append((strategy, result))
-        except UnsupportedError as error:
-            refused.append(Failure(str(strategy), str(error)))
-        if progress is not None:
-            progress(done, len(choices))
-    key = OBJECTIVES[objective]
-    ranked = sorted((r for _, r in fitting), key=key)
-    failed = sorted((_explain(s, r, fitting) for s, r in full), key=lambda f: f.over_bytes)
-    return Plan(work.name, machines.name, global_batch, objective, len(choices), tuple(ranked), (*failed, *refused))
-
-
-def _available(cluster: Cluster) -> tuple[str, ...]:
-    return tuple(n for n in DEFAULT_PRECISIONS if all(PRECISIONS[n].arithmetic in d.peak_flops for d in cluster.devices))
-
-
-def _space(
-    devices: int, global_batch: int, precisions: tuple[str, ...], checkpoints: tuple[str, ...], zeros: tuple[int, ...], optimizer: str
-) -> Iterator[Strategy]:
-    if global_batch < 1:
-        raise StrategyError(f"the global batch must be at least 1, not {global_batch}")
-    if global_batch % devices:
-        below = global_batch // devices * devices
-        near = " or ".join(str(n) for n in (below, below + devices) if n > 0)
-        raise StrategyError(f"a global batch of {global_batch} does not divide over {devices} devices: use {near}")
-    per_device = global_batch // devices
-    stages = [z for z in zeros if z == 0 or devices > 1]
-    for micro_batch in (m for m in range(1, per_device + 1) if per_device % m == 0):
-        for recipe in precisions:
-            for checkpoint in checkpoints:
-                for zero in stages:
-                    yield Strategy(
-                        data=devices,
-                        micro_batch=micro_batch,
-                        accumulation=per_device // micro_batch,
-                        precision=recipe,
-                        optimizer=optimizer,
-                        checkpoint=checkpoint,
-                        zero=zero,
-                    )
-
-
-def _difference(a: Strategy, b: Strategy) -> int:
-    """Choices in which two strategies differ; micro-batch and accumulation are one choice under a fixed global batch."""
-    return sum(getattr(a, name) != getattr(b, name) for name in ("micro_batch", "precision", "checkpoint", "zero"))
-
-
-def _explain(strategy: Strategy, result: Result, fitting: list[tuple[Strategy, Result]]) -> Failure:
-    kinds = result.memory.by_kind_bytes
-    term = max(kinds, key=lambda k: kinds[k])
-    near = min(fitting, key=lambda pair: (_difference(strategy, pair[0]), -pair[1].samples_per_s), default=None)
-    return Failure(
-        strategy=str(strategy),
-        reason=f"out of memory by {result.memory.over_bytes / 2**30:.2f} GiB at {result.memory.peak_moment}",
-        over_bytes=result.memory.over_bytes,
-        term=term,
-        smallest_change=str(near[0]) if near else "",
-        smallest_change_samples_per_s=near[1].samples_per_s if near else 0.0,
+    _check_prices(machines, judge, limits or Limits())
+    frameworks = _runtimes(runtime, machines)
+    wishes = Wishes(
+        precisions=None if precisions is None else tuple(precisions),
+        checkpoints=None if checkpoints is None else tuple(checkpoints),
+        zeros=None if zeros is None else tuple(zeros),
+        optimizer=optimizer,
+        devices=machines.size if devices is None else devices,
+        fixed=check_fixed(fixed or {}),
     )
+    batches = (global_batch,) if isinstance(global_batch, int) else tuple(global_batch)
+    if not batches:
+        raise InputError("give at least one global batch")
+    choices: list[Candidate] = []
+    for batch in batches:
+        choices += candidates(work, machines, batch, frameworks, wishes)[0]
+    search = _Search(work, machines, tuple(choices), judge, limits or Limits(), progress, patience_s)
+    found = search.run(batches[0])
+    if not explain:
+        return found
+    if found.best is None:
+        return replace(found, advice=feasible(work, machines, batches[0], limits))
+    framework = next(r for r in frameworks if r.name == found.best.runtime)
+    return replace(found, why=why(work, machines, found.best.strategy, runtime=framework))
+
+
+def _check_prices(cluster: Cluster, judge: Judge, limits: Limits) -> None:
+    unpriced = sorted({d.name for d in cluster.devices if d.price_usd_per_hour <= 0})
+    if unpriced and (limits.budget_usd or any(o in PRICED for o in judge.objectives)):
+        raise InputError(f"no price is known of {', '.join(unpriced)}: plan for throughput or energy, or give a device file with a price")
+
+
+def _runtimes(given: Runtime | str | Sequence[Runtime | str] | None, cluster: Cluster) -> tuple[Runtime, ...]:
+    if given is None:
+        return default_runtimes(cluster)
+    listed = (given,) if isinstance(given, str | Runtime) else tuple(given)
+    return tuple(r if isinstance(r, Runtime) else find_runtime(r) for r in listed)
+
+
+@dataclass(slots=True)
+class _Search:
+    """One search; `run` fills the lists."""
+
+    workload: Workload
+    cluster: Cluster
+    choices: tuple[Candidate, ...]
+    judge: Judge
+    limits: Limits
+    progress: Callable[[int, int], None] | None
+    patience_s: float
+    start_s: float = field(default_factory=time.monotonic)
+    found: list[tuple[Candidate, Result]] = field(default_factory=list)
+    failed: list[tuple[Candidate, Failure]] = field(default_factory=list)
+    projected: list[tuple[float, Candidate]] = field(default_factory=list)
+    passed_over: int = 0
+    unread: int = 0
+    done: int = 0
+
+    def run(self, global_batch: int) -> Plan:
+        small = len(self.choices) <= EXHAUSTIVE and sum(_instructions(c.strategy) for c in self.choices) <= SHORT_STEPS
+        screen = Screen(self.workload, self.cluster, self.limits.memory_margin)
+        for bound_s, candidate in [(0.0, c) for c in self.choices] if small else self._ordered(screen):
+            if not small and time.monotonic() - self.start_s > self.patience_s:
+                self.unread = len(self.choices) - self.done
+                break
+            self._look(screen, candidate, bound_s, small)
+            self._tick()
+        self._read_projected()
+        self._refine()
+        results = self.judge.ranked([r for _, r in self.found])
+        failed = sorted((self._with_change(c, f) for c, f in self.failed), key=lambda f: (f.over_bytes == 0, f.over_bytes))
+        return Plan(
+            workload=self.workload.name,
+            cluster=self.cluster.name,
+            global_batch=global_batch,
+            objective=self.judge.objectives[0],
+            considered=len(self.choices),
+            ranked=tuple(results),
+            failed=tuple(failed),
+            passed_over=self.passed_over,
+            unread=self.unread,
+            front=tuple(self.judge.front(results)),
+            objectives=self.judge.objectives,
+            notes=self._notes(small),
+            elapsed_s=time.monotonic() - self.start_s,
+        )
+
+    def _tick(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, len(self.choices))
+
+    def _ordered(self, screen: Screen) -> list[tuple[float, Candidate]]:
+        """The candidates with the bounds of their time per sample, most promising first; what cannot be is counted as failed."""
+        ordered = []
+        for candidate in self.choices:
+            try:
+                ordered.append((screen.bound_s(candidate) / candidate.strategy.global_batch, candidate))
+            except REFUSALS as error:
+                self.failed.append((candidate, _refusal(candidate, str(error))))
+                self._tick()
+        return sorted(ordered, key=lambda pair: pair[0])
+
+    def _look(self, screen: Screen, candidate: Candidate, bound_s: float, small: bool) -> None:
+        try:
+            if small:
+                self._add(candidate, schedule(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
+                return
+            if bound_s > self._bar_s():
+                self.passed_over += 1
+                return
+            larger = screen.too_large(candidate)
+            if larger is not None:
+                self.failed.append((candidate, _too_large(candidate, *larger, self.limits)))
+            else:
+                self.projected.append((screen.projected_s(candidate) / candidate.strategy.global_batch, candidate))
+        except REFUSALS as error:
+            self.failed.append((candidate, _refusal(candidate, str(error))))
+
+    def _bar_s(self) -> float:
+        """Seconds per sample that the next candidate must be able to beat; only where the objective goes with time."""
+        timed = all(o in TIMED for o in self.judge.objectives)
+        if not timed or len(self.projected) < KEPT or self.limits.power_w or self.limits.budget_usd:
+            return float("inf")
+        return sorted(s for s, _ in self.projected)[KEPT - 1]
+
+    def _add(self, candidate: Candidate, result: Result) -> None:
+        broken = self.limits.broken_by(result)
+        if not broken:
+            self.found.append((candidate, result))
+            return
+        over = max(result.memory.device_bytes - result.memory.capacity_bytes * (1 - self.limits.memory_margin), 0.0)
+        self.failed.append((candidate, _failure(candidate, broken, over, result.memory if over else None)))
+
+    def _read_projected(self) -> None:
+        """Reads the best of what was projected; with objectives other than time, all of it."""
+        self.projected.sort(key=lambda pair: pair[0])
+        timed = all(o in TIMED for o in self.judge.objectives)
+        for seconds, candidate in self.projected:
+            del seconds
+            late = time.monotonic() - self.start_s > self.patience_s + 10 and len(self.found) >= SCHEDULED
+            if (timed and len(self.found) >= KEPT) or late:
+                self.passed_over += timed
+                self.unread += not timed
+                continue
+            self._add(candidate, estimate(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
+
+    def _refine(self) -> None:
+        """Reads the best anew by `schedule` and the very best by `simulate`."""
+        for reader, count in ((schedule, SCHEDULED), (simulate, SIMULATED)):
+            read: set[Candidate] = set()
+            while True:
+                ahead = [self._pair(r) for r in self.judge.ranked([r for _, r in self.found])[:count]]
+                waiting = [(c, r) for c, r in ahead if c not in read]
+                if not waiting:
+                    break
+                for candidate, result in waiting:
+                    read.add(candidate)
+                    if result.reader == reader.__name__ or (reader is simulate and _instructions(candidate.strategy) > LONG_STEP):
+                        continue
+                    self.found.remove((candidate, result))
+                    self._add(candidate, reader(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
+
+    def _pair(self, result: Result) -> tuple[Candidate, Result]:
+        return next(pair for pair in self.found if pair[1] is result)
+
+    def _notes(self, small: bool) -> tuple[str, ...]:
+        notes = []
+        if small:
+            notes.append("every combination was read by schedule, the best by simulate")
+        else:
+            notes.append(f"bounds and memory screened all, estimate read the best, schedule the best {SCHEDULED} of them")
+        if any(_instructions(c.strategy) > LONG_STEP for c, r in self.found if r.reader == "schedule"):
+            notes.append(f"steps of more than {LONG_STEP} instructions were not simulated")
+        if self.unread:
+            notes.append(f"NOT COMPLETE: {self.unread} combinations were not looked at within {self.patience_s:.0f} s")
+        if BALANCED in self.judge.objectives and not self.judge.weights.noise_batch:
+            notes.append("balanced: the gradient noise scale is assumed to be the largest batch considered")
+        return tuple(notes)
+
+    def _with_change(self, candidate: Candidate, failure: Failure) -> Failure:
+        near = min(self.found, key=lambda pair: (_difference(candidate, pair[0]), -pair[1].samples_per_s), default=None)
+        if near is None or not failure.over_bytes:
+            return failure
+        return replace(failure, smallest_change=str(near[0].strategy), smallest_change_samples_per_s=near[1].samples_per_s)
+
+
+def _instructions(strategy: Strategy) -> int:
+    return 2 * strategy.accumulation * strategy.pipeline * max(strategy.chunks, 1)
+
+
+def _difference(a: Candidate, b: Candidate) -> int:
+    """Choices in which two strategies differ; micro-batch and accumulation are one choice under a fixed global batch."""
+    return sum(bool(getattr(a.strategy, name) != getattr(b.strategy, name)) for name in CHOICES) + 2 * (a.runtime != b.runtime)
+
+
+def _refusal(candidate: Candidate, reason: str) -> Failure:
+    return Failure(str(candidate.strategy), reason, runtime=candidate.runtime.name)
+
+
+def _failure(candidate: Candidate, reason: str, over_bytes: float, memory: MemoryReport | None) -> Failure:
+    kinds = memory.by_kind_bytes if memory else {}
+    term = max(kinds, key=lambda k: kinds[k]) if kinds else ""
+    return Failure(str(candidate.strategy), reason, over_bytes, term, runtime=candidate.runtime.name)
+
+
+def _too_large(candidate: Candidate, witness: Candidate, memory: MemoryReport, limits: Limits) -> Failure:
+    over = memory.device_bytes - memory.capacity_bytes * (1 - limits.memory_margin)
+    if witness == candidate:
+        return _failure(candidate, f"out of memory by {over / 2**30:.2f} GiB at {memory.peak_moment}", over, memory)
+    reason = f"out of memory: {witness.strategy} needs no more and is over by {over / 2**30:.2f} GiB"
+    return _failure(candidate, reason, over, memory)
+
+
+__all__ = ["OBJECTIVES", "Failure", "Plan", "plan"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from simtrain.core.errors import StrategyError
 from simtrain.core.result import MemoryKind, Result
 from simtrain.core.strategy import Strategy
 from simtrain.core.units import format_bytes, format_flops, format_time
+from simtrain.report.sweeps import advice_list, why_table
 from simtrain.report.text import bullets, facts, memory_verdict, plain_table, share
 
 if TYPE_CHECKING:
@@ -99,30 +101,46 @@ def plan_table(plan: Plan, top: int = 10) -> RenderableType:
             ("workload", plan.workload),
             ("cluster", plan.cluster),
             ("global batch", str(plan.global_batch)),
-            ("objective", plan.objective),
-            ("considered", f"{plan.considered} strategies: {len(plan.ranked)} fit, {len(plan.failed)} do not"),
+            ("objective", ", ".join(plan.objectives) or plan.objective),
+            ("considered", _counts(plan)),
         ]
     )
     parts: list[RenderableType] = [head, ""]
+    if not plan.complete:
+        parts += [f"NOT COMPLETE: {plan.unread} strategies were not looked at; narrow the search with --fixed, or give it more time.", ""]
     if plan.ranked:
-        parts.append(_ranking(plan, top))
+        shown = plan.ranked[:top]
+        title = f"Best {len(shown)} by {plan.objective}" + (f" (of {len(plan.ranked)})" if len(plan.ranked) > len(shown) else "")
+        parts.append(_ranking(shown, title))
     else:
         parts.append("Nothing fits.")
+        parts.append(advice_list(plan.advice))
+    if len(plan.objectives) > 1 and plan.front:
+        parts.append(_ranking(plan.front, f"Pareto front of {', '.join(plan.objectives)}"))
+    if plan.why:
+        parts.append(why_table(plan.why))
     if plan.failed:
         parts.append(_failures(plan.failed))
     return Group(*parts)
 
 
-def _ranking(plan: Plan, top: int) -> Table:
+def _counts(plan: Plan) -> str:
+    counts = f"{plan.considered} strategies: {len(plan.ranked)} fit, {len(plan.failed)} do not"
+    if plan.passed_over:
+        counts += f", {plan.passed_over} are outpaced by a bound or a projection"
+    return counts + f" ({format_time(plan.elapsed_s)})"
+
+
+def _ranking(shown: Sequence[Result], title: str) -> Table:
     numeric = ("", "step time", "samples/s", "MFU", "J/step", "USD/step")
-    shown = plan.ranked[:top]
-    title = f"Best {len(shown)} by {plan.objective}" + (f" (of {len(plan.ranked)})" if len(plan.ranked) > len(shown) else "")
+    several = len({r.runtime for r in shown}) > 1
     table = plain_table(title, "", "strategy", "step time", "samples/s", "MFU", "memory", "J/step", "USD/step", "bound by", numeric=numeric)
     for i, r in enumerate(shown, start=1):
         memory = f"{format_bytes(r.memory.device_bytes)} of {format_bytes(r.memory.capacity_bytes)}"
         numbers = (format_time(r.step_time_s), _number(r.samples_per_s), f"{r.mfu:.1%}")
         # The comma breaks a line only where a space follows; long strategies then wrap between choices.
-        table.add_row(str(i), r.strategy.replace(",", ", "), *numbers, memory, _number(r.energy_j), _money(r.cost_usd), r.bound_by)
+        strategy = r.strategy.replace(",", ", ") + (f" [{r.runtime}]" if several else "")
+        table.add_row(str(i), strategy.replace("[", "\\["), *numbers, memory, _number(r.energy_j), _money(r.cost_usd), r.bound_by)
     return table
 
 

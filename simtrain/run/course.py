@@ -143,17 +143,25 @@ class Course:
 
 @dataclass(frozen=True, slots=True)
 class Learning:
-    """What a loss needs: a law, the model's size, and how the noise scale grows (`None`: batches are taken to be far below it)."""
+    """What a loss needs.
+
+    Attributes:
+        law: Loss by parameters and tokens.
+        parameters: The model's size.
+        noise: How the noise scale grows; `None` takes batches to be far below it.
+        efficiency: Tokens that bring as much, over tokens processed, where replicas exchange less than every step's gradients.
+    """
 
     law: LossLaw
     parameters: float
     noise: NoiseGrowth | None
+    efficiency: float = 1.0
 
     def needed(self, effective: FloatArray, batch_tokens: float) -> FloatArray:
         """Tokens to process per effective token, at each point."""
         if self.noise is None:
-            return np.ones_like(effective)
-        return 1 + batch_tokens / self.noise.tokens(self.loss(effective))
+            return np.full_like(effective, 1 / self.efficiency)
+        return (1 + batch_tokens / self.noise.tokens(self.loss(effective))) / self.efficiency
 
     def loss(self, effective: FloatArray) -> FloatArray:
         """Loss after effective tokens. Power laws have no upper end, but no training starts above guessing evenly over a vocabulary."""
@@ -272,4 +280,5 @@ def _curve(stretches: tuple[Stretch, ...], learning: Learning | None) -> tuple[t
         rows = zip((done_steps + inside).tolist(), (done_tokens + inside_tokens).tolist(), losses.tolist(), strict=True)
         points += [(step, at, float(s.price.samples_per_step), loss) for step, at, loss in rows if step > 0]
         done_steps, done_tokens = done_steps + s.steps, done_tokens + float(inside_tokens[-1])
-    return tuple(points), tokens / effective if effective else 1.0
+    spent = learning.efficiency if learning else 1.0
+    return tuple(points), tokens * spent / effective if effective else 1.0

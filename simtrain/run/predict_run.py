@@ -63,6 +63,7 @@ def simulate_run(
     law: LossLaw | str | None = None,
     noise: NoiseGrowth | None = KAPLAN_NOISE,
     parameters: float | None = None,
+    efficiency: float | None = None,
     runtime: Runtime | str | None = None,
     seed: int = 0,
     seeds: int = 1,
@@ -85,6 +86,8 @@ def simulate_run(
             "kaplan", or one's own.
         noise: How the noise scale grows; `None` takes every batch to be far below it.
         parameters: Of the model, for the law; the workload's by default.
+        efficiency: Effect of compression or of synchronising every few steps on convergence, which no published law knows: tokens that
+            would bring as much with every step's gradients, over tokens processed (1 for no loss).
         runtime: What carries it out.
         seed: The first seed.
         seeds: How many are simulated.
@@ -104,8 +107,9 @@ def simulate_run(
     base = book.base(strategy)
     site, policy = site or Site(), policy or Policy()
     _check_devices(book, base, policy)
-    learning = _learning(book, until, law, noise, parameters)
-    course = plan_course(_parts(book, base, phases), until, learning)
+    parts = _parts(book, base, phases)
+    learning = _learning(book, until, law, noise, parameters, _efficiency(efficiency, [p.inexact for _, p in parts], until, law))
+    course = plan_course(parts, until, learning)
     chosen = snapshots if snapshots is not None else Snapshots() if faults.any else None
     question = _question(book, base, course, faults, chosen, policy, evaluation)
     ledgers = _simulate(question, range(seed, seed + seeds), executor)
@@ -152,7 +156,7 @@ def _check_devices(book: PriceBook, base: StatePrice, policy: Policy) -> None:
 
 
 def _learning(
-    book: PriceBook, until: Target, law: LossLaw | str | None, noise: NoiseGrowth | None, parameters: float | None
+    book: PriceBook, until: Target, law: LossLaw | str | None, noise: NoiseGrowth | None, parameters: float | None, efficiency: float
 ) -> Learning | None:
     if law is None and until.loss is None:
         return None
@@ -164,7 +168,35 @@ def _learning(
     size = parameters if parameters is not None else book.workload.parameter_count if book.workload is not None else None
     if size is None or not size > 0:
         raise InputError(f"the loss law needs the number of parameters: give parameters=..., above zero (given: {size!r})")
-    return Learning(chosen, float(size), noise)
+    return Learning(chosen, float(size), noise, efficiency)
+
+
+def _efficiency(given: float | None, inexact: Sequence[str], until: Target, law: LossLaw | str | None) -> float:
+    """The effect on convergence of exchanging less than every step's gradients; published laws need it stated.
+
+    Raises:
+        InputError: Out of range, or given where it has no effect.
+        UnsupportedError: Needed and not given, or not the same in all phases.
+    """
+    named = next(filter(None, inexact), "")
+    learns = until.loss is not None or law is not None
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= 1:
+            raise InputError(f"efficiency is a share of tokens above 0 and at most 1, not {given!r}")
+        if not named or not learns:
+            missing = "the strategy has neither" if not named else "no loss is asked for"
+            raise InputError(f"efficiency={given!r} is what compression or low_communication leave of a loss law's tokens, but {missing}")
+        if not all(inexact):
+            raise UnsupportedError(f"efficiency is one for the whole run, but only some phases have {named}: give it to all or none")
+        return float(given)
+    published = law is None or isinstance(law, str) or law in LOSS_LAWS.values()
+    if named and learns and published:
+        raise UnsupportedError(
+            f"what {named} does to convergence is not modelled, so no published loss law holds: give efficiency=... (tokens that would "
+            "bring as much with every step's gradients, over tokens processed; 1 for no loss), a law of your own, or a target of steps or "
+            "tokens"
+        )
+    return 1.0
 
 
 def _parts(book: PriceBook, base: StatePrice, phases: Sequence[Phase]) -> list[tuple[Phase, StatePrice]]:
@@ -305,6 +337,11 @@ def _assumptions(
         lines.append("the loss law's tokens are those of batches far below the noise scale; a step of B tokens counts B/(1 + B/B_noise)")
     if learning is not None and isinstance(learning.law, KaplanLaw):
         lines.append("Kaplan's law counts parameters without embeddings; the workload's count has them: give parameters=... to be exact")
+    inexact = next((s.price.inexact for s in question.course.stretches if s.price.inexact), "")
+    if inexact and learning is not None:
+        lines.append(f"{inexact}: a token brings {learning.efficiency:g} of what the loss law says (as given)")
+    elif inexact:
+        lines.append(f"steps or tokens are as given: what {inexact} does to the loss that they reach is not modelled")
     if question.base.power_w == 0:
         lines.append("no power is known: energy and carbon are not predicted")
     if question.base.usd_per_h == 0 and site.usd_per_device_h is None:

@@ -30,6 +30,7 @@ class StatePrice:
         devices_per_node: How many share a host.
         state_bytes: Size of a snapshot; `None` if not known.
         name: In words.
+        inexact: How its replicas exchange less than every step's gradients, such as "compression=8-bit"; "" where they exchange all.
     """
 
     step_time_s: float
@@ -42,6 +43,7 @@ class StatePrice:
     devices_per_node: int = 8
     state_bytes: float | None = None
     name: str = "stated step time"
+    inexact: str = ""
 
     def __post_init__(self) -> None:
         above_zero(self, "step_time_s", "devices", "samples_per_step", "tokens_per_step", "devices_per_node")
@@ -81,6 +83,7 @@ def price_of(result: Result, cluster: Cluster | None = None, strategy: Strategy 
         devices_per_node=per_node,
         state_bytes=_state_bytes(result, strategy),
         name=result.strategy,
+        inexact=",".join(pair for pair in result.strategy.split(",") if pair.startswith(("compression=", "low_communication="))),
     )
 
 
@@ -89,7 +92,8 @@ def _state_bytes(result: Result, strategy: Strategy | None) -> float | None:
         return None
     kinds = result.memory.by_kind_bytes
     shards = strategy.tensor * strategy.pipeline * strategy.expert
-    optimizer = kinds.get(MemoryKind.OPTIMIZER.value, 0.0) * (strategy.data if strategy.zero >= 1 else 1)
+    differ = strategy.zero >= 1 or strategy.low_communication != ""  # replicas that rarely synchronise have moments of their own
+    optimizer = kinds.get(MemoryKind.OPTIMIZER.value, 0.0) * (strategy.data if differ else 1)
     parameters = kinds.get(MemoryKind.PARAMETER.value, 0.0) * (strategy.data if strategy.zero >= 3 else 1)
     return (optimizer + parameters) * shards
 

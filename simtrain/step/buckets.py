@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simtrain.core.precision import Precision
+from simtrain.core.precision import DType, Precision
 from simtrain.core.runtime import Runtime
-from simtrain.core.workload import Workload
+from simtrain.core.workload import Parameter, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,17 +16,23 @@ class Bucket:
     Attributes:
         size_bytes: Of all its gradients.
         gradients: Elements of each gradient in it.
+        shapes: Of the same gradients.
         ready_after_layer: Position of the layer (repeats counted) whose backward pass completes it.
     """
 
     size_bytes: int
     gradients: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     ready_after_layer: int
 
 
 def gradient_bytes(precision: Precision, runtime: Runtime) -> int:
-    """Bytes of one gradient as it is reduced: fp32 where the framework keeps such a buffer, else the format of the weights."""
-    return 4 if runtime.main_gradients else precision.parameter.size_bytes
+    """Bytes of one gradient as it is added up and reduced.
+
+    A framework with a gradient buffer keeps it in fp32, except for fp16 weights, whose gradients stay in fp16 (Megatron-LM forces fp32
+    accumulation for bf16 alone: `training/arguments.py`, `accumulate_allreduce_grads_in_fp32`).
+    """
+    return 4 if runtime.main_gradients and precision.parameter is not DType.FP16 else precision.parameter.size_bytes
 
 
 def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime, *, expert: bool = False) -> tuple[Bucket, ...]:
@@ -45,7 +51,8 @@ def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime,
     """
     size = gradient_bytes(precision, runtime)
     buckets: list[Bucket] = []
-    gradients: list[int] = []
+    gradients: list[Parameter] = []
+    filled = 0
     limit, last = runtime.first_bucket_bytes, -1
     position = workload.depth
     for layer in reversed(workload.layers):
@@ -54,11 +61,16 @@ def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime,
             for parameter in reversed(layer.trained):
                 if parameter.expert is not expert:
                     continue
-                gradients.append(parameter.elements)
+                gradients.append(parameter)
+                filled += parameter.elements * size
                 last = position
-                if sum(gradients) * size >= limit:
-                    buckets.append(Bucket(sum(gradients) * size, tuple(gradients), last))
-                    gradients, limit = [], runtime.bucket_bytes
+                if filled >= limit:
+                    buckets.append(_bucket(gradients, filled, last))
+                    gradients, filled, limit = [], 0, runtime.bucket_bytes
     if gradients:
-        buckets.append(Bucket(sum(gradients) * size, tuple(gradients), last))
+        buckets.append(_bucket(gradients, filled, last))
     return tuple(buckets)
+
+
+def _bucket(parameters: list[Parameter], size_bytes: int, last: int) -> Bucket:
+    return Bucket(size_bytes, tuple(p.elements for p in parameters), tuple(p.shape for p in parameters), last)

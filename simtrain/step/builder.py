@@ -41,6 +41,7 @@ class Builder:
         self.last: dict[int, int] = {}
         self.first: dict[int, tuple[int, float]] = {}
         self.launches: list[list[tuple[int, int, int]]] = [[] for _ in self.classes]
+        self.issued, self.oldest = [0] * len(self.classes), [0] * len(self.classes)
         self.compute = [self.stream((i,), "compute") for i in range(len(self.classes))]
         self.hosts = [self.stream((i,), "host") for i in range(len(self.classes))] if self.has_host else []
         self.engines = [Resource(f"{c.name} compute", 1.0) for c in self.classes]
@@ -68,18 +69,20 @@ class Builder:
         compute, shares = self.compute[lane], (cost.recompute_s, cost.wire_s)
         if self.has_host:
             host = self.hosts[lane]
+            if sync and self.synchronises:
+                # the scaler asks whether any reduced gradient overflowed
+                asked = self._term(TermKind.HOST, host, f"wait before {label}", micro_batch)
+                self.wait(asked, (self.last[compute], *waits))
             before = self.last.get(host)
             issue = self._term(TermKind.HOST, host, f"issue {label}", micro_batch, cost.host_s)
             self._bound_run_ahead(lane, issue, cost.launches)
-            if sync and self.synchronises:
-                # the scaler asks whether any reduced gradient overflowed
-                self.wait(issue, (self.last[compute], *waits))
             run = self._term(kind, compute, label, micro_batch, shares=shares)
             if before is None:
                 self.first[lane] = (run, cost.lead_s)
             else:
                 self.edges.append((run, before, cost.lead_s))
-            self.launches[lane].append((issue, run, cost.launches))
+            self.issued[lane] += cost.launches
+            self.launches[lane].append((issue, run, self.issued[lane]))
         else:
             run = self._term(kind, compute, label, micro_batch, shares=shares)
         self.demands.append((run, self.resources.setdefault(self.engines[lane], len(self.resources)), cost.device_s))
@@ -87,18 +90,18 @@ class Builder:
         return run
 
     def _bound_run_ahead(self, lane: int, issue: int, launches: int) -> None:
-        behind = launches
-        for _, run, count in reversed(self.launches[lane]):
-            if behind > self.runtime.run_ahead_launches:
-                self.edges.append((issue, run, 0.0))
-                return
-            behind += count
+        """Makes the host wait for the kernels that must have run before there is room for these."""
+        queue, behind = self.launches[lane], self.issued[lane] + launches - self.runtime.run_ahead_launches
+        at = self.oldest[lane]
+        while at < len(queue) and queue[at][2] < behind:
+            at += 1
+        self.oldest[lane] = at
+        if at:
+            self.edges.append((issue, queue[at - 1][1], 0.0))
 
     def _run_ahead_limit(self, lane: int) -> int:
         """Host term that must not be issued before the device has finished the step before (at most one step ahead)."""
-        issued = 0
-        for issue, _, count in self.launches[lane]:
-            issued += count
+        for issue, _, issued in self.launches[lane]:
             if issued > self.runtime.run_ahead_launches:
                 return issue
         return self.launches[lane][-1][0]

@@ -10,22 +10,25 @@ Pipelines and fully sharded replicas are composed in `simtrain.step.estimate_chu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.result import Result
+from simtrain.step.buckets import Bucket
 from simtrain.step.contention import ROUNDS, overlap_s
-from simtrain.step.costs import PassCost, pass_cost
+from simtrain.step.costs import PassCost
 from simtrain.step.estimate_chunks import estimate_chunks, gather_s, in_order, work_parts
+from simtrain.step.exchange import pack_cost, reductions, restore_cost
 from simtrain.step.instructions import Step, chunk_costs
-from simtrain.step.kernels import bucket_copy_kernels
 from simtrain.step.layout import Lane, Layout, lay_out
+from simtrain.step.network import Placed
 from simtrain.step.results import assemble, by_rank, memory_report
 from simtrain.step.schedules import Action
 from simtrain.step.setting import Setting
-from simtrain.step.synchronise import chunk_buckets, reduction, update_cost
+from simtrain.step.synchronise import chunk_buckets, updates_cost
 
 NOTE = "closed form: hosts and devices are composed per step, transients between steps are left out"
 
@@ -44,13 +47,13 @@ class _Chain:
     """A lane's step, flattened.
 
     Attributes:
-        passes: Cost of each pass of all micro-batches.
+        passes: Cost of each pass of all micro-batches, compression of buckets among them.
         device: How long the device works on each, with what collectives beside it take.
         ends: End of each pass.
         free: When the device becomes free for the first pass: after the optimizer and the gather, if the host had to wait.
-        copy_back: Cost of copying each bucket back.
-        update: Cost of the optimizer.
-        cells: Index of the pass that completes each bucket.
+        copy_back: Cost of decompressing each bucket and copying it back.
+        update: Cost of the optimizer, and of an outer update.
+        cells: Index of the pass that each bucket waits for.
     """
 
     passes: tuple[PassCost, ...]
@@ -71,20 +74,19 @@ def _single_stage(layout: Layout) -> Result:
     setting = layout.setting
     buckets = chunk_buckets(layout, 0, 0)
     synchronised = setting.precision.loss_scaling and setting.runtime.run_ahead_launches > 0
-    by_size = {(b.size_bytes, id(p)): reduction(layout, p, b.size_bytes).time_s for b, p in buckets}
-    reductions = np.array([by_size[b.size_bytes, id(p)] for b, p in buckets])
+    reduce_s = np.array([sum(c.time_s for c in reductions(layout, b, p)) for b, p in buckets])
     gather = gather_s(layout, 0)
     chains = [_chain(layout, lane, synchronised, gather) for lane in layout.lanes]
-    reduced = _reduced(setting, chains, reductions)
+    reduced = _reduced(chains, reduce_s)
     if setting.runtime.communication_share and len(reduced):
         for _ in range(ROUNDS):
-            chains = [_chain(layout, x, synchronised, gather, (c, reduced, reductions)) for x, c in zip(layout.lanes, chains, strict=True)]
-            reduced = _reduced(setting, chains, reductions)
+            chains = [_chain(layout, x, synchronised, gather, (c, reduced, reduce_s)) for x, c in zip(layout.lanes, chains, strict=True)]
+            reduced = _reduced(chains, reduce_s)
     periods = [_period(chain, reduced, gather, synchronised) for chain in chains]
     slowest = int(np.argmax(periods))
     parts = _breakdown(chains[slowest], periods[slowest], reduced, gather)
     busy = [_busy_s(chain) for chain in chains]
-    streams = {"compute": busy[slowest], "communication": float(reductions.sum()) + gather}
+    streams = {"compute": busy[slowest], "communication": float(reduce_s.sum()) + gather}
     if setting.runtime.run_ahead_launches > 0:
         streams["host"] = chains[slowest].host_s
     ranks = by_rank(layout.classes, busy)
@@ -103,11 +105,10 @@ def _chain(layout: Layout, lane: Lane, synchronised: bool, gather_s: float, besi
         for action in (Action.FORWARD, Action.BACKWARD):
             steps += priced.steps(action, micro_batch, layout.plan, 0, 0)
     runtime = setting.runtime
-    back = [pass_cost(lane.place.device, bucket_copy_kernels(b.gradients, setting.precision), runtime) for b, _ in buckets]
-    copy_back = () if runtime.gradient_as_bucket_view or runtime.main_gradients else tuple(back)
-    complete = {s.which.layer: i for i, s in enumerate(steps) if s.last and s.ends_gradients}
-    cells = tuple(complete[b.ready_after_layer] for b, _ in buckets)
-    passes, update = tuple(s.cost for s in steps), update_cost(setting, lane)
+    restored = (restore_cost(setting, lane, b, p) for b, p in buckets)
+    copy_back = tuple(c for c in restored if c is not None)
+    passes, cells = _packed(setting, lane, steps, buckets)
+    update = updates_cost(setting, lane)
     device = np.array([c.device_s for c in passes])
     if beside is not None:
         before, reduced, takes = beside
@@ -121,18 +122,36 @@ def _chain(layout: Layout, lane: Lane, synchronised: bool, gather_s: float, besi
     return _Chain(passes, device, in_order(ready, device, free), free, copy_back, update, cells)
 
 
+def _packed(
+    setting: Setting, lane: Lane, steps: Sequence[Step], buckets: Sequence[tuple[Bucket, Placed]]
+) -> tuple[tuple[PassCost, ...], tuple[int, ...]]:
+    """Passes with the compression of buckets among them, and the index of what each bucket waits for."""
+    complete = {s.which.layer: i for i, s in enumerate(steps) if s.last and s.ends_gradients}
+    ends: dict[int, list[int]] = {}
+    for number, (bucket, _) in enumerate(buckets):
+        ends.setdefault(complete[bucket.ready_after_layer] if setting.runtime.overlap_communication else len(steps) - 1, []).append(number)
+    passes: list[PassCost] = []
+    cells = [0] * len(buckets)
+    for i, step in enumerate(steps):
+        passes.append(step.cost)
+        for number in ends.get(i, ()):
+            packed = pack_cost(setting, lane, *buckets[number])
+            passes += [packed] if packed is not None else []
+            cells[number] = len(passes) - 1
+    return tuple(passes), tuple(cells)
+
+
 def _issued(passes: tuple[PassCost, ...]) -> FloatArray:
     """When each pass may start, counted from when the host begins with the first."""
     before = np.concatenate([[0.0], np.cumsum([c.host_s for c in passes])])[:-1]
     return np.asarray(before + np.array([c.lead_s for c in passes]), dtype=np.float64)
 
 
-def _reduced(setting: Setting, chains: list[_Chain], durations_s: FloatArray) -> FloatArray:
+def _reduced(chains: list[_Chain], durations_s: FloatArray) -> FloatArray:
     """When each bucket has been reduced."""
     if not len(durations_s):
         return np.zeros(0)
-    overlap = setting.runtime.overlap_communication
-    ready = np.max([[chain.ends[cell if overlap else -1] for cell in chain.cells] for chain in chains], axis=0)
+    ready = np.max([[chain.ends[cell] for cell in chain.cells] for chain in chains], axis=0)
     return in_order(ready, durations_s)
 
 

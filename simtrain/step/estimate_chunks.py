@@ -14,15 +14,15 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.result import Result
 from simtrain.core.workload import Collective
 from simtrain.step.breakdown import PARTS
-from simtrain.step.costs import PassCost, chain, pass_cost
-from simtrain.step.fully_sharded import gathered_bytes, scattered_bytes, stage_visits
+from simtrain.step.costs import PassCost, chain
+from simtrain.step.exchange import Quantized, averaging, pack_cost, reductions, restore_cost
+from simtrain.step.fully_sharded import gathered_bytes, scattered_bytes, scattered_parameters, stage_visits
 from simtrain.step.instructions import Step, chunk_costs
-from simtrain.step.kernels import bucket_copy_kernels
 from simtrain.step.layout import Lane, Layout
-from simtrain.step.network import Placed, cost, place, send
+from simtrain.step.network import Placed, cost, place
 from simtrain.step.results import assemble, by_rank, memory_report
 from simtrain.step.schedules import Action
-from simtrain.step.synchronise import chunk_buckets, gathering, reduction, tie_cost, update_cost
+from simtrain.step.synchronise import chunk_buckets, gathering, shared_parameters, sharing, tie_cost, updates_cost
 
 
 def in_order(ready_s: FloatArray, durations_s: FloatArray, start_s: float = 0.0) -> FloatArray:
@@ -33,18 +33,20 @@ def in_order(ready_s: FloatArray, durations_s: FloatArray, start_s: float = 0.0)
 
 
 def gather_s(layout: Layout, stage: int) -> float:
-    """What gathering updated parameters adds to a step."""
+    """What gathering updated parameters, or averaging replicas every few steps, adds to a step."""
     setting = layout.setting
+    average = averaging(layout, stage)
+    if average is not None:
+        return average.time_s
     if setting.strategy.zero not in (1, 2) or layout.grid.holders == 1:
         return 0.0
-    placed = place(layout.fabric, layout.grid.holder_groups(stage, setting.strategy.shard))
     size = setting.precision.parameter.size_bytes
     held = layout.by_stage[stage][0].chunks
+    layers = [x for chunk in held for x in chunk.workload if x.trained]
     if setting.runtime.overlap_gather:  # only what the first layer needs stands in the way
-        first = next((sum(p.elements for p in x.trained) for x in held[0].workload if x.trained), 0)
-        return gathering(layout, placed, first * size).time_s
-    total = sum(p.elements for chunk in held for p in chunk.trained)
-    return gathering(layout, placed, total * size).time_s
+        layers = layers[:1]
+    counts = [(sum(shared_parameters(x, expert=expert) for x in layers), placed) for expert, placed in sharing(layout, stage)]
+    return sum(gathering(layout, placed, n * size).time_s for n, placed in counts if n)
 
 
 def work_parts(passes: Sequence[PassCost]) -> dict[str, float]:
@@ -85,8 +87,9 @@ class _Walk:
         self.costs = {
             (lane.stage, c): chunk_costs(layout.setting, lane, chunk) for lane in self.lanes for c, chunk in enumerate(lane.chunks)
         }
-        self.updates = [update_cost(layout.setting, lane) for lane in self.lanes]
+        self.updates = [updates_cost(layout.setting, lane) for lane in self.lanes]
         self.passes: list[list[PassCost]] = [[] for _ in stages]
+        self.known: dict[int, tuple[PassCost, FloatArray]] = {}
         self.synchronised = layout.setting.precision.loss_scaling and layout.setting.runtime.run_ahead_launches > 0
         # a host that has waited for the reduction issues the update first, then the passes of the next step: there the clock starts
         after = [u.device_s + gather_s(layout, stage) for stage, u in enumerate(self.updates)]
@@ -100,8 +103,8 @@ class _Walk:
         self.sharded = layout.setting.strategy.zero == 3 and layout.grid.holders > 1
         self.shards = [_Shards(layout, lane) for lane in self.lanes] if self.sharded else []
         self._run()
-        self.busy_s = [sum(c.device_s for c in p) + u.device_s for p, u in zip(self.passes, self.updates, strict=True)]
         self.device_period_s = self._finish()
+        self.busy_s = [sum(c.device_s for c in p) + u.device_s for p, u in zip(self.passes, self.updates, strict=True)]
 
     def period_s(self) -> float:
         """The larger of what devices and what hosts need."""
@@ -128,48 +131,53 @@ class _Walk:
 
     def _sent(self, i: int, source: int, to: int, ready: float) -> float:
         plan, lane = self.layout.plan, self.lanes[source]
-        forward = plan.action[i] == Action.FORWARD
-        chunk = lane.chunks[int(plan.chunk[i])]
-        edge = chunk.concrete[-1].layer if forward else chunk.concrete[0].before
-        size = edge.cut(lane.place.batch, lane.place.sequence) * self.setting.precision.dtype(edge.cut_role).size_bytes
+        forward = bool(plan.action[i] == Action.FORWARD)
         key = (source, int(forward))
         start = max(ready, self.sent_free.get(key, 0.0))
-        self.sent_free[key] = start + send(self.layout.fabric, self.layout.grid, source, to, size).time_s
+        self.sent_free[key] = start + self.layout.send(lane, int(plan.chunk[i]), to, forward=forward).time_s
         return self.sent_free[key]
 
     def _instruction(self, i: int, stage: int, at: float) -> float:
         plan, chunk = self.layout.plan, int(self.layout.plan.chunk[i])
         steps = self.costs[stage, chunk].steps(Action(int(plan.action[i])), int(plan.micro_batch[i]), plan, stage, chunk)
-        self.passes[stage] += [s.cost for s in steps]
+        if id(steps) not in self.known:  # what an instruction does is listed once and kept by its costs
+            self.known[id(steps)] = (chain([s.cost for s in steps]), np.cumsum([s.cost.device_s for s in steps]))
+        whole, offsets = self.known[id(steps)]
+        self.passes[stage].append(whole)
         if self.synchronised:
-            whole = chain([s.cost for s in steps])
             at, self.issued[stage] = max(at, self.issued[stage] + whole.lead_s), self.issued[stage] + whole.host_s
         if self.sharded:
             for step in steps:
                 at = self.shards[stage].run(chunk, step, at)
+            self.passes[stage] += self.shards[stage].take_kernels()
             return at
-        ends = at + np.cumsum([s.cost.device_s for s in steps])
+        every = self.setting.strategy.zero == 2 and self.setting.runtime.reduce_every
+        if not (steps[0].last or every):
+            return at + whole.device_s
+        ends = at + offsets
         return float(ends[-1]) + self._reduce(stage, chunk, steps, ends)
 
     def _reduce(self, stage: int, chunk: int, steps: Sequence[Step], ends: FloatArray) -> float:
         """Reduces the buckets that the last backward pass of a chunk completes; returns what that takes from the pass."""
-        every = self.setting.strategy.zero == 2 and self.setting.runtime.reduce_every
-        complete = {s.which.layer: float(e) for s, e in zip(steps, ends, strict=True) if s.ends_gradients and (s.last or every)}
+        complete = {s.which.layer: float(e) for s, e in zip(steps, ends, strict=True) if s.ends_gradients}
         if not complete:
             return 0.0
         taken = 0.0
         last = any(s.last for s in steps)
         runtime, lane = self.setting.runtime, self.lanes[stage]
-        copied = not (runtime.gradient_as_bucket_view or runtime.main_gradients)
         holders = self.layout.plan.holders[lane.chunks[chunk].position]
         for bucket, placed in chunk_buckets(self.layout, stage, chunk):
             ready = complete[bucket.ready_after_layer] if runtime.overlap_communication else float(ends[-1])
-            takes = reduction(self.layout, placed, bucket.size_bytes).time_s
-            kernels = bucket_copy_kernels(bucket.gradients, self.setting.precision)
-            back = pass_cost(lane.place.device, kernels, runtime) if copied else None
+            takes = sum(c.time_s for c in reductions(self.layout, bucket, placed))
+            back = restore_cost(self.setting, lane, bucket, placed)
             if last and len(holders) > 1:  # waits for the other stages that hold the chunk
                 self.deferred += [(holders, stage, takes, back)]
                 continue
+            packed = pack_cost(self.setting, lane, bucket, placed)
+            if packed is not None:
+                self.passes[stage].append(packed)
+                taken += packed.device_s
+                ready += taken
             start = max(self.wire_free[stage], ready)
             self.wire_free[stage] = start + takes
             taken += runtime.communication_share * max(min(start + takes, float(ends[-1])) - start, 0.0)
@@ -189,7 +197,10 @@ class _Walk:
             at = self.free[stage]
             for done, back in self.reduced[stage]:
                 at = max(at, done) + (back.device_s if back else 0.0)
-            ready.append(max(at, self.shards[stage].wire_free) if self.sharded else at)
+            if self.sharded:
+                at = max(self.shards[stage].added(at), self.shards[stage].wire_free)
+                self.passes[stage] += self.shards[stage].take_kernels()
+            ready.append(at)
         tied = tie_cost(layout)
         if tied is not None:
             ready[0] = ready[-1] = max(ready[0], ready[-1]) + tied.time_s
@@ -211,6 +222,9 @@ class _Shards:
         self.wire_free = self.first_s = 0.0
         self.ends: list[float] = []
         self.moving: list[tuple[float, float]] = []
+        self.quantized = Quantized.of(layout, lane.stage)
+        self.exchanged, self.exchanged_s = 0, 0.0
+        self.kernels: list[PassCost] = []
         self.gathered: list[float] = []
 
     def _time_s(self, kind: Collective, size: float) -> float:
@@ -229,17 +243,44 @@ class _Shards:
                 self._move(self.ends[earlier] if earlier >= 0 else 0.0, Collective.ALL_GATHER, size)
             self.gathered.append(self.wire_free if size else 0.0)
         start = max(at, self.gathered[n])
+        (owner, layer), anew = self.visits[n]
+        if self.quantized is not None and anew and (parameters := self.lane.chunks[owner].unit_parameters(layer)):
+            start += self._kernel(self.quantized.dequantize(self.lane, parameters))
         end = start + step.cost.device_s
         met = sum(max(min(end, b) - max(start, a), 0.0) for a, b in self.moving)
         end += self.layout.setting.runtime.communication_share * met
         self.moving = [(a, b) for a, b in self.moving if b > end]
         self.ends.append(end)
         scattered = scattered_bytes(self.layout, self.lane, chunk, step)
-        if scattered:
+        if scattered and self.quantized is not None:
+            end = self.added(end)
+            self.exchanged = scattered_parameters(self.lane, chunk, step)
+            end += self._kernel(self.quantized.quantize(self.lane, self.exchanged))
+            self._busy(end, sum(hop.time_s for hop in self.quantized.scatter(self.exchanged)))
+            self.exchanged_s = self.wire_free
+        elif scattered:
             self._move(end, Collective.REDUCE_SCATTER, scattered)
         return end
 
+    def added(self, at: float) -> float:
+        """When the gradients that were exchanged last are summed, if they are quantized."""
+        if self.quantized is None or not self.exchanged:
+            return at
+        return max(at, self.exchanged_s) + self._kernel(self.quantized.add(self.lane, self.exchanged))
+
+    def take_kernels(self) -> list[PassCost]:
+        """What quantizing has cost since it was asked last."""
+        taken, self.kernels = self.kernels, []
+        return taken
+
+    def _kernel(self, price: PassCost) -> float:
+        self.kernels.append(price)
+        return price.device_s
+
     def _move(self, ready: float, kind: Collective, size: float) -> None:
+        self._busy(ready, self._time_s(kind, size))
+
+    def _busy(self, ready: float, takes_s: float) -> None:
         start = max(self.wire_free, ready)
-        self.wire_free = start + self._time_s(kind, size)
+        self.wire_free = start + takes_s
         self.moving.append((start, self.wire_free))

@@ -17,9 +17,6 @@ import simpy
 from simtrain.core.program import Program, TermKind
 from simtrain.cost.sharing import max_min_rates
 
-Key = tuple[int, int]
-"""A step and a term."""
-
 
 @dataclass(slots=True)
 class _Flow:
@@ -38,79 +35,90 @@ class FluidPool:
     Args:
         env: The simulation.
         program: Whose terms flow.
-        done: Called with the step and the term when a flow has ended.
+        done: Called with the number of a flow that has ended.
     """
 
-    def __init__(self, env: simpy.Environment, program: Program, done: Callable[[int, int], None]) -> None:
+    def __init__(self, env: simpy.Environment, program: Program, done: Callable[[int], None]) -> None:
         self.env, self.program, self.done = env, program, done
         self.capacity = np.array([r.capacity for r in program.resources])
-        self.flows: dict[Key, _Flow] = {}
-        self.users: dict[int, set[Key]] = {}
+        self.flows: dict[int, _Flow] = {}
+        self.users: dict[int, set[int]] = {}
+        self.shared = shared_terms(program).tolist()
         pointer = program.demand_pointer.tolist()
-        self.resources = [program.demand_resource[a:b] for a, b in pairwise(pointer)]
-        self.amounts = [program.demand_amount[a:b] for a, b in pairwise(pointer)]
+        used, amounts = program.demand_resource.tolist(), program.demand_amount.tolist()
+        self.resources = [used[a:b] for a, b in pairwise(pointer)]
+        self.amounts = [amounts[a:b] for a, b in pairwise(pointer)]
+        alone = program.durations_s() - program.latency_s
+        self.alone: list[float] = alone.tolist()
 
-    def start(self, step: int, term: int) -> None:
+    def shares(self, term: int) -> bool:
+        """Whether a term may meet others."""
+        return bool(self.shared[term])
+
+    def start(self, number: int) -> None:
         """Begins a flow."""
-        key = (step, term)
-        if not np.any(self.amounts[term] > 0):
-            self.done(step, term)
+        term = number % len(self.program)
+        if self.alone[term] <= 0:
+            self.done(number)
             return
-        self.flows[key] = _Flow(term, 1.0, 0.0, self.env.now, 0)
-        for resource in self.resources[term].tolist():
-            self.users.setdefault(resource, set()).add(key)
-        self._share(self._connected(key))
+        self.flows[number] = _Flow(term, 1.0, 0.0, self.env.now, 0)
+        met = False
+        for resource in self.resources[term]:
+            users = self.users.setdefault(resource, set())
+            met = met or bool(users)
+            users.add(number)
+        self._share(self._connected(number) if met else {number})
 
-    def _ended(self, key: Key, turn: int, _: simpy.Event) -> None:
-        flow = self.flows.get(key)
+    def _ended(self, number: int, turn: int, _: simpy.Event) -> None:
+        flow = self.flows.get(number)
         if flow is None or flow.turn != turn:
             return  # its rate has changed since
-        met = self._connected(key) - {key}
-        del self.flows[key]
-        for resource in self.resources[flow.term].tolist():
-            self.users[resource].discard(key)
-        self.done(*key)
-        self._share({k for k in met if k in self.flows})
+        met = self._connected(number)
+        met.discard(number)
+        del self.flows[number]
+        for resource in self.resources[flow.term]:
+            self.users[resource].discard(number)
+        self.done(number)
+        if met:
+            self._share({k for k in met if k in self.flows})
 
-    def _connected(self, key: Key) -> set[Key]:
-        found, edge = {key}, [key]
+    def _connected(self, number: int) -> set[int]:
+        found, edge = {number}, [number]
         while edge:
-            for resource in self.resources[edge.pop()[1]].tolist():
-                new = self.users.get(resource, set()) - found
-                found |= new
-                edge += new
+            for resource in self.resources[self.flows[edge.pop()].term]:
+                users = self.users[resource]
+                if len(users) > 1:
+                    new = users - found
+                    found |= new
+                    edge += new
         return found
 
-    def _share(self, keys: set[Key]) -> None:
+    def _share(self, numbers: set[int]) -> None:
         """Gives connected flows the rates that are fair now."""
-        if not keys:
-            return
-        order = sorted(keys)
-        for key, rate in zip(order, self._rates(order), strict=True):
-            flow = self.flows[key]
-            flow.left -= flow.rate * (self.env.now - flow.since)
-            flow.since = self.env.now
-            flow.rate, flow.turn = rate, flow.turn + 1
-            remaining = max(flow.left, 0.0) / rate
-            event = self.env.timeout(remaining)
-            event.callbacks.append(partial(self._ended, key, flow.turn))
+        order, now = sorted(numbers), self.env.now
+        for number, rate in zip(order, self._rates(order), strict=True):
+            flow = self.flows[number]
+            flow.left -= flow.rate * (now - flow.since)
+            flow.since, flow.rate, flow.turn = now, rate, flow.turn + 1
+            event = self.env.timeout(max(flow.left, 0.0) / rate)
+            event.callbacks.append(partial(self._ended, number, flow.turn))
 
-    def _rates(self, keys: list[Key]) -> list[float]:
-        if len(keys) == 1:
-            term = keys[0][1]
-            return [1.0 / float(np.max(self.amounts[term] / self.capacity[self.resources[term]]))]
+    def _rates(self, numbers: list[int]) -> list[float]:
+        terms = [self.flows[number].term for number in numbers]
+        if len(terms) <= 1:
+            return [1.0 / self.alone[term] for term in terms]
         from scipy.sparse import csr_array
 
-        used = [self.resources[term] for _, term in keys]
+        used = [self.resources[term] for term in terms]
         pointer = np.concatenate([[0], np.cumsum([len(u) for u in used])])
-        data, columns = np.concatenate([self.amounts[term] for _, term in keys]), np.concatenate(used)
-        demand = csr_array((data, columns, pointer), shape=(len(keys), len(self.capacity)))
-        return [float(rate) for rate in max_min_rates(demand, self.capacity, np.full(len(keys), np.inf))]
+        data, columns = np.concatenate([self.amounts[term] for term in terms]), np.concatenate(used)
+        demand = csr_array((data, columns, pointer), shape=(len(terms), len(self.capacity)))
+        return [float(rate) for rate in max_min_rates(demand, self.capacity, np.full(len(terms), np.inf))]
 
 
 @dataclass(slots=True)
 class _Work:
-    key: Key
+    number: int
     left_s: float
     since: float
     rate: float
@@ -124,10 +132,10 @@ class Engines:
         env: The simulation.
         program: Whose terms are executed.
         share: Of a device that collectives take.
-        done: Called with the step and the term when one has ended.
+        done: Called with the number of a term that has ended.
     """
 
-    def __init__(self, env: simpy.Environment, program: Program, share: float, done: Callable[[int, int], None]) -> None:
+    def __init__(self, env: simpy.Environment, program: Program, share: float, done: Callable[[int], None]) -> None:
         self.env, self.share, self.done = env, share, done
         names, self.stream = [s.name for s in program.streams], program.stream.tolist()
         contended = share > 0 and bool(np.any(program.kind == TermKind.COLLECTIVE))
@@ -142,10 +150,14 @@ class Engines:
         """Whether a term is computation that collectives can slow."""
         return bool(self.lane[self.stream[term]] >= 0)
 
-    def start(self, step: int, term: int, duration_s: float) -> None:
+    def concerns(self, term: int) -> bool:
+        """Whether a term is slowed by others or slows them."""
+        return self.computes(term) or self.stream[term] in self.met
+
+    def start(self, number: int, term: int, duration_s: float) -> None:
         """Begins to compute a term."""
         lane = self.lane[self.stream[term]]
-        self.running[lane] = _Work((step, term), duration_s, self.env.now, 1.0, 0)
+        self.running[lane] = _Work(number, duration_s, self.env.now, 1.0, 0)
         self._pace(lane)
 
     def meet(self, term: int, change: int) -> None:
@@ -169,7 +181,7 @@ class Engines:
         work = self.running.get(lane)
         if work is not None and work.turn == turn:
             del self.running[lane]
-            self.done(*work.key)
+            self.done(work.number)
 
 
 def shared_terms(program: Program) -> np.ndarray:

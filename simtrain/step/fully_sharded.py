@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from simtrain.core.program import TermKind
 from simtrain.core.workload import Collective
 from simtrain.cost.collectives import CollectiveCost
+from simtrain.cost.compression import quantized_bytes
+from simtrain.step.buckets import gradient_bytes
 from simtrain.step.builder import Builder
 from simtrain.step.costs import ADDS_GRADIENTS
+from simtrain.step.exchange import WEIGHT_BITS, Quantized
 from simtrain.step.instructions import Step, chunk_costs, gradient_order
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
@@ -47,21 +50,28 @@ def stage_visits(layout: Layout, stage: int) -> list[tuple[Visit, bool]]:
 
 
 def gathered_bytes(layout: Layout, lane: Lane, chunk: int, layer: int) -> float:
-    """Bytes that are gathered for a block, or for all that is none, in the format that products read."""
+    """Bytes that are gathered for a block, or for all that is none, in the format that products read or quantized."""
     precision = layout.setting.precision
+    if layout.setting.strategy.compression == "zero++" and lane.chunks[chunk].unit_parameters(layer):
+        return quantized_bytes(lane.chunks[chunk].unit_parameters(layer), WEIGHT_BITS)
     size = min(precision.low.size_bytes, precision.parameter.size_bytes)
     return float(lane.chunks[chunk].unit_parameters(layer) * size)
 
 
-def scattered_bytes(layout: Layout, lane: Lane, chunk: int, step: Step) -> float:
-    """Bytes of the gradients that are complete after a pass; what is no block waits for the last of it."""
+def scattered_parameters(lane: Lane, chunk: int, step: Step) -> int:
+    """Parameters whose gradients are complete after a pass; what is no block waits for the last of it."""
     held, layer = lane.chunks[chunk], step.which.layer
     block = held.is_block(layer)
     if not step.ends_gradients or not (block or layer == held.last_of_rest):
-        return 0.0
-    precision = layout.setting.precision
-    width = 4 if layout.setting.runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
-    return float(held.unit_parameters(layer if block else REST) * width)
+        return 0
+    return held.unit_parameters(layer if block else REST)
+
+
+def scattered_bytes(layout: Layout, lane: Lane, chunk: int, step: Step) -> float:
+    """Bytes of the gradients that are complete after a pass."""
+    precision, runtime = layout.setting.precision, layout.setting.runtime
+    width = gradient_bytes(precision, runtime) if runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
+    return float(scattered_parameters(lane, chunk, step) * width)
 
 
 class FullySharded:
@@ -82,6 +92,8 @@ class FullySharded:
         self.computed: list[list[list[int]]] = [[] for _ in stages]
         self.latest: dict[tuple[int, int, int], int] = {}
         self.reduced: dict[int, int] = {}
+        self.quantized = [Quantized.of(layout, s) for s in stages]
+        self.exchanged: dict[int, tuple[int, int]] = {}
         self.known: dict[tuple[int, Collective, float, bool], CollectiveCost] = {}
 
     def ready_after(self, lane: Lane, chunk: int) -> frozenset[int]:  # noqa: ARG002
@@ -96,7 +108,14 @@ class FullySharded:
         for visit in range(len(self.gathered[stage]), ahead):
             self.gathered[stage].append(self._gather(lanes, visit))
         self.next[stage] = n + 1
-        return [self.gathered[stage][n]] if self.gathered[stage][n] >= 0 else []
+        if self.gathered[stage][n] < 0:
+            return []
+        quantized, ((owner, layer), anew) = self.quantized[stage], self.visits[stage][n]
+        if quantized is not None and anew:
+            for lane in lanes:
+                price = quantized.dequantize(lane, lane.chunks[owner].unit_parameters(layer))
+                self.build.work(lane.index, TermKind.GRADIENT_COPY, "dequantize parameters", price, micro_batch, [self.gathered[stage][n]])
+        return [self.gathered[stage][n]]
 
     def _gather(self, lanes: Sequence[Lane], visit: int) -> int:
         stage = lanes[0].stage
@@ -112,12 +131,16 @@ class FullySharded:
         self.latest[stage, chunk, layer] = term
         return term
 
-    def after(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], terms: Sequence[int], micro_batch: int) -> None:  # noqa: ARG002
+    def after(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], terms: Sequence[int], micro_batch: int) -> None:
         """Scatters the gradients of a layer whose backward pass is done."""
         stage = lanes[0].stage
         self.computed[stage].append(list(terms))
         size = scattered_bytes(self.layout, lanes[0], chunk, steps[0])
         if not size:
+            return
+        quantized = self.quantized[stage]
+        if quantized is not None:
+            self._exchange(quantized, lanes, scattered_parameters(lanes[0], chunk, steps[0]), micro_batch)
             return
         price = self._cost(stage, Collective.REDUCE_SCATTER, size, self.inside[stage])
         stream = self._stream(lanes)
@@ -125,6 +148,28 @@ class FullySharded:
         if self.shard < self.layout.grid.holders and steps[0].last:
             price = self._cost(stage, Collective.ALL_REDUCE, size / self.shard, self.across[stage])
             self.reduced[stage] = self.build.transfer(TermKind.COLLECTIVE, stream, "reduce shards", price, terms)
+
+    def _exchange(self, quantized: Quantized, lanes: Sequence[Lane], parameters: int, micro_batch: int) -> None:
+        """Quantizes and exchanges gradients; they are summed when those of the next layer are there, so that passes go on meanwhile."""
+        self._add(lanes)
+        before = [
+            self.build.work(lane.index, TermKind.GRADIENT_COPY, "quantize gradients", quantized.quantize(lane, parameters), micro_batch)
+            for lane in lanes
+        ]
+        for hop in quantized.scatter(parameters):
+            before = [self.build.transfer(TermKind.COLLECTIVE, self._stream(lanes), "exchange gradients", hop, before)]
+        self.reduced[lanes[0].stage] = before[0]
+        self.exchanged[lanes[0].stage] = (before[0], parameters)
+
+    def _add(self, lanes: Sequence[Lane]) -> None:
+        """Sums the quantized gradients that were exchanged last."""
+        stage = lanes[0].stage
+        quantized = self.quantized[stage]
+        if quantized is None or stage not in self.exchanged:
+            return
+        term, parameters = self.exchanged.pop(stage)
+        for lane in lanes:
+            self.build.work(lane.index, TermKind.GRADIENT_COPY, "sum gradients", quantized.add(lane, parameters), -1, [term])
 
     def _cost(self, stage: int, kind: Collective, size: float, placed: Placed) -> CollectiveCost:
         key = (stage, kind, size, placed is self.inside[stage])
@@ -137,6 +182,8 @@ class FullySharded:
 
     def finish(self, last: Sequence[int]) -> list[int]:
         """Updates every rank's shard; the next step gathers when it is done."""
+        for lanes in self.layout.by_stage:
+            self._add(lanes)
         updates = []
         everyone = [*self.reduced.values(), *last]
         for lane in self.layout.lanes:

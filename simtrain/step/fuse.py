@@ -15,10 +15,13 @@ from simtrain.core.workload import Operator, OperatorKind
 from simtrain.step.specialize import ConcreteLayer
 
 _POINTWISE = (OperatorKind.ELEMENTWISE, OperatorKind.CAST)
+_SOFTMAX = (OperatorKind.SOFTMAX, OperatorKind.SOFTMAX_BACKWARD)
 
 
 def fused_operators(operators: tuple[Operator, ...], concrete: ConcreteLayer) -> tuple[Operator, ...]:
     """Returns operators with chains of pointwise ones as one each; a softmax takes in those before it, its gradient those behind it.
+
+    The softmax is Megatron-LM's own, which keeps a row in registers, so that it moves each element once.
 
     Args:
         operators: Of a pass, in order.
@@ -28,12 +31,10 @@ def fused_operators(operators: tuple[Operator, ...], concrete: ConcreteLayer) ->
     fused: list[Operator] = []
     for op in operators:
         before = next((b for b in reversed(fused) if _joins(b, op, readers)), None)
-        if before is None:
-            fused.append(op)
-        else:
+        if before is not None:
             fused.remove(before)
-            fused.append(_merged(before, op))
-    return tuple(fused)
+        fused.append(op if before is None else _merged(before, op))
+    return tuple(replace(op, kind=OperatorKind.ELEMENTWISE, dims=()) if op.kind in _SOFTMAX else op for op in fused)
 
 
 @lru_cache(maxsize=512)
@@ -52,10 +53,7 @@ def _joins(before: Operator, op: Operator, readers: Counter[str]) -> bool:
 
 
 def _merged(before: Operator, op: Operator) -> Operator:
-    """One kernel for both: the tensor between them is not stored.
-
-    A softmax that others join is Megatron-LM's own, which keeps a row in registers, so that it moves each element once.
-    """
+    """One kernel for both: the tensor between them is not stored."""
     between = before.writes[0].name
     reads = tuple(dict.fromkeys((*before.reads, *(name for name in op.reads if name != between))))
     writes = (*op.writes, *before.writes[1:])

@@ -126,6 +126,6 @@ def chunk_costs(setting: Setting, lane: Lane, chunk: Chunk) -> ChunkCosts:
     """Prepares the passes of a chunk on a lane."""
     runtime = setting.runtime
     # gradients are new tensors in every step, so they are copied into buckets even where they become views of them afterwards
-    reduced = setting.strategy.data * setting.strategy.context > 1 and setting.strategy.zero < 2
+    reduced = setting.reduces and setting.strategy.zero < 2
     copies = reduced and not runtime.main_gradients
     return ChunkCosts(chunk, lane.place, setting.strategy.checkpoint, runtime.main_gradients, copies)

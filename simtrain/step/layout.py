@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from simtrain.core.errors import UnsupportedError
+from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Device
 from simtrain.core.program import RankClass
+from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
+from simtrain.cost.collectives import CollectiveCost
 from simtrain.cost.fabric import Fabric
 from simtrain.step.costs import Place
 from simtrain.step.grid import Grid
-from simtrain.step.network import stage_wire
+from simtrain.step.network import send, stage_wire
 from simtrain.step.schedules import SchedulePlan, plan
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, chunks, even_cuts, rank_form
@@ -64,6 +66,20 @@ class Layout:
         """Lanes of each stage, one per kind of replica."""
         return tuple(tuple(lane for lane in self.lanes if lane.stage == s) for s in range(self.grid.pipeline))
 
+    @cached_property
+    def _sends(self) -> dict[tuple[int, int, float], CollectiveCost]:
+        return {}
+
+    def send(self, lane: Lane, chunk: int, target: int, *, forward: bool) -> CollectiveCost:
+        """What it costs a lane to send a chunk's output, or the gradient of its input, to another stage."""
+        held = lane.chunks[chunk]
+        edge = held.concrete[-1].layer if forward else held.concrete[0].before
+        size = edge.cut(lane.place.batch, lane.place.sequence) * self.setting.precision.dtype(edge.cut_role).size_bytes
+        key = (lane.stage, target, size)
+        if key not in self._sends:
+            self._sends[key] = send(self.fabric, self.grid, lane.stage, target, size)
+        return self._sends[key]
+
     @property
     def classes(self) -> tuple[RankClass, ...]:
         """The classes of ranks."""
@@ -78,15 +94,24 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
         split: Give the ranks of every replica classes of their own (when ranks are disturbed one by one).
 
     Raises:
-        StrategyError: The model or the schedule does not run with these degrees.
-        UnsupportedError: Ranks that share a layer or a sequence run on different devices.
+        StrategyError: The model, its cuts or the schedule do not run with these degrees.
+        UnsupportedError: Ranks that share a layer or a sequence run on different devices, or an exchange that is not modelled beside the
+            schedule.
     """
     strategy = setting.strategy
     grid = Grid.of(strategy)
-    local = rank_form(setting.workload, strategy, setting.runtime)
+    local = rank_form(setting.workload, strategy, setting.runtime, setting.devices)
     schedule = strategy.schedule if strategy.pipeline > 1 else "1f1b"
     order = plan(schedule, strategy.pipeline, strategy.chunks if strategy.pipeline > 1 else 1, strategy.accumulation)
-    pieces = chunks(local, setting.cuts or even_cuts(local, order.positions), setting.precision, setting.runtime)
+    if any(len(held) > 1 for held in order.holders):
+        _refuse_copies(strategy)
+    if setting.cuts and len(setting.cuts) != order.positions:
+        raise StrategyError(
+            f"cuts={strategy.cuts} names {len(setting.cuts)} chunks, but the {schedule} schedule over pipeline={strategy.pipeline} has "
+            f"{order.positions}"
+        )
+    cuts = setting.cuts or even_cuts(local, order.positions)
+    pieces = chunks(local, cuts, setting.precision, setting.runtime, selective=strategy.checkpoint == "selective")
     fabric = Fabric(setting.cluster)
     kinds = _replica_kinds(setting, grid, split)
     lanes: list[Lane] = []
@@ -100,6 +125,15 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
             place = Place(device, strategy.micro_batch, local.sequence, setting.runtime, wire)
             lanes.append(Lane(len(lanes), RankClass(name, ranks, device), stage, kind, place, held))
     return Layout(setting, grid, fabric, local, order, tuple(lanes))
+
+
+def _refuse_copies(strategy: Strategy) -> None:
+    """Refuses what is exchanged in another way where two stages hold a chunk, whose gradients they sum too."""
+    for name, plain in (("compression", "none"), ("low_communication", "")):
+        if (given := getattr(strategy, name)) != plain:
+            raise UnsupportedError(
+                f"{name}={given} is not modelled beside schedule={strategy.schedule}, where two stages hold each part: use schedule=zb-h1"
+            )
 
 
 def _name(grid: Grid, stage: int, device: Device, ranks: tuple[int, ...], split: bool) -> str:

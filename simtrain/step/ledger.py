@@ -7,6 +7,7 @@ else comes from replaying the operators of each pass (`occupancy`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -33,7 +34,7 @@ MOST_MOMENTS = 40_000
 """Moments that a ledger keeps one by one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Ledger:
     """Memory of one rank over a step.
 
@@ -47,10 +48,15 @@ class Ledger:
     moments: FloatArray
     passes: np.ndarray
 
-    @property
+    @cached_property
     def peak(self) -> int:
         """Index of the moment with the most memory."""
         return int(np.argmax(self.moments.sum(axis=1)))
+
+    @property
+    def peak_bytes(self) -> float:
+        """Allocated bytes at that moment."""
+        return float(self.moments[self.peak].sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,7 @@ class _Stretch:
         passes: Pass of each moment, counted in the instruction.
         count: Passes.
         net: What it leaves behind.
+        fullest: The moment with most memory.
     """
 
     names: tuple[str, ...]
@@ -70,10 +77,7 @@ class _Stretch:
     passes: np.ndarray
     count: int
     net: FloatArray
-
-    @property
-    def fullest(self) -> int:
-        return int(np.argmax(self.moments.sum(axis=1)))
+    fullest: int
 
 
 def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
@@ -95,10 +99,10 @@ def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
     detailed = sum(len(s.names) for s in stretches) <= MOST_MOMENTS
     index = 0
     for (_, _, _, micro_batch), stretch in zip(instructions, stretches, strict=True):
-        chosen = range(len(stretch.names)) if detailed else [stretch.fullest]
-        labels += [f"{micro_batch}/{stretch.names[i]}" for i in chosen]
-        rows.append(base + stretch.moments[list(chosen)])
-        owner.append(index + stretch.passes[list(chosen)])
+        chosen = slice(None) if detailed else slice(stretch.fullest, stretch.fullest + 1)
+        labels += [f"{micro_batch}/{name}" for name in stretch.names[chosen]]
+        rows.append(base + stretch.moments[chosen])
+        owner.append(index + stretch.passes[chosen])
         base = base + stretch.net
         index += stretch.count
     labels.append("optimizer")
@@ -161,7 +165,9 @@ class _Book:
                 casts = casts + unsaved_cast_bytes(concrete, step.mode, sizer)
         if action is Action.FORWARD:
             base = base - casts  # autocast is left after the loss
-        return _Stretch(tuple(names), np.concatenate(rows), np.array(owner), len(passes), base - self._leaving(chunk, action))
+        moments = np.concatenate(rows)
+        left, fullest = base - self._leaving(chunk, action), int(np.argmax(moments.sum(axis=1)))
+        return _Stretch(tuple(names), moments, np.array(owner), len(passes), left, fullest)
 
     def _occupancy(self, step: Pass, concrete: ConcreteLayer, sizer: Sizer) -> Occupancy:
         key = (concrete, step.mode, step.context)

@@ -19,7 +19,6 @@ from simtrain.step.costs import TERM_KINDS, PassCost, chain
 from simtrain.step.fully_sharded import FullySharded
 from simtrain.step.instructions import Step, chunk_costs
 from simtrain.step.layout import Lane, Layout, lay_out
-from simtrain.step.network import send
 from simtrain.step.occupancy import Mode
 from simtrain.step.passes import Pass
 from simtrain.step.schedules import Action
@@ -66,6 +65,7 @@ class _Lowering:
         self.steps: list[list[int]] = [[] for _ in layout.lanes]
         self.arrivals: dict[tuple[int, int], list[int]] = {}
         self.held: dict[int, list[int]] = {}
+        self.known: dict[tuple[int, int, tuple[int, int]], tuple[str, TermKind, PassCost]] = {}
 
     def run(self) -> Lowered:
         layout, plan = self.layout, self.layout.plan
@@ -90,29 +90,34 @@ class _Lowering:
         cuts = self._cuts(steps[0], lanes[0], chunk)
         terms: list[int] = []
         for start, end in pairwise(cuts):
-            parts = [s[start:end] for s in steps]
-            gathered = self.sync.before(lanes, chunk, parts[0], micro_batch)
-            terms = [self._piece(i, lane, part, gathered) for lane, part in zip(lanes, parts, strict=True)]
-            self.sync.after(lanes, chunk, parts[0], terms, micro_batch)
+            part = steps[0][start:end]
+            gathered = self.sync.before(lanes, chunk, part, micro_batch)
+            terms = [self._piece(i, lane, whole, (start, end), gathered) for lane, whole in zip(lanes, steps, strict=True)]
+            self.sync.after(lanes, chunk, part, terms, micro_batch)
         return terms
 
     def _cuts(self, steps: Sequence[Step], lane: Lane, chunk: int) -> list[int]:
         """Where an instruction is cut into terms: at every pass, or only where gradients are reduced meanwhile."""
         if not self.coarse:
             return list(range(len(steps) + 1))
+        if not steps[0].last:
+            return [0, len(steps)]
         ready = self.sync.ready_after(lane, chunk)
-        inner = [k + 1 for k, s in enumerate(steps) if s.last and s.ends_gradients and s.which.layer in ready]
+        inner = [k + 1 for k, s in enumerate(steps) if s.ends_gradients and s.which.layer in ready]
         return sorted({0, *inner, len(steps)})
 
-    def _piece(self, i: int, lane: Lane, steps: Sequence[Step], gathered: Sequence[int]) -> int:
+    def _piece(self, i: int, lane: Lane, whole: Sequence[Step], part: tuple[int, int], gathered: Sequence[int]) -> int:
         micro_batch = int(self.layout.plan.micro_batch[i])
         waits = [*self.arrivals.pop((i, lane.kind), ()), *self.held.pop(lane.index, ()), *gathered]
-        label, kind = _label(lane, int(self.layout.plan.chunk[i]), steps, self.coarse), TERM_KINDS[steps[-1].which.mode]
-        if len(steps) == 1:
-            kind = TERM_KINDS[steps[0].which.mode]
-        cost: PassCost = steps[0].cost if len(steps) == 1 else chain([s.cost for s in steps])
+        key = (lane.index, id(whole), part)
+        if key not in self.known:  # instructions are listed once, and their costs keep the lists
+            steps = whole[slice(*part)]
+            cost = steps[0].cost if len(steps) == 1 else chain([s.cost for s in steps])
+            label = _label(lane, int(self.layout.plan.chunk[i]), steps, self.coarse)
+            self.known[key] = (label, TERM_KINDS[steps[-1].which.mode], cost)
+        label, kind, cost = self.known[key]
         term = self.build.work(lane.index, kind, label, cost, micro_batch, waits)
-        self.steps[lane.index] += [term] * len(steps)
+        self.steps[lane.index] += [term] * (part[1] - part[0])
         return term
 
     def _send(self, i: int, target: int, lanes: Sequence[Lane], terms: Sequence[int]) -> None:
@@ -122,12 +127,8 @@ class _Lowering:
         for lane, term in zip(lanes, terms, strict=True):
             if source == to:
                 continue
-            forward = plan.action[i] == Action.FORWARD
-            chunk = lane.chunks[int(plan.chunk[i])]
-            edge = chunk.concrete[-1].layer if forward else chunk.concrete[0].before
-            batch, sequence = lane.place.batch, lane.place.sequence
-            size = edge.cut(batch, sequence) * layout.setting.precision.dtype(edge.cut_role).size_bytes
-            cost = send(layout.fabric, layout.grid, source, to, size)
+            forward = bool(plan.action[i] == Action.FORWARD)
+            cost = layout.send(lane, int(plan.chunk[i]), to, forward=forward)
             stream = self.build.stream((lane.index,), "send forward" if forward else "send backward")
             label = f"send to stage {to}"
             sent = self.build.transfer(TermKind.SEND, stream, label, cost, [term], int(plan.micro_batch[i]))

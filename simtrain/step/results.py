@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from simtrain.core.catalog import compute_model
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import RankClass
 from simtrain.core.result import MemoryReport, Result, TraceEvent
 from simtrain.cost import energy
+from simtrain.step.exchange import notes as exchange_notes
 from simtrain.step.kernels import CONVOLUTIONS
 from simtrain.step.layout import Layout
 from simtrain.step.ledger import Ledger, ledger, report
@@ -27,29 +29,41 @@ def by_rank(classes: Sequence[RankClass], values: Sequence[float]) -> list[float
 
 
 def lane_ledgers(layout: Layout) -> list[Ledger]:
-    """The ledger of every lane; lanes of one stage share one, because memory does not depend on the device."""
-    by_stage = [ledger(layout.setting, lanes[0], layout.plan) for lanes in layout.by_stage]
-    return [by_stage[lane.stage] for lane in layout.lanes]
+    """The ledger of every lane; lanes of one stage share one where libraries take the same workspaces on their devices."""
+    known: dict[tuple[int, bool], Ledger] = {}
+    for lane in layout.lanes:
+        key = (lane.stage, lane.place.device.since_hopper)
+        if key not in known:
+            known[key] = ledger(layout.setting, lane, layout.plan)
+    return [known[lane.stage, lane.place.device.since_hopper] for lane in layout.lanes]
 
 
 def tightest_lane(layout: Layout, books: Sequence[Ledger]) -> int:
     """The lane whose peak comes closest to what its device has, or exceeds it most."""
-    peaks = {id(book): float(book.moments[book.peak].sum()) for book in books}
-    return max(range(len(books)), key=lambda i: peaks[id(books[i])] - layout.lanes[i].place.device.memory.capacity_bytes)
+    return max(range(len(books)), key=lambda i: books[i].peak_bytes - layout.lanes[i].place.device.memory.capacity_bytes)
 
 
 def lane_report(layout: Layout, books: Sequence[Ledger], lane: int, times: FloatArray | None = None) -> MemoryReport:
     """Memory of one lane, with the device times of its moments if known."""
     chosen = layout.lanes[lane]
     name = chosen.place.device.name if layout.grid.pipeline == 1 else chosen.rank_class.name
-    return report(books[lane], chosen.place.device, communicators(layout.setting), layout.setting.runtime, name, times)
+    peaks = {other.rank_class.name: book.peak_bytes for other, book in zip(layout.lanes, books, strict=True)}
+    own = report(books[lane], chosen.place.device, communicators(layout.setting), layout.setting.runtime, name, times)
+    return replace(own, allocated_by_class_bytes=peaks)
 
 
 def communicators(setting: Setting) -> int:
-    """Groups that a rank communicates in."""
+    """Groups that a rank of the fullest stage communicates in.
+
+    Beside one for every way of dividing the work: all ranks together where there are several ways, those that share a model's gradient norm
+    where tensor and pipeline parallelism divide it, and the two ends of a pipeline that hold a weight in common.
+    """
     strategy = setting.strategy
     degrees = (strategy.tensor, strategy.context, strategy.data * strategy.context, strategy.pipeline, strategy.expert)
-    return sum(d > 1 for d in degrees)
+    ways = sum(d > 1 for d in degrees)
+    norm = setting.runtime.global_norm and strategy.tensor > 1 and strategy.pipeline > 1
+    ends = strategy.pipeline > 1 and any(p.tied_to for layer in setting.workload.layers for p in layer.parameters)
+    return ways + (ways > 1) + norm + ends
 
 
 def memory_report(layout: Layout) -> MemoryReport:
@@ -116,14 +130,14 @@ def assemble(
         power_w=energy_j / step_time_s,
         cost_usd=sum(energy.device_cost_usd(d, step_time_s) for d in devices),
         bound_by=max(breakdown_s, key=lambda k: breakdown_s[k]),
-        assumptions=(*setting.cluster.assumptions, *_notes(setting), *notes, *NOT_MODELLED),
+        assumptions=(*setting.cluster.assumptions, *layout.local.assumptions, *_notes(setting), *notes, *NOT_MODELLED),
         sources=_sources(setting),
         events=tuple(events),
     )
 
 
 def _notes(setting: Setting) -> list[str]:
-    notes = []
+    notes = exchange_notes(setting)
     idle = setting.cluster.size - len(setting.devices)
     if idle:
         notes.append(f"{idle} of {setting.cluster.size} devices are not used; they are neither powered nor paid")

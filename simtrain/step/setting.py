@@ -12,6 +12,8 @@ from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
+from simtrain.step.buckets import gradient_bytes
+from simtrain.step.shard import stated_cuts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +38,11 @@ class Setting:
     devices: tuple[Device, ...]
     cuts: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def reduces(self) -> bool:
+        """Whether replicas exchange the gradients of every step."""
+        return self.strategy.data * self.strategy.context > 1 and not self.strategy.low_communication
+
 
 def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy | str, runtime: Runtime | str | None = None) -> Setting:
     """Turns names into nouns and refuses what cannot be or is not modelled.
@@ -58,7 +65,9 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
         device.peak(recipe.arithmetic)
     framework = _runtime(runtime, devices)
     _refuse_cpu_dropout(work, framework)
-    return Setting(work, machines, how, recipe, framework, devices)
+    _refuse_exchanges(how)
+    _refuse_formats(how, recipe, framework)
+    return Setting(work, machines, how, recipe, framework, devices, stated_cuts(work, how.blocks_per_chunk))
 
 
 def _runtime(given: Runtime | str | None, devices: tuple[Device, ...]) -> Runtime:
@@ -85,6 +94,55 @@ def _refuse_sharded_frozen(workload: Workload, strategy: Strategy) -> None:
         )
 
 
+def _refuse_exchanges(strategy: Strategy) -> None:
+    """Refuses compressions and rare exchanges that contradict how the model is divided."""
+    compression, rare = strategy.compression, strategy.low_communication
+    asked = " and ".join(f"{n}={v}" for n, v in (("compression", compression), ("low_communication", rare)) if v not in ("none", ""))
+    if not asked:
+        return
+    if compression != "none" and rare:
+        raise UnsupportedError(f"{asked}: compressing what is exchanged every few steps is not modelled; give one of the two")
+    if rare:
+        if strategy.data == 1:
+            raise StrategyError(f"{asked} is between replicas, of which there is one: use data=2 or more, or leave it away")
+        if strategy.zero:
+            raise StrategyError(
+                f"{asked} lets replicas differ between exchanges, but zero={strategy.zero} shards one state over them, which needs every "
+                "step's gradients: use zero=0"
+            )
+        for name in ("context", "expert"):
+            if getattr(strategy, name) > 1:
+                raise UnsupportedError(
+                    f"{asked}: ranks of {name}={getattr(strategy, name)} depend on each other in every step, which is not modelled beside "
+                    f"an exchange every few steps: use {name}=1"
+                )
+        return
+    if strategy.data * strategy.context == 1:
+        raise StrategyError(f"{asked} is about what replicas exchange, and there is one: use data=2 or more, or compression=none")
+    if compression == "zero++":
+        if strategy.zero != 3:
+            raise StrategyError(f"compression=zero++ quantizes the gathers of ZeRO stage 3, not of zero={strategy.zero}: use zero=3")
+        if strategy.shard not in (0, strategy.data * strategy.context):
+            raise UnsupportedError(f"compression=zero++ within hybrid shards (shard={strategy.shard}) is not modelled: use shard=0")
+    elif strategy.zero:
+        fix = "zero=0, or compression=zero++" if strategy.zero == 3 else "zero=0"
+        raise UnsupportedError(f"{asked} is modelled for gradients that every replica gets whole, not for zero={strategy.zero}: use {fix}")
+
+
+def _refuse_formats(strategy: Strategy, recipe: Precision, runtime: Runtime) -> None:
+    """Refuses compression from formats that it is not modelled for."""
+    if strategy.compression == "zero++" and recipe.low.size_bytes != 2:
+        raise UnsupportedError(
+            f"compression=zero++ is modelled for weights gathered in 16 bits, not those of precision={recipe.name}: use bf16-amp"
+        )
+    whole = gradient_bytes(recipe, runtime)
+    if strategy.compression not in ("none", "zero++") and whole != 4:
+        raise UnsupportedError(
+            f"compression={strategy.compression} is modelled for fp32 gradients; runtime {runtime.name!r} reduces those of "
+            f"precision={recipe.name} in {8 * whole} bits: use precision=bf16-amp or fp16-amp"
+        )
+
+
 def _too_many(strategy: Strategy, cluster: Cluster) -> str:
     degrees = {n: getattr(strategy, n) for n in ("data", "tensor", "context", "pipeline") if getattr(strategy, n) > 1}
     product = " x ".join(f"{n}={v}" for n, v in degrees.items())
@@ -106,6 +164,12 @@ def _refuse_unmodelled(strategy: Strategy) -> None:
         fits = max(d for d in range(1, strategy.expert) if holders % d == 0)
         raise StrategyError(
             f"expert={strategy.expert} must divide the {holders} ranks of data x context, from which expert ranks come: use expert={fits}"
+        )
+    if strategy.expert > 1 and (strategy.zero == 3 or strategy.shard):
+        field = "zero=3" if strategy.zero == 3 else f"shard={strategy.shard}"
+        raise UnsupportedError(
+            f"{field} with expert={strategy.expert} is not modelled (experts would be sharded over other ranks than the rest): "
+            "use zero=2 or less without shard, or expert=1"
         )
     if strategy.shard and (holders % strategy.shard or strategy.shard > holders):
         fits = max(d for d in range(1, min(strategy.shard, holders) + 1) if holders % d == 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from simtrain.core.errors import StrategyError, UnsupportedError
+from simtrain.core.hardware import Device
 from simtrain.core.precision import Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
@@ -66,8 +68,14 @@ class Chunk:
         return [p for p in self.parameters if p.trained]
 
 
-def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime) -> Workload:
+def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime, devices: Iterable[Device] = ()) -> Workload:
     """Writes a workload as one rank runs it.
+
+    Args:
+        workload: What is trained.
+        strategy: How.
+        runtime: By what.
+        devices: On what; where kernels of some keep more than those of others, all count as keeping it.
 
     Raises:
         StrategyError: The model cannot be divided so.
@@ -82,9 +90,13 @@ def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime) -> Workl
         loss=runtime.loss,
         regather=runtime.regather,
         overlap=runtime.overlap_tensor,
-        fused=runtime.fused_elementwise,
+        expert_weights=runtime.expert_weights if any(p.expert for layer in workload.layers for p in layer.parameters) else "after",
         vocabulary_multiple=runtime.vocabulary_multiple,
         untied=strategy.pipeline > 1,
+        fused_softmax=runtime.fused_softmax,
+        fused_gate=runtime.fused_gate,
+        copies_attention=runtime.copies_attention and strategy.micro_batch > 1 and not all(d.since_hopper for d in devices),
+        mask_input=runtime.mask_input,
     )
     if form == Form():
         return workload
@@ -145,7 +157,31 @@ def even_cuts(workload: Workload, positions: int) -> tuple[tuple[int, int], ...]
     return tuple(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def chunks(workload: Workload, cuts: tuple[tuple[int, int], ...], precision: Precision, runtime: Runtime) -> tuple[Chunk, ...]:
+def stated_cuts(workload: Workload, counts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Cuts a model into half-open ranges of layers with so many blocks each.
+
+    Raises:
+        StrategyError: The model has another number of blocks, or other layers between them.
+    """
+    if not counts:
+        return ()
+    places = [i for i, layer in enumerate(workload) if layer.block]
+    if sum(counts) != len(places):
+        given = "-".join(map(str, counts))
+        raise StrategyError(f"cuts={given} has {sum(counts)} blocks together, but {workload.name} has {len(places)}")
+    if places and places[-1] - places[0] + 1 != len(places):
+        raise StrategyError(f"{workload.name} has other layers between its blocks: cuts counts blocks alone, leave it empty")
+    ends = [places[0] + sum(counts[: i + 1]) for i in range(len(counts))]
+    ends[-1] = workload.depth
+    ranges = tuple(zip([0, *ends[:-1]], ends, strict=True))
+    if any(start == end for start, end in ranges):
+        raise StrategyError(f"cuts leaves a chunk of {workload.name} with no layer at all: give it a block")
+    return ranges
+
+
+def chunks(
+    workload: Workload, cuts: tuple[tuple[int, int], ...], precision: Precision, runtime: Runtime, *, selective: bool = False
+) -> tuple[Chunk, ...]:
     """Cuts a rank's form of a workload.
 
     Args:
@@ -153,11 +189,12 @@ def chunks(workload: Workload, cuts: tuple[tuple[int, int], ...], precision: Pre
         cuts: Half-open ranges of layers.
         precision: Number formats.
         runtime: Decides between fused and unfused operators.
+        selective: Whether the scores of unfused attention are recomputed.
 
     Raises:
         UnsupportedError: A tensor crosses layers outside the chain, so that the model cannot be cut.
     """
-    concrete = concrete_layers(workload, precision, runtime)
+    concrete = concrete_layers(workload, precision, runtime, selective=selective)
     if len(cuts) == 1:
         return (Chunk(0, workload, concrete, first=True, last=True, start=0),)
     shared = sorted({n for c in concrete for n in c.tensors if n.startswith("shared:")})

@@ -8,14 +8,15 @@ Stragglers slow a rank's compute by a constant factor; jitter draws a factor for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import simpy
 
 from simtrain.core.errors import InputError, InternalError, UnsupportedError
 from simtrain.core.polynomial import FloatArray
-from simtrain.core.program import Program, TermKind
+from simtrain.core.program import IntArray, Program, TermKind
 from simtrain.core.result import Result
 from simtrain.step.breakdown import PARTS, breakdown, busy_s
 from simtrain.step.fluid import Engines, FluidPool, shared_terms
@@ -30,81 +31,107 @@ DISTURBED_STEPS = 20
 MAX_SPLIT_RANKS = 1024
 
 
-@dataclass
 class _Run:
-    """State of a simulation: who waits for how many predecessors, in which step."""
+    """State of a simulation: for every term of every step how many it still waits for, and when it could begin at the earliest.
 
-    program: Program
-    factors: FloatArray
-    steps: int
-    start_s: FloatArray
-    end_s: FloatArray
-    share: float = 0.0
-    env: simpy.Environment = field(default_factory=simpy.Environment)
-    waiting: dict[tuple[int, int], int] = field(default_factory=dict)
+    A term of a step has the number `step * terms + term`; everything is kept in flat lists. What others can slow (computation beside
+    collectives, transfers that share links) is an event when it begins and when it ends. Anything else ends at a time that is known as
+    soon as its last predecessor has ended, so it is passed on at once: the event queue holds only what may change.
+    """
 
-    def __post_init__(self) -> None:
-        program = self.program
-        self.durations = program.durations_s().tolist()
-        self.latencies = program.latency_s.tolist()
-        self.shared = shared_terms(program).tolist()
-        self.pool = FluidPool(self.env, program, self._end)
-        self.engines = Engines(self.env, program, self.share, self._end)
-        self.needed = np.diff(program.predecessor_pointer)
-        self.carried_needed = np.bincount(program.carry_target, minlength=len(program))
-        self.successors: list[list[tuple[int, float]]] = [[] for _ in range(len(program))]
-        owner = np.repeat(np.arange(len(program)), self.needed)
-        for target, source, lag in zip(owner.tolist(), program.predecessor.tolist(), program.predecessor_lag_s.tolist(), strict=True):
-            self.successors[source].append((target, lag))
-        self.carried: list[list[tuple[int, float]]] = [[] for _ in range(len(program))]
-        for source, target, lag in zip(
-            program.carry_source.tolist(), program.carry_target.tolist(), program.carry_lag_s.tolist(), strict=True
-        ):
-            self.carried[source].append((target, lag))
+    def __init__(self, program: Program, factors: FloatArray, share: float) -> None:
+        self.program, self.terms = program, len(program)
+        steps = factors.shape[0]
+        needed = np.diff(program.predecessor_pointer)
+        carried = np.bincount(program.carry_target, minlength=self.terms)
+        self.waiting: list[int] = np.concatenate([needed, *[needed + carried] * (steps - 1)]).tolist()
+        self.durations: list[float] = (program.durations_s() * factors).ravel().tolist()
+        self.earliest = [0.0] * (steps * self.terms)
+        self.started = [np.nan] * (steps * self.terms)
+        self.ended = [np.nan] * (steps * self.terms)
+        owner = np.repeat(np.arange(self.terms), needed)
+        self.within = _grouped(program.predecessor, owner, program.predecessor_lag_s, self.terms)
+        self.across = _grouped(program.carry_source, program.carry_target, program.carry_lag_s, self.terms)
+        self.carries = {i for i, targets in enumerate(self.across) if targets}
+        self.last_step = (steps - 1) * self.terms
+        self.latencies: list[float] = program.latency_s.tolist()
+        self.env = simpy.Environment()
+        shared = shared_terms(program).tolist()
+        self.pool = FluidPool(self.env, program, self._done)
+        self.engines = Engines(self.env, program, share, self._done)
+        self.special = [shared[i] or self.engines.concerns(i) for i in range(self.terms)]
 
     def go(self) -> None:
-        for term in np.flatnonzero(self.needed == 0).tolist():
-            self._begin(0, term)
+        """Runs everything.
+
+        Raises:
+            InternalError: Some terms never ran.
+        """
+        self._pass_on([number for number in range(self.terms) if self.waiting[number] == 0])
         self.env.run()
-        if np.isnan(self.end_s).any():
+        if np.isnan(self.ended).any():
             raise InternalError("the simulation stopped before every term had run: the program deadlocks")
 
-    def _arrive(self, step: int, term: int) -> None:
-        key = (step, term)
-        left = self.waiting.get(key, int(self.needed[term]) + (int(self.carried_needed[term]) if step else 0)) - 1
-        if left:
-            self.waiting[key] = left
-        else:
-            self.waiting.pop(key, None)
-            self._begin(step, term)
+    def _done(self, number: int) -> None:
+        """Ends a term that others could slow."""
+        term = number % self.terms
+        self.ended[number] = self.env.now
+        if not self.engines.computes(term):
+            self.engines.meet(term, -1)
+        self._pass_on(self._released(number, self.env.now))
 
-    def _begin(self, step: int, term: int) -> None:
-        self.start_s[step, term] = self.env.now
+    def _released(self, number: int, end_s: float) -> list[int]:
+        """Tells those who wait for a term when it ended; returns those that now wait for nobody."""
+        term = number % self.terms
+        base, free = number - term, []
+        waiting, earliest = self.waiting, self.earliest
+        later = base + self.terms if term in self.carries and base < self.last_step else -1
+        for offset, targets in ((base, self.within[term]), (later, self.across[term] if later >= 0 else ())):
+            for target, lag in targets:
+                at = offset + target
+                ready = end_s + lag
+                earliest[at] = max(earliest[at], ready)
+                waiting[at] -= 1
+                if waiting[at] == 0:
+                    free.append(at)
+        return free
+
+    def _pass_on(self, free: list[int]) -> None:
+        """Begins terms that wait for nobody, and in turn those that wait for nobody else."""
+        while free:
+            number = free.pop()
+            start = self.started[number] = self.earliest[number]
+            if self.special[number % self.terms]:
+                self.env.timeout(max(start - self.env.now, 0.0), number).callbacks.append(self._begin)
+            else:
+                end = self.ended[number] = start + self.durations[number]
+                free += self._released(number, end)
+
+    def _begin(self, event: simpy.Event) -> None:
+        number = cast(int, event.value)
+        term = number % self.terms
         if self.engines.computes(term):
-            self.engines.start(step, term, self.durations[term] * self.factors[step, term])
+            self.engines.start(number, term, self.durations[number])
             return
         self.engines.meet(term, 1)
-        if self.shared[term]:
-            waited = self.env.timeout(self.latencies[term])
-            waited.callbacks.append(lambda _: self.pool.start(step, term))
-            return
-        done = self.env.timeout(self.durations[term] * self.factors[step, term])
-        done.callbacks.append(lambda _: self._end(step, term))
-
-    def _end(self, step: int, term: int) -> None:
-        self.end_s[step, term] = self.env.now
-        self.engines.meet(term, -1)
-        for target, lag in self.successors[term]:
-            self._notify(step, target, lag)
-        if step + 1 < self.steps:
-            for target, lag in self.carried[term]:
-                self._notify(step + 1, target, lag)
-
-    def _notify(self, step: int, term: int, lag: float) -> None:
-        if lag == 0.0:
-            self._arrive(step, term)
+        if self.pool.shares(term):
+            self.env.timeout(self.latencies[term], number).callbacks.append(self._flow)
         else:
-            self.env.timeout(lag).callbacks.append(lambda _: self._arrive(step, term))
+            self.env.timeout(self.durations[number], number).callbacks.append(self._timed)
+
+    def _flow(self, event: simpy.Event) -> None:
+        self.pool.start(cast(int, event.value))
+
+    def _timed(self, event: simpy.Event) -> None:
+        self._done(cast(int, event.value))
+
+
+def _grouped(source: IntArray, target: IntArray, lag_s: FloatArray, count: int) -> list[list[tuple[int, float]]]:
+    """Targets and lags by source."""
+    order = np.argsort(source, kind="stable")
+    pairs = list(zip(target[order].tolist(), lag_s[order].tolist(), strict=True))
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=count))]).tolist()
+    return [pairs[a:b] for a, b in pairwise(bounds)]
 
 
 def run_program(program: Program, factors: FloatArray, share: float = 0.0) -> tuple[FloatArray, FloatArray]:
@@ -121,10 +148,9 @@ def run_program(program: Program, factors: FloatArray, share: float = 0.0) -> tu
     Raises:
         InternalError: The program deadlocks.
     """
-    shape = factors.shape
-    run = _Run(program, factors, shape[0], np.full(shape, np.nan), np.full(shape, np.nan), share)
+    run = _Run(program, factors, share)
     run.go()
-    return run.start_s, run.end_s
+    return np.array(run.started).reshape(factors.shape), np.array(run.ended).reshape(factors.shape)
 
 
 def simulate_setting(
@@ -181,6 +207,11 @@ def _notes(jitter: float, slow: Mapping[int, float], measured: int, periods: Flo
 def _check_disturbances(setting: Setting, jitter: float, slow: Mapping[int, float]) -> None:
     if not 0 <= jitter < 1:
         raise InputError(f"jitter is a relative standard deviation between 0 and 1, not {jitter!r}")
+    if jitter and setting.strategy.low_communication:
+        raise UnsupportedError(
+            f"jitter beside low_communication={setting.strategy.low_communication} is not modelled: the exchange is spread over all steps, "
+            "so that replicas would wait for each other in every one; use jitter=0"
+        )
     ranks = len(setting.devices)
     for rank, factor in slow.items():
         if not isinstance(rank, int) or not 0 <= rank < ranks:

@@ -56,7 +56,9 @@ class ConcreteLayer:
 
 
 @lru_cache(maxsize=512)
-def specialize(layer: Layer, precision: Precision, fused_attention: bool, before: Layer | None = None) -> ConcreteLayer:
+def specialize(
+    layer: Layer, precision: Precision, fused_attention: bool, before: Layer | None = None, *, selective: bool = False
+) -> ConcreteLayer:
     """Expands unfused operators and removes casts between equal number formats.
 
     Args:
@@ -64,10 +66,12 @@ def specialize(layer: Layer, precision: Precision, fused_attention: bool, before
         precision: Decides the number format of each role.
         fused_attention: Whether attention runs as one kernel.
         before: The layer before it; one like itself by default.
+        selective: Whether the backward pass makes what unfused attention has of the size of its scores once more, instead of keeping it.
     """
     before = before or layer
+    recomputed = _recompute_scores(layer) if selective and not fused_attention else layer.backward
     forward = _expand(layer.forward, fused_attention)
-    backward = _expand(layer.backward, fused_attention)
+    backward = _expand(recomputed, fused_attention)
     probe = _concrete(layer, forward, backward, precision, before)
     rename: dict[str, str] = {}
     overwrite: dict[str, Tensor] = {}
@@ -86,10 +90,12 @@ def specialize(layer: Layer, precision: Precision, fused_attention: bool, before
 
 
 @lru_cache(maxsize=128)
-def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime) -> tuple[ConcreteLayer, ...]:
+def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime, *, selective: bool = False) -> tuple[ConcreteLayer, ...]:
     """Specializes every distinct layer of a workload; tensors that cross layers are known to all of them."""
     before = [workload.layers[max(i - 1, 0)] for i in range(len(workload.layers))]
-    layers = [specialize(x, precision, runtime.fused_attention, b) for x, b in zip(workload.layers, before, strict=True)]
+    layers = [
+        specialize(x, precision, runtime.fused_attention, b, selective=selective) for x, b in zip(workload.layers, before, strict=True)
+    ]
     shared = {name: tensor for c in layers for name, tensor in c.tensors.items() if name.startswith("shared:")}
     return tuple(replace(c, tensors=c.tensors | shared) for c in layers)
 
@@ -98,6 +104,48 @@ def _expand(operators: tuple[Operator, ...], fused_attention: bool) -> tuple[Ope
     if fused_attention:
         return operators
     return tuple(inner for op in operators for inner in (op.unfused or (op,)))
+
+
+def _recompute_scores(layer: Layer) -> tuple[Operator, ...]:
+    """The backward pass with unfused attention that makes its probabilities again from the queries and keys that it keeps anyway.
+
+    Source: Korthikanti et al. 2022, section 5 (selective activation recomputation).
+    """
+    forward = [op for op in layer.forward if op.kind is OperatorKind.ATTENTION and op.unfused]
+    backward = [op for op in layer.backward if op.kind is OperatorKind.ATTENTION_BACKWARD and op.unfused]
+    changed = {id(b): _scores_again(f, b) for f, b in zip(forward, reversed(backward), strict=True)}
+    return tuple(replace(op, unfused=changed.get(id(op), op.unfused)) for op in layer.backward)
+
+
+def _scores_again(forward: Operator, backward: Operator) -> tuple[Operator, ...]:
+    heads, queries, keys = (dim.size for dim in forward.dims[:3])
+    square = (heads * queries * keys, queries * keys)  # scores of all heads, and the mask that they share
+    dropped = {w.name for op in forward.unfused for w in op.writes if w.elements in square}
+    wanted = dropped.intersection(name for op in backward.unfused for name in (*op.reads, *op.updates))
+    again: list[Operator] = []
+    for op in reversed(forward.unfused):
+        if wanted.intersection((*(w.name for w in op.writes), *op.updates)):
+            again.insert(0, op)
+            wanted |= dropped.intersection(r for r in op.reads if r not in op.partial)
+    made = {w.name for op in again for w in op.writes}
+    names = {name: f"{name}.again" for name in dropped & made}
+    # what an operator merely held in forward (a Python name) is not there the second time
+    remade = [replace(_released(op, dropped - made), name=f"{op.name}.again") for op in again]
+    return tuple(_renamed_in(op, names) for op in (*remade, *backward.unfused))
+
+
+def _released(op: Operator, names: set[str]) -> Operator:
+    return replace(op, reads=tuple(r for r in op.reads if r not in names), partial=tuple(p for p in op.partial if p not in names))
+
+
+def _renamed_in(op: Operator, names: dict[str, str]) -> Operator:
+    return replace(
+        op,
+        reads=tuple(names.get(r, r) for r in op.reads),
+        writes=tuple(replace(w, name=names.get(w.name, w.name)) for w in op.writes),
+        updates=tuple(names.get(u, u) for u in op.updates),
+        partial=tuple(names.get(p, p) for p in op.partial),
+    )
 
 
 def _resolve(name: str, rename: dict[str, str]) -> str:

@@ -16,7 +16,9 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import Precision
 from simtrain.core.result import MemoryKind
 from simtrain.core.strategy import OPTIMIZERS
+from simtrain.cost.compression import quantized_bytes
 from simtrain.step.buckets import gradient_bytes
+from simtrain.step.exchange import GRADIENT_BITS, WEIGHT_BITS, held_bytes, rare_exchange
 from simtrain.step.layout import Lane
 from simtrain.step.occupancy import BLOCK_BYTES, COLUMN, KINDS, Mode, Sizer
 from simtrain.step.passes import Pass
@@ -28,17 +30,23 @@ STEP_COUNTER_BYTES = 4
 """AdamW keeps a step counter tensor per parameter (`torch/optim/adamw.py`)."""
 
 
-def shards(setting: Setting) -> int:
-    """Ranks over which ZeRO shards; 1 without it."""
+def shards(setting: Setting, *, expert: bool = False) -> int:
+    """Ranks over which ZeRO shards; 1 without it.
+
+    Args:
+        setting: The question.
+        expert: Of parameters of experts, which only the ranks with the same experts share.
+    """
     strategy = setting.strategy
-    return (strategy.shard or strategy.data * strategy.context) if strategy.zero else 1
+    holders = (strategy.shard or strategy.data * strategy.context) if strategy.zero else 1
+    return max(holders // strategy.expert, 1) if expert else holders
 
 
 def holds_gradients(setting: Setting) -> bool:
     """Whether gradients have a place of their own from the start, so that what a backward pass makes is added to it and let go."""
     strategy, runtime = setting.strategy, setting.runtime
-    views = runtime.gradient_as_bucket_view and strategy.data * strategy.context > 1
-    return views or runtime.main_gradients or strategy.zero >= 2
+    views = runtime.gradient_as_bucket_view and setting.reduces
+    return views or runtime.main_gradients or strategy.zero == 2
 
 
 def persistent(setting: Setting, lane: Lane) -> FloatArray:
@@ -46,12 +54,12 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     row = np.zeros(len(KINDS))
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
     parameters = [p for chunk in lane.chunks for p in chunk.parameters]
-    over = shards(setting)
     adam = OPTIMIZERS[strategy.optimizer] == 2
     states = OPTIMIZERS[strategy.optimizer] + (precision.master is not None)
     whole_size = 0 if strategy.zero == 3 and precision.master is not None else precision.parameter.size_bytes
-    spread = over if strategy.zero == 3 else 1
     for parameter in parameters:
+        over = shards(setting, expert=parameter.expert)
+        spread = over if strategy.zero == 3 else 1
         weights = _rounded(parameter.elements / spread, whole_size, runtime.allocator == "caching")
         row[COLUMN[MemoryKind.PARAMETER]] += weights[0]
         row[COLUMN[MemoryKind.ROUNDING]] += weights[1]
@@ -60,32 +68,76 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
         state = _rounded(parameter.elements, precision.state.size_bytes, runtime.allocator == "caching")
         row[COLUMN[MemoryKind.OPTIMIZER]] += (states * state[0] + STEP_COUNTER_BYTES * adam) / over
         row[COLUMN[MemoryKind.ROUNDING]] += states * state[1] / over
-    total = sum(p.elements for p in parameters if p.trained)
-    _add_gradients(row, setting, total, over)
+    for expert in (False, True):
+        total = sum(p.elements for p in parameters if p.trained and p.expert is expert)
+        holders = strategy.data * strategy.context // (strategy.expert if expert else 1)
+        _add_gradients(row, setting, total, shards(setting, expert=expert), holders)
+    if strategy.zero == 2:
+        whole = sum(p.elements for p in parameters if p.trained) * precision.parameter.size_bytes
+        row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, whole)
+    row[COLUMN[MemoryKind.COMMUNICATION]] += held_bytes(setting, lane)
+    if (rare := rare_exchange(setting, lane)) is not None:
+        row[COLUMN[MemoryKind.OPTIMIZER]] += rare.state_bytes
     row[COLUMN[MemoryKind.PARAMETER]] += sum(x.buffer_bytes for chunk in lane.chunks for x in chunk.workload)
-    row[COLUMN[MemoryKind.INPUT]] += lane.chunks[0].workload.input_bytes(strategy.micro_batch, lane.place.sequence)
-    row[COLUMN[MemoryKind.WORKSPACE]] += runtime.workspace_bytes
+    if any(chunk.first or chunk.last for chunk in lane.chunks):
+        row[COLUMN[MemoryKind.INPUT]] += lane.chunks[0].workload.input_bytes(strategy.micro_batch, lane.place.sequence)
+    row[COLUMN[MemoryKind.WORKSPACE]] += _workspaces(setting, lane)
+    row[COLUMN[MemoryKind.COMMUNICATION]] += _boundary(setting, lane)
     return row
 
 
-def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int) -> None:
-    """Gradients that persist, and the buckets in which they are reduced."""
+def _workspaces(setting: Setting, lane: Lane) -> float:
+    """What libraries hold on a device, and the buffer that some unfused attention takes for its scores."""
+    runtime = setting.runtime
+    hopper = lane.place.device.since_hopper and runtime.hopper_workspace_bytes
+    own = runtime.hopper_workspace_bytes if hopper else runtime.workspace_bytes
+    if not runtime.score_buffer or runtime.fused_attention:
+        return own
+    return own + max(
+        (_tensor_bytes(setting, lane, concrete, "scores") for chunk in lane.chunks for concrete in chunk.concrete), default=0.0
+    )
+
+
+def _tensor_bytes(setting: Setting, lane: Lane, concrete: ConcreteLayer, name: str) -> float:
+    if name not in concrete.tensors:
+        return 0.0
+    tensor = concrete.tensors[name]
+    return tensor.elements(setting.strategy.micro_batch, lane.place.sequence) * concrete.dtype(name).size_bytes
+
+
+def _boundary(setting: Setting, lane: Lane) -> float:
+    """Tensors on their way from and to other stages, beside what the pass at work holds."""
+    runtime, strategy = setting.runtime, setting.strategy
+    count = runtime.boundary_tensors if len(lane.chunks) == 1 else runtime.interleaved_boundary_tensors
+    if strategy.pipeline == 1 or not count:
+        return 0.0
+    sizes = []
+    for chunk in lane.chunks:
+        layer = chunk.workload.layers[0] if chunk.last else chunk.workload.layers[-1]
+        crossing = layer if not chunk.last else chunk.concrete[0].before
+        sizes.append(crossing.cut(strategy.micro_batch, lane.place.sequence) * setting.precision.dtype(crossing.cut_role).size_bytes)
+    return count * max(sizes)
+
+
+def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int, holders: int) -> None:
+    """Gradients that persist, and second copies of them in the buckets in which they are reduced."""
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
     gradient = COLUMN[MemoryKind.GRADIENT]
+    if strategy.zero == 3 and not runtime.main_gradients:
+        return  # shards of gradients are new tensors in every step
     if strategy.zero >= 2:
         row[gradient] += total * gradient_bytes(precision, runtime) / over
-        if strategy.zero == 2:
-            row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, total * precision.parameter.size_bytes)
         return
     if runtime.main_gradients:
-        row[gradient] += 4 * total
+        row[gradient] += total * gradient_bytes(precision, runtime)
         return
     if precision.master is not None:  # gradients in the master's format live beside those of the weights
         row[gradient] += total * precision.state.size_bytes / over
-    if strategy.data * strategy.context > 1:
-        # buckets hold a second copy of the gradients, or the gradients themselves
-        column = MemoryKind.GRADIENT if runtime.gradient_as_bucket_view else MemoryKind.COMMUNICATION
-        row[COLUMN[column]] += total * precision.parameter.size_bytes
+    # buckets hold the gradients themselves, or a second copy of those that are reduced
+    if runtime.gradient_as_bucket_view and setting.reduces:
+        row[gradient] += total * precision.parameter.size_bytes
+    elif holders > 1 and setting.reduces:
+        row[COLUMN[MemoryKind.COMMUNICATION]] += total * precision.parameter.size_bytes
 
 
 def _rounded(elements: float, size: float, caching: bool) -> tuple[float, float]:
@@ -94,15 +146,23 @@ def _rounded(elements: float, size: float, caching: bool) -> tuple[float, float]
 
 
 def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
-    """Temporaries of the update: AdamW forms a denominator, for all parameters at once (multi-tensor) or tensor by tensor."""
+    """Temporaries of the update: copies of coarser gradients in the master's format, and what AdamW needs itself.
+
+    AdamW forms a denominator, for all parameters at once (multi-tensor) or tensor by tensor.
+    """
     row = np.zeros(len(KINDS))
     strategy, runtime = setting.strategy, setting.runtime
+    if runtime.main_gradients and setting.precision.master is not None:
+        coarser = gradient_bytes(setting.precision, runtime) < setting.precision.state.size_bytes
+        total = sum(p.elements for chunk in lane.chunks for p in chunk.parameters if p.trained)
+        row[COLUMN[MemoryKind.GRADIENT]] = coarser * total * setting.precision.state.size_bytes / shards(setting)
     if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused":
         return row
     size = setting.precision.state.size_bytes
-    sizes = [p.elements for chunk in lane.chunks for p in chunk.trained]
+    parameters = [p for chunk in lane.chunks for p in chunk.trained]
+    sizes = [p.elements for p in parameters]
     if runtime.optimizer_style == "foreach":
-        row[COLUMN[MemoryKind.TRANSIENT]] = sum(sizes) * size / shards(setting)
+        row[COLUMN[MemoryKind.TRANSIENT]] = sum(p.elements / shards(setting, expert=p.expert) for p in parameters) * size
     elif sizes:
         # the root of the second moment and the denominator made from it, while the denominator of the parameter before is still held
         row[COLUMN[MemoryKind.TRANSIENT]] = max(2 * own + before for before, own in pairwise([0, *sizes])) * size
@@ -116,17 +176,21 @@ class FullShards:
     Attributes:
         precision: Format of what is gathered.
         ahead: Layers gathered ahead.
+        over: Ranks that share them.
+        quantized: Whether weights arrive and gradients leave quantized.
     """
 
     precision: Precision
     ahead: int
+    over: int
+    quantized: bool = False
 
     @classmethod
     def of(cls, setting: Setting, lane: Lane) -> FullShards | None:  # noqa: ARG003
         """Returns `None` where parameters are not sharded."""
         if setting.strategy.zero < 3 or setting.strategy.data * setting.strategy.context == 1:
             return None
-        return cls(setting.precision, setting.runtime.prefetch)
+        return cls(setting.precision, setting.runtime.prefetch, shards(setting), setting.strategy.compression == "zero++")
 
     def held(self, chunk: Chunk, passes: Sequence[Pass], at: int) -> FloatArray:
         """Gathered parameters while a pass runs: its block, those gathered ahead, and what is no block."""
@@ -138,11 +202,14 @@ class FullShards:
                 break
         row = np.zeros(len(KINDS))
         units = {layer if chunk.is_block(layer) else REST for layer in visited} | {REST}
-        row[COLUMN[MemoryKind.COMMUNICATION]] = sum(map(chunk.unit_parameters, units)) * self.precision.parameter.size_bytes
+        held = sum(map(chunk.unit_parameters, units))
+        # quantized forms of weights and, before and after their exchange, of gradients
+        quantized = quantized_bytes(held, WEIGHT_BITS) + 2 * quantized_bytes(held, GRADIENT_BITS) if self.quantized else 0.0
+        row[COLUMN[MemoryKind.COMMUNICATION]] = held * self.precision.parameter.size_bytes + quantized
         return row
 
     def scattered(self, concrete: ConcreteLayer, sizer: Sizer, mode: Mode, adding: bool) -> FloatArray:
-        """Whole gradients of a layer, which go once their shards are summed."""
+        """Whole gradients of a layer, which go once their shards are summed, less these shards, which stay."""
         row = np.zeros(len(KINDS))
         if mode is Mode.BACKWARD_ACCUMULATING or adding:
             return row  # let go by the pass itself
@@ -150,4 +217,4 @@ class FullShards:
             for tensor in op.writes:
                 if tensor.name.startswith("grad:") and any(tensor.name == f"grad:{p.name}" for p in concrete.layer.parameters):
                     row += sizer.tensor(tensor, MemoryKind.GRADIENT)
-        return row
+        return row * (1 - 1 / self.over)

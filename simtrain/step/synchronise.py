@@ -10,17 +10,19 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from simtrain.core.program import TermKind
-from simtrain.core.workload import Collective
+from simtrain.core.workload import Collective, Layer
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.step.buckets import Bucket, gradient_buckets, gradient_bytes
 from simtrain.step.builder import Builder
-from simtrain.step.costs import PassCost, pass_cost
+from simtrain.step.costs import PassCost, chain, pass_cost
+from simtrain.step.exchange import averaging, outer_cost, pack_cost, reductions, restore_cost
 from simtrain.step.instructions import FORWARD_MODES, Step
-from simtrain.step.kernels import bucket_copy_kernels, optimizer_kernels
+from simtrain.step.kernels import optimizer_kernels
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, tied_parameter
+from simtrain.step.states import shards
 
 Cell = tuple[int, int]
 """A stage and one of its chunks."""
@@ -55,6 +57,8 @@ class Synchroniser(Protocol):
 def chunk_buckets(layout: Layout, stage: int, chunk: int) -> tuple[tuple[Bucket, Placed], ...]:
     """Gradient buckets of a chunk, with the ranks that reduce each: all that hold the chunk, or the same experts of it."""
     setting, grid = layout.setting, layout.grid
+    if not setting.reduces:
+        return ()
     part = layout.by_stage[stage][0].chunks[chunk]
     stages = layout.plan.holders[part.position]
     groups = [sum(together, ()) for together in zip(*(grid.holder_groups(s) for s in stages), strict=True)]
@@ -65,13 +69,19 @@ def chunk_buckets(layout: Layout, stage: int, chunk: int) -> tuple[tuple[Bucket,
             placed = place(layout.fabric, among)
             made = gradient_buckets(part.workload, setting.precision, setting.runtime, expert=expert)
             found += [(bucket, placed) for bucket in made]
-    return tuple(found)
+    return tuple(sorted(found, key=lambda f: -f[0].ready_after_layer))  # as they become ready
 
 
-def reduction(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCost:
-    """What reducing gradients of a size costs: everyone gets the sum, or each its share."""
-    scatter = layout.setting.strategy.zero >= 1 and layout.setting.runtime.scatter_gradients
-    return cost(layout.fabric, Collective.REDUCE_SCATTER if scatter else Collective.ALL_REDUCE, placed, size_bytes)
+def sharing(layout: Layout, stage: int) -> list[tuple[bool, Placed]]:
+    """The ranks that share updated parameters: those of everything but experts, and those with the same experts."""
+    grid = layout.grid
+    groups = {False: grid.holder_groups(stage, layout.setting.strategy.shard), True: grid.expert_holder_groups(stage)}
+    return [(expert, place(layout.fabric, among)) for expert, among in groups.items() if len(among[0]) > 1]
+
+
+def shared_parameters(layer: Layer, *, expert: bool) -> int:
+    """Trained parameters of a layer that belong to experts, or all others."""
+    return sum(p.elements for p in layer.trained if p.expert is expert)
 
 
 def gathering(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCost:
@@ -85,12 +95,17 @@ def gathering(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCo
 
 def update_cost(setting: Setting, lane: Lane) -> PassCost:
     """What the optimizer costs a lane, over all its chunks."""
-    strategy = setting.strategy
-    holders = strategy.data * strategy.context
-    shards = (strategy.shard or holders) if strategy.zero else 1
-    parameters = [p.elements for chunk in lane.chunks for p in chunk.trained]
-    kernels = optimizer_kernels(parameters, strategy.optimizer, setting.precision, setting.runtime, shards)
+    over = {expert: shards(setting, expert=expert) for expert in (False, True)}
+    # experts are divided among fewer ranks, so that each updates more of them
+    parameters = [p.elements * (over[False] // over[p.expert]) for chunk in lane.chunks for p in chunk.trained]
+    kernels = optimizer_kernels(parameters, setting.strategy.optimizer, setting.precision, setting.runtime, over[False])
     return pass_cost(lane.place.device, kernels, setting.runtime)
+
+
+def updates_cost(setting: Setting, lane: Lane) -> PassCost:
+    """What the optimizer and, where replicas exchange every few steps, the outer update cost a lane in a step."""
+    outer = outer_cost(setting, lane)
+    return chain([update_cost(setting, lane), *([outer] if outer else [])])
 
 
 def tie_cost(layout: Layout) -> CollectiveCost | None:
@@ -116,7 +131,7 @@ class Replicated:
         for stage, held in enumerate(layout.plan.placement):
             for chunk in range(len(held)):
                 self.buckets[stage, chunk] = chunk_buckets(layout, stage, chunk)
-        self.reduced: dict[Cell, list[tuple[Bucket, int]]] = {cell: [] for cell in self.buckets}
+        self.reduced: dict[Cell, list[tuple[Bucket, Placed, int]]] = {cell: [] for cell in self.buckets}
         self.waiting: list[tuple[Cell, Bucket, Placed]] = []
         self.first_forward: dict[tuple[int, int, int], int] = {}
         self.cell_lanes: dict[Cell, list[int]] = {}
@@ -149,9 +164,9 @@ class Replicated:
             if last and (shared or not self.setting.runtime.overlap_communication):
                 self.waiting.append((cell, bucket, placed))
             else:
-                term = self._reduce(cell, bucket, placed, terms)
+                term = self._reduce(cell, bucket, placed, lanes, terms)
                 if last:
-                    self.reduced[cell].append((bucket, term))
+                    self.reduced[cell].append((bucket, placed, term))
 
     @property
     def _every_time(self) -> bool:
@@ -161,12 +176,19 @@ class Replicated:
         lanes = [lane.index for s in stages for lane in self.layout.by_stage[s]]
         return self.build.stream(lanes, "communication")
 
-    def _reduce(self, cell: Cell, bucket: Bucket, placed: Placed, waits: Sequence[int]) -> int:
+    def _reduce(self, cell: Cell, bucket: Bucket, placed: Placed, lanes: Sequence[Lane], waits: Sequence[int]) -> int:
         stage, chunk = cell
         holders = self.layout.plan.holders[self.layout.by_stage[stage][0].chunks[chunk].position]
-        price = reduction(self.layout, placed, bucket.size_bytes)
+        packed = []
+        for lane in lanes:
+            price = pack_cost(self.setting, lane, bucket, placed)
+            if price is not None:
+                packed.append(self.build.work(lane.index, TermKind.GRADIENT_COPY, "compress bucket", price, -1))
         label = f"reduce gradients, {bucket.size_bytes / 2**20:.0f} MiB"
-        return self.build.transfer(TermKind.COLLECTIVE, self._stream(holders), label, price, waits)
+        before = packed or waits
+        for message in reductions(self.layout, bucket, placed):
+            before = [self.build.transfer(TermKind.COLLECTIVE, self._stream(holders), label, message, before)]
+        return before[0]
 
     def finish(self, last: Sequence[int]) -> list[int]:
         """See `Synchroniser`."""
@@ -174,37 +196,62 @@ class Replicated:
         for cell, bucket, placed in self.waiting:
             holders = layout.plan.holders[layout.by_stage[cell[0]][0].chunks[cell[1]].position]
             if cell[0] == holders[0]:  # a chunk that two stages hold is reduced once
-                term = self._reduce(cell, bucket, placed, [last[lane.index] for s in holders for lane in layout.by_stage[s]])
+                lanes = [lane for s in holders for lane in layout.by_stage[s]]
+                term = self._reduce(cell, bucket, placed, lanes, [last[lane.index] for lane in lanes])
                 for stage in holders:
                     chunk = next(c for c, p in enumerate(layout.plan.placement[stage]) if p == layout.plan.placement[cell[0]][cell[1]])
-                    self.reduced[stage, chunk].append((bucket, term))
-        tied = self._tie(last)
-        for lane in layout.lanes:
-            self._copy_back(lane)
+                    self.reduced[stage, chunk].append((bucket, placed, term))
+        compressed = self.setting.strategy.compression != "none"
+        restored: list[list[int]] = [self._restore(lane) if compressed else [] for lane in layout.lanes]
+        tied = self._tie([[end, *own] for end, own in zip(last, restored, strict=True)])
+        if not compressed:
+            restored = [self._restore(lane) for lane in layout.lanes]
         ends = [self._reduced_terms(lane) + tied.get(lane.stage, []) for lane in layout.lanes]
-        everyone = [term for own, done in zip(ends, last, strict=True) for term in (*own, done)]
         updates = []
         for lane, own in zip(layout.lanes, ends, strict=True):
-            waits = everyone if self.setting.runtime.global_norm else own[-1:]
+            waits = self._everyone(lane, ends, last) if self.setting.runtime.global_norm else own[-1:]
             cost_of = update_cost(self.setting, lane)
             updates.append(build.work(lane.index, TermKind.OPTIMIZER, "optimizer", cost_of, -1, waits, sync=True))
         if self.setting.strategy.zero and layout.grid.holders > 1:
             self._gather(updates)
+        self._average(updates)
         return updates
 
+    def _everyone(self, lane: Lane, ends: Sequence[Sequence[int]], last: Sequence[int]) -> list[int]:
+        """What the norm of all gradients waits for: all ranks, or those of one's own replica where replicas differ."""
+        alone = not self.setting.reduces
+        pairs = zip(self.layout.lanes, ends, last, strict=True)
+        return [term for other, own, done in pairs if not alone or other.kind == lane.kind for term in (*own, done)]
+
+    def _average(self, updates: Sequence[int]) -> None:
+        """The exchange every few steps and the outer update behind it, spread over these steps."""
+        for stage, lanes in enumerate(self.layout.by_stage):
+            price = averaging(self.layout, stage)
+            if price is None:
+                continue
+            term = self.build.transfer(
+                TermKind.COLLECTIVE, self._stream((stage,)), "average replicas", price, [updates[lane.index] for lane in lanes]
+            )
+            for lane in lanes:
+                outer = outer_cost(self.setting, lane)
+                if outer is not None:
+                    self.build.work(lane.index, TermKind.OPTIMIZER, "outer update", outer, -1, [term])
+
     def _reduced_terms(self, lane: Lane) -> list[int]:
-        return [term for chunk in range(len(lane.chunks)) for _, term in self.reduced[lane.stage, chunk]]
+        return [term for chunk in range(len(lane.chunks)) for _, _, term in self.reduced[lane.stage, chunk]]
 
-    def _copy_back(self, lane: Lane) -> None:
-        runtime = self.setting.runtime
-        if runtime.gradient_as_bucket_view or runtime.main_gradients:
-            return
+    def _restore(self, lane: Lane) -> list[int]:
+        """Decompresses reduced buckets and copies them back, as far as that applies."""
+        terms = []
         for chunk in range(len(lane.chunks)):
-            for bucket, term in self.reduced[lane.stage, chunk]:
-                back = pass_cost(lane.place.device, bucket_copy_kernels(bucket.gradients, self.setting.precision), runtime)
-                self.build.work(lane.index, TermKind.GRADIENT_COPY, "copy bucket back", back, -1, [term])
+            for bucket, placed, term in self.reduced[lane.stage, chunk]:
+                price = restore_cost(self.setting, lane, bucket, placed)
+                if price is not None:
+                    label = "copy bucket back" if self.setting.strategy.compression == "none" else "decompress bucket"
+                    terms.append(self.build.work(lane.index, TermKind.GRADIENT_COPY, label, price, -1, [term]))
+        return terms
 
-    def _tie(self, last: Sequence[int]) -> dict[int, list[int]]:
+    def _tie(self, ready: Sequence[Sequence[int]]) -> dict[int, list[int]]:
         """Sums the gradients of a weight that both ends of a pipeline hold; returns the term by stage."""
         layout, plan = self.layout, self.layout.plan
         price = tie_cost(layout)
@@ -212,7 +259,7 @@ class Replicated:
             return {}
         first, end = plan.holders[0][0], plan.holders[-1][0]
         lanes = [lane for s in (first, end) for lane in layout.by_stage[s]]
-        waits = [t for lane in lanes for t in (last[lane.index], *self._reduced_terms(lane))]
+        waits = [t for lane in lanes for t in (*ready[lane.index], *self._reduced_terms(lane))]
         stream = self.build.stream([lane.index for lane in lanes], "tied weights")
         term = self.build.transfer(TermKind.COLLECTIVE, stream, "reduce tied gradients", price, waits)
         return {first: [term], end: [term]}
@@ -220,11 +267,10 @@ class Replicated:
     def _gather(self, updates: Sequence[int]) -> None:
         """Gathers updated parameters; the next step's forward passes wait for theirs, or all of them for everything."""
         layout, setting = self.layout, self.setting
-        groups = [layout.grid.holder_groups(stage, setting.strategy.shard) for stage in range(layout.grid.pipeline)]
         for stage, lanes in enumerate(layout.by_stage):
-            placed = place(layout.fabric, groups[stage])
+            sharers = sharing(layout, stage)
             for c, chunk in enumerate(lanes[0].chunks):
-                for first, size in _gather_sizes(chunk, setting):
+                for first, size, placed in (gather for found in sharers for gather in _gathers(chunk, setting, found)):
                     price = cost(layout.fabric, Collective.ALL_GATHER, placed, size)
                     waits = [updates[lane.index] for lane in lanes]
                     term = self.build.transfer(TermKind.COLLECTIVE, self._stream((stage,)), "gather parameters", price, waits)
@@ -233,10 +279,10 @@ class Replicated:
                         self.build.carries.append((term, self.first_forward[target], 0.0))
 
 
-def _gather_sizes(chunk: Chunk, setting: Setting) -> list[tuple[int, float]]:
-    """First layer and bytes of what is gathered together: each layer by itself where that overlaps, else all of them."""
-    size = setting.precision.parameter.size_bytes
-    layers = [size * sum(p.elements for p in layer.trained) for layer in chunk.workload]
+def _gathers(chunk: Chunk, setting: Setting, sharers: tuple[bool, Placed]) -> list[tuple[int, float, Placed]]:
+    """First layer, bytes and ranks of what is gathered together: each layer by itself where that overlaps, else all of them."""
+    expert, placed = sharers
+    layers = [setting.precision.parameter.size_bytes * shared_parameters(layer, expert=expert) for layer in chunk.workload]
     if setting.runtime.overlap_gather and setting.strategy.pipeline == 1:
-        return [(i, float(s)) for i, s in enumerate(layers) if s]
-    return [(0, float(sum(layers)))]
+        return [(i, float(s), placed) for i, s in enumerate(layers) if s]
+    return [(0, float(sum(layers)), placed)] if sum(layers) else []

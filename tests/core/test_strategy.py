@@ -26,7 +26,10 @@ strategies = some.builds(
     zero=some.integers(0, 3),
     precision=some.sampled_from(sorted(PRECISIONS)),
     optimizer=some.sampled_from(sorted(OPTIMIZERS)),
-    checkpoint=some.sampled_from(["none", "full", "sqrt"]) | some.integers(1, 99).map("every:{}".format),
+    checkpoint=some.sampled_from(["none", "full", "sqrt", "selective"]) | some.integers(1, 99).map("every:{}".format),
+    compression=some.sampled_from(["none", "16-bit", "8-bit", "1-bit", "zero++", "topk:0.01"])
+    | some.integers(1, 32).map("powersgd:{}".format),
+    low_communication=some.just("") | some.integers(1, 999).map("diloco:{}".format) | some.integers(1, 999).map("local-sgd:{}".format),
 )
 
 
@@ -51,6 +54,15 @@ def test_text_names_only_what_differs_from_the_defaults():
     assert str(Strategy()) == "data=1"
 
 
+@given(some.lists(some.integers(1, 99), min_size=2, max_size=16), some.booleans())
+def test_cuts_are_read_back(counts, ends):
+    blocks = (0, *counts[1:-1], 0) if ends else tuple(counts)
+    strategy = Strategy(pipeline=len(blocks), cuts="-".join(map(str, blocks)))
+    assert strategy.blocks_per_chunk == blocks
+    assert Strategy.parse(str(strategy)) == strategy
+    assert Strategy.from_toml(strategy.to_toml()) == strategy
+
+
 def test_spaces_and_trailing_commas_do_not_matter():
     assert Strategy.parse(" data = 4 , zero=1, ") == Strategy(data=4, zero=1)
 
@@ -72,6 +84,12 @@ def test_spaces_and_trailing_commas_do_not_matter():
         ("checkpoint=every:0", "checkpoint must be none, full, sqrt, selective or every:K"),
         ("checkpoint=every:²", "checkpoint must be none, full, sqrt, selective or every:K"),
         ("checkpoint=some", "not 'some'"),
+        ("pipeline=2,cuts=2,2", "'2' is not of the form field=value"),
+        ("pipeline=2,cuts=2-", "cuts must be numbers of blocks joined by '-', such as 2-4-4-2, not '2-'"),
+        ("pipeline=2,cuts=-2-2", "not '-2-2'"),
+        ("pipeline=3,cuts=2-0-2", "leaves a chunk in the middle empty"),
+        ("pipeline=3,cuts=2-2", "names 2 chunks, which pipeline=3 does not divide into"),
+        ("pipeline=2,chunks=2,cuts=2-2", "names 2 chunks, which pipeline=2 x chunks=2 does not divide into"),
     ],
 )
 def test_a_mistyped_strategy_says_what_is_wrong(text, message):

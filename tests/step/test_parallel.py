@@ -5,6 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 import simtrain as st
+from simtrain.core.errors import StrategyError
 from simtrain.core.program import TermKind
 from simtrain.core.runtime import RUNTIMES
 from simtrain.core.workload import Collective, Form, OperatorKind, Workload
@@ -28,6 +29,20 @@ def form(whole: Workload, **options: object) -> Workload:
 
 def flops(work: Workload, batch: int = 2) -> float:
     return sum(op.flops(batch, work.sequence) * x.repeats for x in work.layers for op in x.forward + x.backward)
+
+
+@pytest.mark.parametrize("head", ["mlm", "span"])
+def test_heads_of_encoders_are_divided_where_they_score_the_vocabulary(head):
+    """A rank of 4 scores a quarter of the words; the dense layer before, and the two scores of a span, all ranks make whole."""
+    whole = st.workload("bert", seq_len=128, head=head, vocabulary=1024)
+    part = form(whole, tensor=4)
+    same = {"linear"} if head == "span" else {"dense"}
+    for a, b in zip(whole.layers[-1].forward, part.layers[-1].forward, strict=False):
+        if a.flops(2, 128):
+            assert b.flops(2, 128) == a.flops(2, 128) / (1 if a.name in same else 4)
+    if head == "span":
+        with pytest.raises(StrategyError, match="leave it off"):
+            form(whole, tensor=4, sequence_parallel=True)
 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
@@ -131,10 +146,12 @@ RUNTIME = some.sampled_from(["torch-eager", "megatron", "deepspeed", "fsdp2"])
 def test_simulation_agrees_where_nothing_meets_and_is_never_faster(choice, runtime):
     strategy = st.Strategy(**choice)
     cluster = f"{strategy.ranks}x a100-sxm-80g"
-    frozen = st.schedule(model(), cluster, strategy, runtime=runtime)
-    fluid = st.simulate(model(), cluster, strategy, runtime=runtime)
+    alone = RUNTIMES[runtime].with_(communication_share=0.0)
+    frozen, fluid = (read(model(), cluster, strategy, runtime=alone) for read in (st.schedule, st.simulate))
     assert fluid.step_time_s >= frozen.step_time_s * (1 - 1e-9)
-    assert fluid.step_time_s <= 1.5 * frozen.step_time_s
+    # where collectives take multiprocessors, schedule finds overlaps in two rounds
+    frozen, fluid = (read(model(), cluster, strategy, runtime=runtime) for read in (st.schedule, st.simulate))
+    assert 0.99 * frozen.step_time_s <= fluid.step_time_s <= 1.5 * frozen.step_time_s
     closed = st.estimate(model(), cluster, strategy, runtime=runtime)
     assert closed.step_time_s == pytest.approx(frozen.step_time_s, rel=0.15)
     assert closed.memory.allocated_bytes == frozen.memory.allocated_bytes

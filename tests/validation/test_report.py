@@ -117,16 +117,18 @@ def test_repeated_runs_give_the_noise() -> None:
     assert compare_layouts(made(rows=FILE["rows"][:2]), perfect).noise is None
 
 
-def test_rows_in_doubt_and_uneven_stages_are_told_apart() -> None:
+def test_rows_in_doubt_and_stages_that_cannot_be_are_told_apart() -> None:
     cells = FILE["rows"][:2]
-    rows = [[*cells[0], "backend not stated", ""], [*cells[1], "", ""], [*cells[1], "", "a first stage of 2 layers"]]
+    rows = [[*cells[0], "backend not stated", ""], [*cells[1], "", ""], [*cells[1], "", "1-0-1"]]
 
     def low(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
         row.strategy()
         return LayoutPrediction(1.0, (0.5 if row.doubt else 0.9) * (dataset.memory_bytes(row) or 0.0), True)
 
-    report = compare_layouts(made(header=[*HEADER, "doubt", "uneven"], rows=rows), low)
-    assert report.refusals == {"UnsupportedError: pipeline stages of a size of their own cannot be stated (a first stage of 2 layers)": 1}
+    report = compare_layouts(made(header=[*HEADER, "doubt", "cuts"], rows=rows), low)
+    assert report.refusals == {
+        "StrategyError: cuts=1-0-1 leaves a chunk in the middle empty; only the first and the last may have 0 blocks": 1
+    }
     assert report.memory is not None
     assert report.memory_without_doubt is not None
     assert (report.memory.mean, report.memory_without_doubt.mean) == (pytest.approx(0.3), pytest.approx(0.1))

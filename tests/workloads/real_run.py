@@ -87,7 +87,12 @@ def count_flops(module: nn.Module, batch: tuple[Tensor, ...]) -> int:
     def backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
         return sdpa_backward_flop_count(grad, q, k, v)
 
+    def grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
+        # rows and columns of one operand are divided among the groups, so that each element of the rows meets one group's columns
+        return 2 * a[0] * a[1] * b[-1]
+
     formulas = {
+        aten._grouped_mm: grouped,
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }

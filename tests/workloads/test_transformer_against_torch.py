@@ -19,6 +19,7 @@ from workloads.transformer.spec import TransformerSpec
 AUTOCAST = {"fp32": None, "bf16-amp": torch.bfloat16}
 
 GPT: dict[str, Any] = {"layers": 2, "hidden": 48, "heads": 4, "vocabulary": 101, "max_positions": 40, "sequence": 33}
+MOE = GPT | {"layers": 1, "ffn": 40, "experts": 4, "top_k": 2}
 CASES = {
     "gpt": ("gpt", GPT),
     "gpt, one odd block": ("gpt", GPT | {"layers": 1, "hidden": 21, "heads": 3, "ffn": 50, "sequence": 7}),
@@ -34,10 +35,19 @@ CASES = {
     "bert": ("bert", GPT | {"dropout": 0.0}),
     "bert, one matrix": ("bert", GPT | {"dropout": 0.0, "fused_qkv": True, "layers": 3}),
     "bert, language model": ("bert", GPT | {"dropout": 0.0, "head": "lm"}),
+    "bert, masked tokens": ("bert", GPT | {"dropout": 0.0, "head": "mlm"}),
+    "bert, masked tokens, norms before": ("bert", GPT | {"dropout": 0.0, "head": "mlm", "norm_position": "pre", "tied_head": False}),
     "bert, no segments, norms before": ("bert", GPT | {"dropout": 0.0, "token_types": 0, "norm_position": "pre"}),
+    "mixture of experts": ("llama", MOE),
+    "mixture, shared experts, plain weights": ("llama", MOE | {"shared_ffn": 24, "pre_softmax": True, "top_k": 3}),
+    "mixture, dense blocks before and between": ("llama", MOE | {"layers": 4, "dense_layers": 1, "expert_every": 2, "expert_ffn": 16}),
+    "mixture, no gate, one expert a token": ("gpt", MOE | {"top_k": 1, "bias": False, "kv_heads": 0, "shared_ffn": 16}),
+    "mixture, norms behind": ("bert", MOE | {"dropout": 0.0, "bias": False}),
 }
 BATCH = 3
-NOT_ON_A_CPU = {("gpt, normalized queries and keys", "bf16-amp")}
+NOT_ON_A_CPU = {
+    (case, "bf16-amp") for case in ("gpt, normalized queries and keys", "bert, masked tokens", "bert, masked tokens, norms before")
+}
 """Autocast on the CPU leaves a norm of 16-bit values in 16 bit, on CUDA it does not."""
 
 

@@ -26,6 +26,14 @@ GOOD = {"layers": 2, "hidden": 12, "heads": 3, "vocabulary": 10, "max_positions"
         ({"causal": "yes"}, "causal must be of type bool"),
         ({"positions": "rotary"}, "separate projections"),
         ({"positions": "rotary", "fused_qkv": False, "head_dim": 3}, "even head size, not 3"),
+        ({"top_k": 2}, "top_k=2 is for a mixture of experts: give experts and top_k too"),
+        ({"load": 1.5}, "load=1.5 is for a mixture of experts"),
+        ({"experts": 4, "top_k": 5, "bias": False}, "top_k must lie between 1 and the 4 experts, not 5"),
+        ({"experts": 4, "bias": False}, "top_k must lie between 1 and the 4 experts, not 0"),
+        ({"experts": 4, "top_k": 2, "bias": False, "load": 0.5}, "at least 1, not 0.5"),
+        ({"experts": 4, "top_k": 2, "bias": False, "dense_layers": 2}, "no block of 2 has experts with dense_layers=2"),
+        ({"experts": 4, "top_k": 2}, "experts have no biases: set bias = false"),
+        ({"experts": 4, "top_k": 2, "bias": False, "dropout": 0.1}, "dropout beside experts is not modelled"),
     ],
 )
 def test_refuses(changes: dict[str, object], message: str) -> None:

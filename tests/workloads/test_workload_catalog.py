@@ -8,6 +8,7 @@ import pytest
 from simtrain.core import catalog
 from simtrain.core.errors import InputError, UnknownNameError, fold
 from workloads.catalog import workloads
+from workloads.transformer.presets import spec
 
 PUBLISHED = {
     # GPT-2: sizes of the released checkpoints; Llama 3: parameters of the released weights; BERT: without pooler, vocabulary padded by 6.
@@ -27,6 +28,9 @@ PUBLISHED = {
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
     "llama2-70b": 68_976_648_192,
+    # Mixtral and DeepSeekMoE: parameters of the released weights (recalled, not looked up)
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-moe-16b": 16_375_728_128,
     "bloom": 176_247_271_424,
     "bert-base": 108_891_648 + 6 * 768 + 2 * 769,
     "bert-large": 334_092_288 + 6 * 1024 + 2 * 1025,
@@ -70,10 +74,36 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
         ("nemotron4-15b", 15.6, 0.005),
         ("internlm-7b", 7.3, 0.005),
         ("mpt-7b", 6.65, 0.005),
+        ("mixtral-8x22b", 141, 0.005),
+        ("qwen3-30b-a3b", 30.5, 0.005),
+        ("qwen3-235b-a22b", 235, 0.005),
+        ("dbrx", 132, 0.005),
     ],
 )
 def test_models_have_their_names_in_parameters(name: str, billions: float, rel: float) -> None:
     assert catalog.workload(name).parameter_count == pytest.approx(billions * 1e9, rel=rel)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("mixtral-8x7b", 12.9),
+        ("mixtral-8x22b", 39),
+        ("qwen3-30b-a3b", 3.3),
+        ("qwen3-235b-a22b", 22),
+        ("dbrx", 36),
+        ("deepseek-moe-16b", 2.8),
+    ],
+)
+def test_a_token_meets_as_many_parameters_as_published(name: str, billions: float) -> None:
+    """Active parameters as the models' authors round them; products of a token are twice that many, its table's rows left out."""
+    made, work = spec(name), catalog.workload(name)
+    inside = sum(p.elements * layer.repeats for layer in work.layers for p in layer.parameters if p.expert)
+    active = work.parameter_count - inside * (1 - made.top_k / made.experts)
+    assert active == pytest.approx(billions * 1e9, rel=0.02)
+    attention = 12 * made.layers * made.query_width * work.sequence
+    token = 6 * (active - made.vocabulary * made.hidden) + attention
+    assert work.model_flops(1) / work.sequence == pytest.approx(token, rel=0.002)
 
 
 def test_no_two_presets_are_one_name_in_other_spellings() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from simtrain.core.polynomial import ONE, Polynomial
 from simtrain.core.workload import Collective, Dim, Operator, OperatorKind, Role, Tensor, TensorKind
 from workloads.common.pieces import FP32
-from workloads.common.tape import Tape
+from workloads.common.tape import Tape, hold
 
 
 def cross_entropy(
@@ -22,7 +22,6 @@ def cross_entropy(
     classes: Polynomial,
     holds: tuple[str, ...],
     logits: str | None = None,
-    shared: bool = False,
 ) -> None:
     """Log-softmax and negative log-likelihood.
 
@@ -35,16 +34,12 @@ def cross_entropy(
         classes: Choices each.
         holds: Tensors that Python names keep alive until it returns.
         logits: Name of the view of `x` that gets the gradient; `x` itself by default.
-        shared: Whether ranks hold different classes, so that maxima, sums and the chosen logits are reduced over them.
     """
     view, likelihoods, weight = logits or x, f"{prefix}log_probabilities", f"{prefix}total_weight"
     one = Dim(Role.BATCH, ONE)
     dims = (one, Dim(Role.TOKENS, rows), one, Dim(Role.SEQUENCE if logits else Role.VOCABULARY, classes))
     written = Tensor(likelihoods, rows * classes, FP32, TensorKind.LOGITS)
     tape.run(Operator(f"{prefix}log_softmax", OperatorKind.SOFTMAX, (x,), (written,), dims=dims))
-    if shared:
-        for what in ("maxima", "sums", "chosen"):
-            _reduce_rows(tape, what, x, rows)
     scalars = (Tensor(out, ONE, FP32), Tensor(weight, ONE, FP32))
     pick = Operator(
         f"{prefix}nll_loss", OperatorKind.REDUCTION, (likelihoods, "input:targets"), scalars, partial=(likelihoods,), touched=rows
@@ -65,6 +60,59 @@ def cross_entropy(
 
     tape.node(softmax_node)
     tape.node(loss_node)
+
+
+def cross_entropy_of_parts(tape: Tape, x: str, out: str, *, rows: Polynomial, classes: Polynomial, holds: tuple[str, ...]) -> None:
+    """Cross-entropy where every rank holds some of the classes: maxima, sums and the chosen logits are reduced over the ranks.
+
+    Source: PyTorch 2.13, `torch/distributed/tensor/parallel/loss.py`: one operator after the other, so that forward holds three tensors
+    as large as the logits, and backward four.
+
+    Args:
+        tape: Where it is written.
+        x: The logits of this rank's classes.
+        out: Name of the loss.
+        rows: Predictions.
+        classes: Choices each on this rank.
+        holds: Tensors that Python names keep alive until it returns.
+    """
+
+    def wide(name: str, reads: tuple[str, ...]) -> str:
+        written = Tensor(name, rows * classes, FP32, TensorKind.LOGITS)
+        tape.run(Operator(name, OperatorKind.ELEMENTWISE, reads, (written,)))
+        return name
+
+    def reduced(name: str, source: str) -> str:
+        tape.run(Operator(name, OperatorKind.REDUCTION, (source,), (Tensor(name, rows, FP32),)))
+        _reduce_rows(tape, f"{name}.all_reduce", name, rows)
+        return name
+
+    shifted = wide("shifted", (x, reduced("maxima", x)))
+    sums = reduced("sums", wide("exponentials", (shifted,)))
+    likelihoods = wide("log_probabilities", (shifted, sums))
+    chosen = (Tensor("chosen", rows, FP32),)
+    tape.run(
+        Operator("chosen", OperatorKind.REDUCTION, (likelihoods, "input:targets"), chosen, partial=(likelihoods,), touched=rows),
+        holds=holds,
+    )
+    _reduce_rows(tape, "chosen.all_reduce", "chosen", rows)
+    scalars = (Tensor(out, ONE, FP32), Tensor("total_weight", ONE, FP32))
+    tape.run(Operator("nll_loss", OperatorKind.REDUCTION, ("chosen",), scalars), holds=holds)
+
+    def node() -> None:
+        picked, again, less = (Tensor(n, rows * classes, FP32, TensorKind.LOGITS) for n in ("picked", "probabilities", "less_picked"))
+        gradient = tape.gradient_tensor(x)
+        tape.run_backward(
+            Operator("picked", OperatorKind.ELEMENTWISE, (), (picked,)),
+            Operator("picked.put", OperatorKind.ELEMENTWISE, ("input:targets",), updates=("picked",), partial=("picked",), touched=rows),
+            Operator("probabilities", OperatorKind.ELEMENTWISE, (likelihoods,), (again,)),
+            Operator("less_picked", OperatorKind.ELEMENTWISE, ("picked", "probabilities"), (less,)),
+        )
+        last = Operator("nll_loss.backward", OperatorKind.ELEMENTWISE, ("less_picked", tape.gradient(out), "total_weight"), (gradient,))
+        tape.run_backward(hold(last, (picked.name, likelihoods)))
+        tape.give(x, gradient.name)
+
+    tape.node(node)
 
 
 def cross_entropy_in_place(tape: Tape, x: str, out: str, *, rows: Polynomial, holds: tuple[str, ...], shared: bool) -> None:

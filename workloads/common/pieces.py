@@ -164,16 +164,16 @@ def multiply(tape: Tape, a: str, b: str, out: str) -> str:
     return out
 
 
-def swiglu(tape: Tape, gate: str, up: str, out: str) -> str:
-    """`silu(gate) * up` as one kernel; its backward pass reads both and computes the activation anew."""
-    like = tape.tensors[gate]
-    tape.run(Operator("swiglu", OperatorKind.ELEMENTWISE, (gate, up), (Tensor(out, like.elements, like.role),)))
+def gated_unit(tape: Tape, gate: str, x: str, out: str) -> str:
+    """The activation of a gate times a tensor as one kernel, which keeps both inputs; its backward pass is one kernel too."""
+    like = tape.tensors[x]
+    tape.run(Operator(f"{out}.gated", OperatorKind.ELEMENTWISE, (gate, x), (Tensor(out, like.elements, like.role),)))
 
     def node() -> None:
-        gradients = (tape.gradient_tensor(gate), tape.gradient_tensor(up))
-        reads = (tape.gradient(out), gate, up)
-        tape.run_backward(Operator("swiglu.backward", OperatorKind.ELEMENTWISE, reads, gradients))
-        for name, gradient in zip((gate, up), gradients, strict=True):
+        gradients = tuple(tape.gradient_tensor(n) for n in (gate, x))
+        reads = (tape.gradient(out), gate, x)
+        tape.run_backward(Operator(f"{out}.gated.backward", OperatorKind.ELEMENTWISE, reads, gradients))
+        for name, gradient in zip((gate, x), gradients, strict=True):
             tape.give(name, gradient.name)
 
     tape.node(node)

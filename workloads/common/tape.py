@@ -41,7 +41,7 @@ class Tape:
         self._inputs = tuple(t for t in given if t.name.startswith("input:"))
         self._buffer_bytes = 0
 
-    def parameter(self, name: str, *shape: int, tied_to: str | None = None, gradient: str | None = None) -> str:
+    def parameter(self, name: str, *shape: int, tied_to: str | None = None, gradient: str | None = None, expert: bool = False) -> str:
         """Registers a parameter and returns its name.
 
         Args:
@@ -49,8 +49,9 @@ class Tape:
             shape: As in the module.
             tied_to: `layer.parameter` whose storage it shares.
             gradient: Name of its gradient where that is not `grad:<name>`.
+            expert: Whether it belongs to experts.
         """
-        parameter = Parameter(name, shape, tied_to)
+        parameter = Parameter(name, shape, tied_to, expert)
         self.parameters.append(parameter)
         self.tensors[name] = Tensor(name, as_polynomial(parameter.elements), DTypeRole.PARAMETER)
         self._targets[name] = gradient or f"grad:{name}"

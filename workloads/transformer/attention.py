@@ -136,7 +136,9 @@ def product(tape: Tape, sources: tuple[str, ...], out: str, part: Part) -> str:
     forward, backward = ((), ()) if form.context > 1 else unfused_product(part, operands, out, f"d{out}")
     dims = (Dim(Role.HEADS, heads), Dim(Role.SEQUENCE, queries), Dim(Role.SEQUENCE, keys), Dim(Role.HEAD_DIM, head))
     matrix_product: Polynomial = 2 * (heads * queries * keys * head)
-    written = (Tensor(out, tokens * width, LOW), Tensor(f"{out}.log_sum_exp", heads * queries, FP32))
+    kept = f"{out}.by_sample" if form.copies_attention else out
+    outs = tuple(Tensor(n, tokens * width, LOW) for n in dict.fromkeys((kept, out)))
+    written = (*outs, Tensor(f"{out}.log_sum_exp", heads * queries, FP32))
     reads = tuple(dict.fromkeys(sources))
     passed = 2 * kv_width * tokens * form.context
     if around:
@@ -150,7 +152,7 @@ def product(tape: Tape, sources: tuple[str, ...], out: str, part: Part) -> str:
         operator = Operator(
             "attention.backward",
             OperatorKind.ATTENTION_BACKWARD,
-            (tape.gradient(out), *reads, out, f"{out}.log_sum_exp"),
+            (tape.gradient(out), *reads, kept, f"{out}.log_sum_exp"),
             gradients,
             dims=dims,
             flops=5 * matrix_product,

@@ -5,31 +5,52 @@ The module converts logits to fp32 before the loss (as Megatron-LM and Hugging F
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from simtrain.core.polynomial import ONE, B, S, as_polynomial
 from simtrain.core.workload import Operator, OperatorKind, Role, Tensor, TensorKind
-from workloads.common.loss import cross_entropy, cross_entropy_in_place, start_backward
+from workloads.common.loss import cross_entropy, cross_entropy_in_place, cross_entropy_of_parts, start_backward
 from workloads.common.parallel import Product, column_parallel
-from workloads.common.pieces import FP32, Axis, linear
+from workloads.common.pieces import FP32, HIGH, Axis, linear, norm, unary
 from workloads.common.tape import Tape
 from workloads.transformer.part import Part
+from workloads.transformer.spec import HeadKind
 
 
 def lm_head(tape: Tape, x: str, part: Part) -> None:
-    """Next-token prediction; a tied head hands its part of the table's gradient to the embedding as `shared:dwte`."""
+    """Next-token prediction."""
+    _predict_tokens(tape, x, part, bias=False)
+
+
+def mlm_head(tape: Tape, x: str, part: Part) -> None:
+    """Prediction of tokens through one more dense layer, which all tensor-parallel ranks hold whole, with a bias per token."""
+    spec = part.spec
+    wide = Axis(Role.HIDDEN, spec.hidden)
+    linear(tape, x, "dense", "transformed", tokens=part.resident, inner=wide, outer=wide, bias=spec.bias)
+    unary(tape, "transformed", "head.gelu", "activated")
+    high = tape.cast("activated", HIGH)  # CUDA's autocast runs norms in fp32
+    norm(tape, high, "norm_2", "normalized", tokens=part.resident, width=spec.hidden, rms=spec.norm == "rmsnorm")
+    _predict_tokens(tape, "normalized", part, bias=True)
+
+
+def _predict_tokens(tape: Tape, x: str, part: Part, *, bias: bool) -> None:
+    """Logits of every token and their loss; a tied head hands its part of the table's gradient to the embedding as `shared:dwte`."""
     spec, form = part.spec, part.form
-    tied = {"tied_to": "embedding.wte.weight", "gradient": "shared:dwte"} if part.tied else {}
-    weight = tape.parameter("linear.weight", part.vocabulary, spec.hidden, **tied)
+    table, gradient = ("embedding.wte.weight", "shared:dwte") if part.tied else (None, None)
+    weight = tape.parameter("linear.weight", part.vocabulary, spec.hidden, tied_to=table, gradient=gradient)
     inner, outer = Axis(Role.HIDDEN, spec.hidden), Axis(Role.VOCABULARY, part.vocabulary)
     kind = TensorKind.LOGITS
     if part.whole:
-        linear(tape, x, "linear", "logits", tokens=part.tokens, inner=inner, outer=outer, bias=False, weight=weight, kind=kind)
+        linear(tape, x, "linear", "logits", tokens=part.tokens, inner=inner, outer=outer, bias=bias, weight=weight, kind=kind)
     else:
-        scores = Product("linear", "logits", outer, bias=False, weight=weight, kind=kind)
+        scores = Product("linear", "logits", outer, bias=bias, weight=weight, kind=kind)
         column_parallel(tape, x, [scores], tokens=part.tokens, inner=inner, form=form)
     high = tape.cast("logits", FP32)
     classes = as_polynomial(part.vocabulary)
-    if form.loss == "torch":
-        cross_entropy(tape, high, "", "y", rows=part.tokens, classes=classes, holds=(high, "x"), shared=not part.whole)
+    if form.loss == "torch" and part.whole:
+        cross_entropy(tape, high, "", "y", rows=part.tokens, classes=classes, holds=(high, "x"))
+    elif form.loss == "torch":
+        cross_entropy_of_parts(tape, high, "y", rows=part.tokens, classes=classes, holds=(high, "x"))
     else:
         cross_entropy_in_place(tape, high, "y", rows=part.tokens, holds=("logits", "x"), shared=not part.whole)
     start_backward(tape)
@@ -71,3 +92,7 @@ def _average(tape: Tape, held: str) -> None:
         tape.give("end.loss", half.name)
 
     tape.node(node)
+
+
+HEADS: dict[HeadKind, Callable[[Tape, str, Part], None]] = {"lm": lm_head, "mlm": mlm_head, "span": span_head}
+"""Writes a head, by its kind."""

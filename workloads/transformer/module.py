@@ -91,21 +91,24 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class FeedForward(nn.Module):
     """Two matrices around a GELU or a squared ReLU."""
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    def __init__(self, spec: TransformerSpec, width: int) -> None:
         super().__init__()
         self.activation = spec.activation
-        self.fc1 = nn.Linear(spec.hidden, spec.ffn_width, bias=spec.bias)
-        self.fc2 = nn.Linear(spec.ffn_width, spec.hidden, bias=spec.bias)
+        self.fc1 = nn.Linear(spec.hidden, width, bias=spec.bias)
+        self.fc2 = nn.Linear(width, spec.hidden, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transforms every position on its own."""
-        inner = self.fc1(x)
-        if self.activation == "relu-squared":
-            act: Tensor = SquaredReLU.apply(inner)  # type: ignore[no-untyped-call]
-        else:
-            act = F.gelu(inner, approximate="tanh" if self.activation == "gelu-tanh" else "none")
-        mixed: Tensor = self.fc2(act)
+        mixed: Tensor = self.fc2(activate(self.fc1(x), self.activation))
         return mixed
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """Applies an activation function without a gate."""
+    if name == "relu-squared":
+        squared: Tensor = SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
+        return squared
+    return F.gelu(x, approximate="tanh" if name == "gelu-tanh" else "none")
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -127,11 +130,11 @@ class SquaredReLU(torch.autograd.Function):
 class GatedFeedForward(nn.Module):
     """Three matrices, one of them a gate (Shazeer 2020, "GLU variants improve Transformer")."""
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    def __init__(self, spec: TransformerSpec, width: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(spec.hidden, spec.ffn_width, bias=spec.bias)
-        self.up = nn.Linear(spec.hidden, spec.ffn_width, bias=spec.bias)
-        self.down = nn.Linear(spec.ffn_width, spec.hidden, bias=spec.bias)
+        self.gate = nn.Linear(spec.hidden, width, bias=spec.bias)
+        self.up = nn.Linear(spec.hidden, width, bias=spec.bias)
+        self.down = nn.Linear(width, spec.hidden, bias=spec.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transforms every position on its own."""
@@ -139,15 +142,78 @@ class GatedFeedForward(nn.Module):
         return mixed
 
 
+class GroupedExperts(nn.Module):
+    """The matrices of all experts, each multiplied by the rows of its own, all experts in one kernel."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.activation = spec.activation
+        wide = (spec.experts, spec.hidden, spec.expert_width)
+        if spec.activation == "swiglu":
+            self.gate, self.up = nn.Parameter(torch.empty(wide)), nn.Parameter(torch.empty(wide))
+            self.down = nn.Parameter(torch.empty(spec.experts, spec.expert_width, spec.hidden))
+        else:
+            self.fc1 = nn.Parameter(torch.empty(wide))
+            self.fc2 = nn.Parameter(torch.empty(spec.experts, spec.expert_width, spec.hidden))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Transforms rows sorted by expert; `ends` says where each expert's rows end."""
+        if self.activation == "swiglu":
+            inner = F.silu(F.grouped_mm(x, low(self.gate), offs=ends)) * F.grouped_mm(x, low(self.up), offs=ends)
+            return F.grouped_mm(inner, low(self.down), offs=ends)
+        inner = activate(F.grouped_mm(x, low(self.fc1), offs=ends), self.activation)
+        return F.grouped_mm(inner, low(self.fc2), offs=ends)
+
+
+class MixtureOfExperts(nn.Module):
+    """Every token goes to the experts that a router scores highest (Shazeer et al. 2017); none is dropped (Gale et al. 2023)."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.top_k, self.pre_softmax = spec.top_k, spec.pre_softmax
+        self.router = nn.Linear(spec.hidden, spec.experts, bias=False)
+        self.experts = GroupedExperts(spec)
+        self.shared = make_feed_forward(spec, spec.shared_ffn) if spec.shared_ffn else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds up what a token's experts make of it, times their weights."""
+        rows = low(x).flatten(0, 1)
+        mixed = self.route(rows)
+        if self.shared is not None:
+            mixed = mixed + self.shared(rows)
+        return mixed.view_as(x)
+
+    def route(self, x: Tensor) -> Tensor:
+        """Sends tokens to their experts and brings them back."""
+        scores = self.router(x).float()
+        if self.pre_softmax:
+            weights, chosen = F.softmax(scores, dim=-1).topk(self.top_k)
+        else:
+            weights, chosen = scores.topk(self.top_k)
+            weights = F.softmax(weights, dim=-1)
+        sorted_choices, order = chosen.flatten().sort()
+        ends = torch.searchsorted(sorted_choices, torch.arange(self.router.out_features, device=x.device), right=True, out_int32=True)
+        rows = order // self.top_k
+        made = self.experts(x.index_select(0, rows), ends)
+        made = made * low(weights.flatten().index_select(0, order)).unsqueeze(1)
+        return torch.zeros_like(x).index_add_(0, rows, made)
+
+
+def low(x: Tensor) -> Tensor:
+    """Converts to autocast's format, for operators that autocast does not know."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class PreNormBlock(nn.Module):
     """Norms before attention and feed-forward part (GPT, Llama)."""
 
-    def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
+    def __init__(self, spec: TransformerSpec, form: AttentionForm, has_experts: bool) -> None:
         super().__init__()
         self.norm_1 = make_norm(spec)
         self.attention = Attention(spec, form)
         self.norm_2 = make_norm(spec)
-        self.mlp = make_feed_forward(spec)
+        self.mlp = MixtureOfExperts(spec) if has_experts else make_feed_forward(spec, spec.ffn_width)
         self.dropout = make_dropout(spec)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,11 +226,11 @@ class PreNormBlock(nn.Module):
 class PostNormBlock(nn.Module):
     """Norms after each residual addition (BERT)."""
 
-    def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
+    def __init__(self, spec: TransformerSpec, form: AttentionForm, has_experts: bool) -> None:
         super().__init__()
         self.attention = Attention(spec, form)
         self.norm_1 = make_norm(spec)
-        self.mlp = make_feed_forward(spec)
+        self.mlp = MixtureOfExperts(spec) if has_experts else make_feed_forward(spec, spec.ffn_width)
         self.norm_2 = make_norm(spec)
         self.dropout = make_dropout(spec)
 
@@ -209,6 +275,22 @@ class LanguageModelHead(nn.Module):
         return F.cross_entropy(self.linear(self.norm(x)).flatten(0, 1).float(), targets.flatten())
 
 
+class MaskedModelHead(nn.Module):
+    """Logits through one more dense layer, GELU and norm, with a bias per token (BERT's pre-training)."""
+
+    def __init__(self, spec: TransformerSpec) -> None:
+        super().__init__()
+        self.norm = make_norm(spec) if spec.norm_position == "pre" else nn.Identity()
+        self.dense = nn.Linear(spec.hidden, spec.hidden, bias=spec.bias)
+        self.norm_2 = make_norm(spec)
+        self.linear = nn.Linear(spec.hidden, spec.vocabulary, bias=True)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean loss; targets have the shape of the ids."""
+        logits = self.linear(self.norm_2(F.gelu(self.dense(self.norm(x)))))
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
 class SpanHead(nn.Module):
     """Scores of every position as start and end of an answer (SQuAD)."""
 
@@ -236,11 +318,17 @@ class Transformer(nn.Module):
         block = PreNormBlock if spec.norm_position == "pre" else PostNormBlock
         self.spec = spec
         self.embedding = Embedding(spec)
-        self.blocks = nn.ModuleList(block(spec, attention) for _ in range(spec.layers))
-        self.head = SpanHead(spec) if spec.head == "span" else LanguageModelHead(spec)
+        self.blocks = nn.ModuleList(block(spec, attention, has_experts) for has_experts in spec.block_experts)
+        head: LanguageModelHead | MaskedModelHead | SpanHead
+        head = SpanHead(spec) if spec.head == "span" else MaskedModelHead(spec) if spec.head == "mlm" else LanguageModelHead(spec)
+        self.head = head
         self.apply(_initialize)
-        if spec.head == "lm" and spec.tied_head:
-            self.head.linear.weight = self.embedding.wte.weight
+        if spec.positions == "rotary":
+            layers = [m for m in self.modules() if isinstance(m, Attention)]
+            for layer in layers:
+                layer.rotation = layers[0].get_buffer("rotation")  # one table for all
+        if spec.predicts_tokens and spec.tied_head:
+            head.linear.weight = self.embedding.wte.weight
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Returns the loss of a batch of token ids `(batch, sequence)`."""
@@ -257,9 +345,9 @@ def make_norm(spec: TransformerSpec, width: int = 0) -> nn.Module:
     return kind(width or spec.hidden, eps=spec.norm_epsilon)
 
 
-def make_feed_forward(spec: TransformerSpec) -> nn.Module:
-    """Returns the spec's kind of feed-forward part."""
-    return GatedFeedForward(spec) if spec.activation == "swiglu" else FeedForward(spec)
+def make_feed_forward(spec: TransformerSpec, width: int) -> nn.Module:
+    """Returns the spec's kind of ordinary feed-forward part, of some inner width."""
+    return GatedFeedForward(spec, width) if spec.activation == "swiglu" else FeedForward(spec, width)
 
 
 def make_dropout(spec: TransformerSpec) -> nn.Module:
@@ -283,7 +371,7 @@ def example_batch(spec: TransformerSpec, batch: int, seq: int | None = None, see
     spec.check_sequence(length)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(spec.vocabulary, (batch, length), generator=generator)
-    shape, classes = ((batch, 2), length) if spec.head == "span" else ((batch, length), spec.vocabulary)
+    shape, classes = ((batch, 2), length) if not spec.predicts_tokens else ((batch, length), spec.vocabulary)
     return ids, torch.randint(classes, shape, generator=generator)
 
 
@@ -291,5 +379,8 @@ def _initialize(module: nn.Module) -> None:
     """Weights as in GPT-2: normal with a deviation of 0.02, biases zero."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, GroupedExperts):
+        for weights in module.parameters():
+            nn.init.normal_(weights, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

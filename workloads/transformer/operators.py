@@ -7,15 +7,17 @@ The lists equal what the module in `module.py` makes PyTorch do, operator by ope
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 
-from simtrain.core.polynomial import ONE, B, Polynomial
+from simtrain.core.polynomial import ONE, ZERO, B, Polynomial, S
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import Form, Layer, Operator, OperatorKind, Role, Tensor, TensorKind, Workload
 from workloads.common.parallel import Product, column_parallel, sum_partial
-from workloads.common.pieces import HIGH, Axis, add, dropout, linear, multiply, norm, swiglu, unary
+from workloads.common.pieces import HIGH, Axis, add, dropout, gated_unit, linear, multiply, norm, unary
 from workloads.common.tape import Tape
 from workloads.transformer.attention import attention, leave
-from workloads.transformer.loss import lm_head, span_head
+from workloads.transformer.experts import experts
+from workloads.transformer.loss import HEADS
 from workloads.transformer.part import Part
 from workloads.transformer.spec import TransformerSpec
 
@@ -36,14 +38,15 @@ def workload(
         StrategyError: The model cannot be divided so.
     """
     part = Part(spec, form or Form())
-    targets = 2 * B if spec.head == "span" else part.tokens
+    targets = part.tokens if spec.predicts_tokens else 2 * B
     return Workload(
         name,
-        (embedding(part), block(part), head(part)),
+        (embedding(part), *blocks(part), head(part)),
         spec.sequence,
-        input_bytes=8 * (part.tokens + targets),
+        input_bytes=8 * (part.tokens + targets) + (B * S * S if part.form.mask_input else ZERO),
         description=description,
         source=source,
+        assumptions=_spread(part),
         reform=lambda form: workload(spec, name=name, description=description, source=source, form=form),
     )
 
@@ -53,7 +56,7 @@ def embedding(part: Part) -> Layer:
     spec, tokens = part.spec, part.tokens
     tape = Tape(Tensor("input:ids", tokens, DTypeRole.INDEX, TensorKind.INPUT))
     wide = part.resident * spec.hidden
-    tied = part.tied and spec.head == "lm"
+    tied = part.tied and spec.predicts_tokens
     x = _lookup(tape, "wte", (part.vocabulary, spec.hidden), "input:ids", tokens * spec.hidden, tied=tied)
     if not part.whole:
         x = sum_partial(tape, x, "wte.own", part.form)
@@ -71,11 +74,43 @@ def embedding(part: Part) -> Layer:
     if spec.norm_position == "post" or spec.embedding_norm:
         x = _normalize(tape, x, "norm", "normalized", part)
     x = dropout(tape, x, "dropped", spec.dropout)
+    if spec.positions == "rotary":
+        tape.buffer(4 * spec.max_positions * spec.size_of_head)  # the table of rotations, which all blocks share
     return tape.layer("embedding", out=x, cut=wide, inputs=False)
 
 
-def block(part: Part) -> Layer:
-    """Attention and feed-forward part, each added to the residual stream."""
+def _spread(part: Part) -> tuple[str, ...]:
+    """What is taken to be so about the router's choices."""
+    if part.form.expert == 1:
+        return ()
+    load = part.spec.load
+    share = "as many tokens as any other (load=1)" if load == 1 else f"{load:g} times as many tokens as the mean (load={load:g})"
+    return (f"the fullest rank of those that share the experts gets {share}, in every block; its pace is that of all",)
+
+
+def blocks(part: Part) -> tuple[Layer, ...]:
+    """The stack of blocks, equal ones in a row as one layer."""
+    runs = [(has, len(list(run))) for has, run in groupby(part.spec.block_experts)]
+    if len(runs) == 1:
+        return (block(part, has_experts=runs[0][0], repeats=runs[0][1]),)
+    made: list[Layer] = []
+    for has, length in runs:
+        name = f"{'expert' if has else 'dense'}_block"
+        number = sum(layer.name.startswith(name) for layer in made)
+        made.append(block(part, has_experts=has, repeats=length, name=f"{name}_{number + 1}" if number else name))
+    return tuple(made)
+
+
+def block(part: Part, *, has_experts: bool = False, repeats: int = 1, name: str = "block") -> Layer:
+    """Attention and feed-forward part, each added to the residual stream.
+
+    Args:
+        part: One rank's part of the model.
+        has_experts: Whether the feed-forward part is a mixture of experts.
+        repeats: Equal blocks in a row.
+        name: Of the layer.
+    """
+    transform = _expert_part if has_experts else feed_forward
     spec, wide = part.spec, part.resident * part.spec.hidden
     tape = Tape(Tensor("x", wide, HIGH))
     if spec.norm_position == "pre":
@@ -83,53 +118,65 @@ def block(part: Part) -> Layer:
         attention(tape, "n1", "a", part)
         add(tape, "x", dropout(tape, "a", "a.dropped", spec.dropout), "x1")
         _normalize(tape, "x1", "norm_2", "n2", part)
-        feed_forward(tape, "n2", "m", part)
+        transform(tape, "n2", "m", part)
         add(tape, "x1", dropout(tape, "m", "m.dropped", spec.dropout), "y", holds=("x",))
     else:
         attention(tape, "x", "a", part)
         add(tape, "x", dropout(tape, "a", "a.dropped", spec.dropout), "r1")
         _normalize(tape, "r1", "norm_1", "x1", part)
-        feed_forward(tape, "x1", "m", part)
+        transform(tape, "x1", "m", part)
         add(tape, "x1", dropout(tape, "m", "m.dropped", spec.dropout), "r2")
         _normalize(tape, "r2", "norm_2", "y", part, holds=("x", "x1"))
-    return tape.layer("block", out="y", cut=wide, repeats=spec.layers, block=True)
+    return tape.layer(name, out="y", cut=wide, repeats=repeats, block=True)
 
 
-def feed_forward(tape: Tape, x: str, out: str, part: Part) -> str:
-    """Two matrices around an activation, or three with a gate."""
+def _expert_part(tape: Tape, x: str, out: str, part: Part) -> str:
+    def shared(source: str, name: str) -> str:
+        width = part.spec.shared_ffn // part.form.tensor
+        return feed_forward(tape, source, name, part, module="mlp.shared", mark="s.", width=width)
+
+    return experts(tape, x, out, part, shared)
+
+
+def feed_forward(tape: Tape, x: str, out: str, part: Part, *, module: str = "mlp", mark: str = "", width: int = 0) -> str:
+    """Two matrices around an activation, or three with a gate.
+
+    Args:
+        tape: Where it is written.
+        x: Its input.
+        out: Name of the result.
+        part: One rank's part of the model.
+        module: Name of the module.
+        mark: Before the names of what lies between.
+        width: This rank's inner width, if not that of the model's feed-forward part.
+    """
     spec = part.spec
-    hidden, inner = Axis(Role.HIDDEN, spec.hidden), Axis(Role.FFN, part.ffn_width)
+    hidden, inner = Axis(Role.HIDDEN, spec.hidden), Axis(Role.FFN, width or part.ffn_width)
     gated = spec.activation == "swiglu"
     if not part.whole:
-        first = [Product("mlp.gate", "g", inner, spec.bias), Product("mlp.up", "u", inner, spec.bias)]
-        chosen = first if gated else [Product("mlp.fc1", "f", inner, spec.bias)]
+        first = [Product(f"{module}.gate", f"{mark}g", inner, spec.bias), Product(f"{module}.up", f"{mark}u", inner, spec.bias)]
+        chosen = first if gated else [Product(f"{module}.fc1", f"{mark}f", inner, spec.bias)]
         column_parallel(tape, x, chosen, tokens=part.tokens, inner=hidden, form=part.form)
     elif not gated:
-        linear(tape, x, "mlp.fc1", "f", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias)
+        linear(tape, x, f"{module}.fc1", f"{mark}f", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias)
     if gated:
         if part.whole:
-            linear(tape, x, "mlp.gate", "g", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias)
-        fused = part.form.fused
-        if not fused:
-            unary(tape, "g", "silu", "s")
+            linear(tape, x, f"{module}.gate", f"{mark}g", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias)
+        gate = f"{mark}g" if part.form.fused_gate else unary(tape, f"{mark}g", f"{mark}silu", f"{mark}s")
         if part.whole:
-            held = () if fused else ("s",)
-            linear(tape, x, "mlp.up", "u", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias, holds=held)
-        if fused:
-            swiglu(tape, "g", "u", "act")
-        else:
-            multiply(tape, "s", "u", "act")
+            linear(tape, x, f"{module}.up", f"{mark}u", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias, holds=(gate,))
+        (gated_unit if part.form.fused_gate else multiply)(tape, gate, f"{mark}u", f"{mark}act")
     else:
-        unary(tape, "f", "relu_squared" if spec.activation == "relu-squared" else "gelu", "act")
-    last = "mlp.down" if gated else "mlp.fc2"
-    return leave(tape, "act", last, out, inner, part, holds=(x,))
+        unary(tape, f"{mark}f", f"{mark}relu_squared" if spec.activation == "relu-squared" else f"{mark}gelu", f"{mark}act")
+    last = f"{module}.down" if gated else f"{module}.fc2"
+    return leave(tape, f"{mark}act", last, out, inner, part, holds=(x,))
 
 
 def head(part: Part) -> Layer:
     """Last norm (where norms stand before), projection and loss; `y` is the loss."""
     tape = Tape(Tensor("x", part.resident * part.spec.hidden, HIGH))
     x = _normalize(tape, "x", "norm", "n", part) if part.spec.norm_position == "pre" else "x"
-    (span_head if part.spec.head == "span" else lm_head)(tape, x, part)
+    HEADS[part.spec.head](tape, x, part)
     return tape.layer("head", out="y", cut=ONE, seed="dloss")
 
 

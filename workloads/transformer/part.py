@@ -28,14 +28,28 @@ class Part:
     def __post_init__(self) -> None:
         self._divides("heads", self.spec.heads, self.form.tensor, "tensor")
         self._divides("ffn width", self.spec.ffn_width, self.form.tensor, "tensor")
-        if self.form.expert != 1:
-            raise StrategyError("expert=1 is all that a model without experts allows")
+        self._check_experts()
         if self.form.sequence_parallel and self.form.tensor == 1:
             raise StrategyError("sequence_parallel splits tokens over tensor-parallel ranks: with tensor=1 leave it off")
         if self.form.context > 1 and self.form.context_style == "ulysses":
             self._divides("heads per tensor-parallel rank", self.heads, self.form.context, "context")
-        if self.form.tensor > 1 and self.spec.head != "lm":
-            raise StrategyError("tensor parallelism is known for language model heads, not for a span head: use tensor=1")
+        if self.form.sequence_parallel and not self.spec.predicts_tokens:
+            raise StrategyError("a span head compares the positions of a whole sequence, which sequence_parallel splits: leave it off")
+
+    def _check_experts(self) -> None:
+        spec, form = self.spec, self.form
+        if not spec.experts:
+            if form.expert != 1:
+                raise StrategyError(f"expert={form.expert} divides experts, of which this model has none: use expert=1")
+            return
+        self._divides("experts", spec.experts, form.expert, "expert")
+        self._divides("expert width", spec.expert_width, form.tensor, "tensor")
+        self._divides("width of the shared experts", spec.shared_ffn, form.tensor, "tensor")
+        most = min(float(form.expert), form.expert * self.local_experts / spec.top_k)
+        if form.expert > 1 and spec.load > most:
+            raise StrategyError(
+                f"load={spec.load:g} cannot be: when all choices go to one of {form.expert} ranks, it has at most {most:g} times the mean"
+            )
 
     def _divides(self, what: str, size: int, degree: int, field: str) -> None:
         if size % degree:
@@ -87,6 +101,31 @@ class Part:
     def ffn_width(self) -> int:
         """Inner width of the feed-forward part."""
         return self.spec.ffn_width // self.form.tensor
+
+    @property
+    def local_experts(self) -> int:
+        """Experts that one rank holds."""
+        return self.spec.experts // self.form.expert
+
+    @property
+    def expert_width(self) -> int:
+        """Its part of an expert's inner width."""
+        return self.spec.expert_width // self.form.tensor
+
+    @property
+    def chosen_rows(self) -> Polynomial:
+        """Choices that its tokens make."""
+        return self.resident * self.spec.top_k
+
+    @property
+    def exchanged_rows(self) -> Polynomial:
+        """Choices that it gets when they are exchanged: those of the fullest rank."""
+        return self.chosen_rows * self.spec.load if self.form.expert > 1 else self.chosen_rows
+
+    @property
+    def expert_rows(self) -> Polynomial:
+        """Rows of its experts' products: of all tensor-parallel ranks where these split tokens."""
+        return self.exchanged_rows * self.form.tensor if self.form.sequence_parallel else self.exchanged_rows
 
     @property
     def vocabulary(self) -> int:

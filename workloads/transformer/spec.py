@@ -12,7 +12,9 @@ Positions = Literal["learned", "rotary", "none"]
 Norm = Literal["layernorm", "rmsnorm"]
 NormPosition = Literal["pre", "post"]
 Activation = Literal["gelu", "gelu-tanh", "relu-squared", "swiglu"]
-HeadKind = Literal["lm", "span"]
+HeadKind = Literal["lm", "mlm", "span"]
+
+_EXPERT_SIZES = ("experts", "top_k", "expert_ffn", "shared_ffn", "dense_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,20 @@ class TransformerSpec:
         embedding_norm: Whether the embedding is normalized before the first block (BLOOM), whatever `norm_position` says.
         dropout: Probability, in the embedding, the attention probabilities and before each residual addition.
         token_types: Rows of a segment table (BERT has 2); 0 for none.
-        head: "lm" predicts every next token; "span" scores every position as start or end of an answer (SQuAD).
+        head: "lm" predicts every next token; "mlm" predicts hidden tokens through one more dense layer, GELU and norm, with a bias per
+            token (BERT's pre-training; without its prediction of the next sentence); "span" scores every position as start or end of an
+            answer (SQuAD).
         norm_epsilon: Added to variances.
         rotary_base: Base of the rotation's wavelengths.
+        experts: Experts that the feed-forward part of a block is made of; 0 for an ordinary (dense) one.
+        top_k: Experts that a token goes to. None is dropped.
+        expert_ffn: Inner width of one expert; 0 means that of the feed-forward part.
+        shared_ffn: Inner width of the experts that every token passes, together; 0 for none.
+        pre_softmax: Whether scores become probabilities over all experts, of which the best are the weights; else the best scores
+            become probabilities among themselves, as if all were normalized afterwards.
+        dense_layers: Blocks at the beginning that have an ordinary feed-forward part.
+        expert_every: One block in so many has experts, the last of each group (2 in GShard and GLaM).
+        load: Choices that the fullest of the ranks that share the experts gets, over their mean; 1 is balanced.
     """
 
     layers: int
@@ -71,14 +84,23 @@ class TransformerSpec:
     head: HeadKind = "lm"
     norm_epsilon: float = 1e-5
     rotary_base: float = 10_000.0
+    experts: int = 0
+    top_k: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    pre_softmax: bool = False
+    dense_layers: int = 0
+    expert_every: int = 1
+    load: float = 1.0
 
     def __post_init__(self) -> None:
         check_types(self)
         check_at_least(self, 1, ("layers", "hidden", "heads", "vocabulary", "max_positions", "sequence"))
-        check_at_least(self, 0, ("kv_heads", "head_dim", "ffn", "token_types"))
+        check_at_least(self, 0, ("kv_heads", "head_dim", "ffn", "token_types", *_EXPERT_SIZES))
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must lie in [0, 1), not {self.dropout}")
         self._check_heads()
+        self._check_experts()
         self.check_sequence(self.sequence)
 
     def _check_heads(self) -> None:
@@ -94,6 +116,28 @@ class TransformerSpec:
         if self.qk_norm and self.fused_qkv:
             raise InputError("norms of queries and keys need separate projections of both: set fused_qkv = false")
 
+    def _check_experts(self) -> None:
+        if not self.experts:
+            for name in (*_EXPERT_SIZES, "expert_every", "load", "pre_softmax"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise InputError(f"{name}={getattr(self, name)} is for a mixture of experts: give experts and top_k too")
+            return
+        if not 1 <= self.top_k <= self.experts:
+            raise InputError(f"top_k must lie between 1 and the {self.experts} experts, not {self.top_k}")
+        if self.expert_every < 1:
+            raise InputError(f"expert_every must be at least 1, not {self.expert_every}")
+        if self.dense_layers >= self.layers or not any(self.block_experts):
+            raise InputError(
+                f"no block of {self.layers} has experts with dense_layers={self.dense_layers} and expert_every={self.expert_every}: "
+                "lower them, or leave experts out"
+            )
+        if self.load < 1:
+            raise InputError(f"load is the fullest rank's share over the mean, so at least 1, not {self.load}")
+        if self.bias:
+            raise InputError("experts have no biases: set bias = false")
+        if self.dropout:
+            raise InputError("dropout beside experts is not modelled: set dropout = 0")
+
     def check_sequence(self, sequence: int) -> None:
         """Refuses a sequence length that this model cannot process.
 
@@ -104,6 +148,11 @@ class TransformerSpec:
             raise InputError(f"sequence length must be a whole number of at least 1, not {sequence!r}")
         if sequence > self.max_positions:
             raise InputError(f"sequence length {sequence} exceeds the {self.max_positions} positions of the model; raise max_positions")
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the head scores the vocabulary."""
+        return self.head != "span"
 
     @property
     def size_of_head(self) -> int:
@@ -124,6 +173,19 @@ class TransformerSpec:
     def ffn_width(self) -> int:
         """Inner width of the feed-forward part."""
         return self.ffn or 4 * self.hidden
+
+    @property
+    def expert_width(self) -> int:
+        """Inner width of one expert."""
+        return self.expert_ffn or self.ffn_width
+
+    @property
+    def block_experts(self) -> tuple[bool, ...]:
+        """Whether each block has experts."""
+        return tuple(
+            bool(self.experts) and i >= self.dense_layers and (i - self.dense_layers) % self.expert_every == self.expert_every - 1
+            for i in range(self.layers)
+        )
 
     @classmethod
     def from_options(cls, defaults: dict[str, Any], options: dict[str, Any]) -> TransformerSpec:

@@ -51,8 +51,8 @@ def unfused_product(part: Part, operands: dict[str, Operand], out: str, seed: st
         _by_head(tape, name, operands[name], width)
     scores = Tensor("scores", square, LOW)
     _matmul(tape, "q.heads", "k.heads", scores, (heads, sequence, sequence, head))
-    masked = _pointwise(tape, "scores", "scaled")
-    if spec.causal:
+    masked = "scores" if part.form.fused_softmax else _pointwise(tape, "scores", "scaled")
+    if spec.causal and not part.form.fused_softmax:
         tape.run(Operator("ones", OperatorKind.ELEMENTWISE, (), (Tensor("ones", S * S, MASK),)))
         tape.run(Operator("mask", OperatorKind.ELEMENTWISE, ("ones",), (Tensor("mask", S * S, MASK),)))
         masked = _pointwise(tape, masked, "masked", "mask")

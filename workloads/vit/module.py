@@ -56,7 +56,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = Embedding(spec)
-        self.blocks = nn.ModuleList(PreNormBlock(spec.transformer, attention) for _ in range(spec.layers))
+        self.blocks = nn.ModuleList(PreNormBlock(spec.transformer, attention, has_experts=False) for _ in range(spec.layers))
         self.head = Head(spec)
         self.apply(_initialize)
 

@@ -15,7 +15,7 @@ from workloads.common.images import Filter, convolution, images
 from workloads.common.loss import cross_entropy, start_backward
 from workloads.common.pieces import FP32, HIGH, Axis, linear, norm
 from workloads.common.tape import Tape
-from workloads.transformer.operators import block
+from workloads.transformer.operators import blocks
 from workloads.transformer.part import Part
 from workloads.vit.spec import VitSpec
 
@@ -38,10 +38,10 @@ def workload(spec: VitSpec, *, name: str = "vit", description: str = "", source:
     form = form or Form()
     if form.sequence_parallel or form.context > 1:
         raise StrategyError(f"{name}: the tokens of an image are not divided: use context=1 and sequence_parallel=false")
-    blocks = block(Part(replace(spec.transformer, head="lm"), form))
+    stack = blocks(Part(replace(spec.transformer, head="lm"), form))
     return Workload(
         name,
-        (embedding(spec), blocks, head(spec)),
+        (embedding(spec), *stack, head(spec)),
         spec.tokens,
         "image",
         B * (4 * 3 * spec.image_size**2 + 8),

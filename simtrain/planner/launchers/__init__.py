@@ -1,0 +1,78 @@
+"""Handing a strategy over: written in the form of a launcher, read back from it, and what that form cannot say is named.
+
+| launcher | written as |
+|---|---|
+| `megatron` | arguments of Megatron-LM's `pretrain_gpt.py` |
+| `torchtitan` | TOML of torchtitan (releases up to 0.2) |
+| `deepspeed` | JSON of DeepSpeed |
+| `fsdp2` | Python that shards a model with PyTorch's `fully_shard` |
+| `torchrun` | the command that starts the ranks |
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from simtrain.core.errors import UnknownNameError, UnsupportedError
+from simtrain.core.strategy import Strategy
+from simtrain.planner.launchers.form import Written
+
+LAUNCHERS = ("megatron", "torchtitan", "deepspeed", "fsdp2", "torchrun")
+
+
+def check_launcher(name: str, option: str = "launcher") -> None:
+    """Checks a launcher's name.
+
+    Raises:
+        UnknownNameError: With the nearest.
+    """
+    if name not in LAUNCHERS:
+        raise UnknownNameError(option, name, LAUNCHERS)
+
+
+def emit(launcher: str, strategy: Strategy, *, per_node: int = 8) -> Written:
+    """Writes a strategy for a launcher.
+
+    Args:
+        launcher: One of `LAUNCHERS`.
+        strategy: What to carry out.
+        per_node: Devices of a node, where the launcher must know.
+
+    Raises:
+        UnknownNameError: No such launcher.
+        UnsupportedError: The strategy states its replicas in full.
+    """
+    module = _module(launcher)
+    if strategy.plan:
+        raise UnsupportedError(
+            "launchers know equal replicas only; a strategy with an explicit plan of replicas cannot be written for them"
+        )
+    written: Written = module.write(strategy, per_node)
+    back: Strategy = module.read(written.text, strategy.ranks)
+    unsaid = dict(written.unsaid)
+    for name in Strategy.__dataclass_fields__:
+        if getattr(back, name) != getattr(strategy, name):
+            unsaid.setdefault(name, f"{name}={getattr(strategy, name)} would be read back as {getattr(back, name)}")
+    return Written(written.text, unsaid)
+
+
+def read(launcher: str, text: str, *, ranks: int | None = None) -> Strategy:
+    """Reads a launcher's configuration as a strategy; what it does not say stays at its default.
+
+    Args:
+        launcher: One of `LAUNCHERS`.
+        text: What `emit` or a person wrote.
+        ranks: Devices in all, where the text does not say.
+
+    Raises:
+        UnknownNameError: No such launcher.
+        InputError: The text cannot be read, or the ranks are needed.
+    """
+    strategy: Strategy = _module(launcher).read(text, ranks)
+    return strategy
+
+
+def _module(launcher: str) -> ModuleType:
+    check_launcher(launcher)
+    return import_module(f"simtrain.planner.launchers.{launcher}")

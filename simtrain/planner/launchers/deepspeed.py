@@ -1,0 +1,74 @@
+"""JSON of DeepSpeed.
+
+Source: configuration files of projects that use it (shibing624/MedicalGPT, pppa2019/Mango: `train_batch_size`,
+`train_micro_batch_size_per_gpu`, `gradient_accumulation_steps`, `zero_optimization.stage`, `bf16` and `fp16` with `enabled`, `optimizer`).
+Degrees of tensor and pipeline parallelism are no part of that file: the program builds them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from simtrain.core.errors import InputError
+from simtrain.core.strategy import Strategy
+from simtrain.planner.launchers.form import Written, beyond, whole
+
+NAME = "DeepSpeed"
+ELSEWHERE = ("tensor", "sequence_parallel", "pipeline", "schedule", "chunks", "context", "context_style", "expert", "checkpoint", "shard")
+OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam"}
+PRECISIONS = {"bf16-master": "bf16", "fp16-master": "fp16", "fp32": ""}
+
+
+def write(strategy: Strategy, per_node: int) -> Written:
+    """Writes the configuration."""
+    del per_node
+    s = strategy
+    unsaid = beyond(s, ELSEWHERE, "DeepSpeed's file")
+    config: dict[str, Any] = {
+        "train_batch_size": s.global_batch,
+        "train_micro_batch_size_per_gpu": s.micro_batch,
+        "gradient_accumulation_steps": s.accumulation,
+        "zero_optimization": {"stage": s.zero},
+    }
+    if s.precision in PRECISIONS:
+        config |= {kind: {"enabled": PRECISIONS[s.precision] == kind} for kind in ("bf16", "fp16")}
+    else:
+        unsaid["precision"] = f"{s.precision}: DeepSpeed keeps fp32 masters beside 16-bit weights (bf16-master, fp16-master)"
+    if s.optimizer in OPTIMIZERS:
+        config["optimizer"] = {"type": OPTIMIZERS[s.optimizer]}
+    else:
+        unsaid["optimizer"] = f"{s.optimizer}: give the program's own"
+    return Written(json.dumps(config, indent=2) + "\n", unsaid)
+
+
+def read(text: str, ranks: int | None) -> Strategy:
+    """Reads the configuration.
+
+    Raises:
+        InputError: It is no JSON, or leaves batches to be filled in ("auto").
+    """
+    del ranks
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{NAME}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{NAME}: the configuration must be a JSON object")
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    missing = [n for n in names if n not in config]
+    if missing:
+        raise InputError(f"{NAME}: {', '.join(missing)} must be stated")
+    batch, micro_batch, accumulation = (whole(config[n], n, NAME) for n in names)
+    if micro_batch < 1 or accumulation < 1 or batch % (micro_batch * accumulation):
+        raise InputError(f"{NAME}: train_batch_size={batch} is no multiple of micro-batch {micro_batch} x accumulation {accumulation}")
+    enabled = [p for p, kind in PRECISIONS.items() if kind and config.get(kind, {}).get("enabled") is True]
+    kind = str(config.get("optimizer", {}).get("type", "AdamW"))
+    return Strategy(
+        data=batch // (micro_batch * accumulation),
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        precision=enabled[0] if enabled else "fp32",
+        optimizer={v: k for k, v in OPTIMIZERS.items()}.get(kind, "adamw"),
+        zero=whole(config.get("zero_optimization", {}).get("stage", 0), "zero_optimization.stage", NAME),
+    )

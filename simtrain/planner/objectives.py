@@ -1,0 +1,171 @@
+"""What a plan is judged by: single objectives, several at once, and one balanced score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from simtrain.core.errors import InputError, UnknownNameError
+from simtrain.core.result import Result
+
+Objective = Literal["throughput", "step_time", "memory", "energy", "cost", "tokens_per_dollar", "balanced"]
+
+OBJECTIVES: dict[str, Callable[[Result], float]] = {
+    "throughput": lambda r: -r.samples_per_s,
+    "step_time": lambda r: r.step_time_s,
+    "memory": lambda r: r.memory.device_bytes,
+    "energy": lambda r: r.energy_j / r.global_batch,
+    "cost": lambda r: r.cost_usd / r.global_batch,
+    "tokens_per_dollar": lambda r: r.cost_usd / (r.tokens_per_s * r.step_time_s),
+}
+"""What each objective minimises (energy and cost per sample, dollars per token)."""
+
+BALANCED = "balanced"
+PRICED = ("cost", "tokens_per_dollar")
+"""Objectives that need the price of the devices."""
+
+TIMED = ("throughput", "step_time", "cost", "tokens_per_dollar")
+"""Objectives that are proportional to the step time, so that a bound of it is a bound of them (with equal devices and batch)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Weights of the balanced score: each part is relative to the best strategy in it, between 0 and 1.
+
+    Attributes:
+        throughput: Samples per second over the most.
+        memory: The least memory over what is used.
+        convergence: Samples' worth towards the target, `1 / (1 + batch / noise_batch)` over the best (McCandlish et al. 2018,
+            "An Empirical Model of Large-Batch Training": samples to a target grow with 1 + batch / noise scale).
+        noise_batch: Gradient noise scale in samples; 0 takes the largest batch considered (an assumption).
+    """
+
+    throughput: float = 0.5
+    memory: float = 0.25
+    convergence: float = 0.25
+    noise_batch: float = 0.0
+
+    def __post_init__(self) -> None:
+        parts = (self.throughput, self.memory, self.convergence)
+        if any(not p >= 0 for p in parts) or sum(parts) <= 0 or self.noise_batch < 0:
+            raise InputError("weights must not be negative, and one of throughput, memory and convergence must be above zero")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a plan must keep to.
+
+    Attributes:
+        memory_margin: Share of device memory that stays free, from 0 to below 1.
+        power_w: Most average power of all devices and hosts; 0 for any.
+        budget_usd: Most money for `tokens`; 0 for any.
+        tokens: Length of the training for the budget.
+    """
+
+    memory_margin: float = 0.0
+    power_w: float = 0.0
+    budget_usd: float = 0.0
+    tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.memory_margin < 1:
+            raise InputError(f"memory_margin must be a share from 0 to below 1, not {self.memory_margin!r}")
+        for name in ("power_w", "budget_usd", "tokens"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must not be negative, not {getattr(self, name)!r}")
+        if self.budget_usd and not self.tokens:
+            raise InputError("a budget needs the length of the training: give tokens too (tokens=1e12)")
+
+    def broken_by(self, result: Result) -> str:
+        """Says which limit a result breaks, or nothing."""
+        memory = result.memory
+        if memory.device_bytes > memory.capacity_bytes * (1 - self.memory_margin):
+            over = memory.device_bytes - memory.capacity_bytes * (1 - self.memory_margin)
+            margin = f" with a margin of {self.memory_margin:.0%}" if self.memory_margin else ""
+            return f"out of memory by {over / 2**30:.2f} GiB{margin} at {memory.peak_moment}"
+        if self.power_w and result.power_w > self.power_w:
+            return f"draws more than {self.power_w:,.0f} W on average"
+        if self.budget_usd and result.cost_usd * self.tokens / (result.tokens_per_s * result.step_time_s) > self.budget_usd:
+            return f"costs more than {self.budget_usd:,.0f} USD for {self.tokens:.3g} tokens"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Ranks results by one objective, or by the first of several.
+
+    Attributes:
+        objectives: Names.
+        weights: Of the balanced score.
+    """
+
+    objectives: tuple[str, ...]
+    weights: Weights = field(default_factory=Weights)
+
+    def __post_init__(self) -> None:
+        if not self.objectives:
+            raise InputError(f"give at least one objective: {', '.join((*OBJECTIVES, BALANCED))}")
+        for name in self.objectives:
+            if name not in OBJECTIVES and name != BALANCED:
+                raise UnknownNameError("objective", name, (*OBJECTIVES, BALANCED))
+
+    def values(self, results: Sequence[Result], objective: str) -> list[float]:
+        """What is minimised, for each result."""
+        if objective == BALANCED:
+            return [-s for s in self.scores(results)]
+        return [OBJECTIVES[objective](r) for r in results]
+
+    def scores(self, results: Sequence[Result]) -> list[float]:
+        """The balanced score of each, from 0 to 1."""
+        if not results:
+            return []
+        weights = self.weights
+        noise = weights.noise_batch or max(r.global_batch for r in results)
+        quality = [1 / (1 + r.global_batch / noise) for r in results]
+        fastest, best = max(r.samples_per_s for r in results), max(quality)
+        smallest = min(r.memory.device_bytes for r in results)
+        total = weights.throughput + weights.memory + weights.convergence
+        return [
+            (
+                weights.throughput * r.samples_per_s / fastest
+                + weights.memory * smallest / r.memory.device_bytes
+                + weights.convergence * q / best
+            )
+            / total
+            for r, q in zip(results, quality, strict=True)
+        ]
+
+    def ranked(self, results: Sequence[Result]) -> list[Result]:
+        """Best first by the first objective."""
+        values = self.values(results, self.objectives[0])
+        return [results[i] for i in sorted(range(len(results)), key=lambda i: values[i])]
+
+    def front(self, results: Sequence[Result]) -> list[Result]:
+        """Results that no other beats in all objectives, best first by the first."""
+        if len(self.objectives) < 2:
+            return self.ranked(results)[:1]
+        columns = [self.values(results, o) for o in self.objectives]
+        points = list(zip(*columns, strict=True))
+        best = [i for i in range(len(points)) if not any(dominates(points[j], points[i]) for j in range(len(points)) if j != i)]
+        chosen = set(best)
+        return [r for r in self.ranked(results) if any(r is results[i] for i in chosen)]
+
+
+def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether `a` is nowhere worse than `b` and somewhere better."""
+    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+
+
+def weights_of(given: Mapping[str, float] | Weights | None) -> Weights:
+    """Reads weights from names and values.
+
+    Raises:
+        InputError: An unknown name, or weights that cannot be.
+    """
+    if given is None or isinstance(given, Weights):
+        return given or Weights()
+    for name in given:
+        if name not in Weights.__dataclass_fields__:
+            raise UnknownNameError("weight", name, Weights.__dataclass_fields__)
+    return Weights(**given)

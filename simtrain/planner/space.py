@@ -1,0 +1,291 @@
+"""The strategies that make sense for a workload, a cluster and a global batch: what each runtime can carry out, in divisors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any
+
+from simtrain.core.errors import InputError, StrategyError, UnsupportedError, nearest
+from simtrain.core.hardware import Cluster
+from simtrain.core.precision import PRECISIONS
+from simtrain.core.runtime import Runtime
+from simtrain.core.runtime import runtime as find_runtime
+from simtrain.core.strategy import Strategy
+from simtrain.core.workload import Workload
+from simtrain.step.setting import resolve
+from simtrain.step.shard import rank_form
+
+AMP = ("fp32", "tf32", "fp16-amp", "bf16-amp")
+LONGEST_SEQUENCE = 8192
+"""Tokens above which a sequence is worth dividing (a choice of the search, not a limit of the engine)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What is customary with a runtime, and therefore tried by default; anything else can be asked for with `fixed`.
+
+    Attributes:
+        precisions: Recipes in order of preference; only one of them is tried where `one_precision`.
+        one_precision: Whether the first that the devices have is enough.
+        checkpoints: Activation checkpointing.
+        zeros: ZeRO stages.
+        tensor: Whether layers are divided.
+        sequence_parallel: Whether what lies between divided products may be divided too.
+        schedules: Pipeline schedules with their chunks; none where it has no pipelines.
+        pipeline_zeros: ZeRO stages that go with a pipeline.
+    """
+
+    precisions: tuple[str, ...] = AMP
+    one_precision: bool = False
+    checkpoints: tuple[str, ...] = ("none", "every:2", "sqrt", "full")
+    zeros: tuple[int, ...] = (0, 1)
+    tensor: bool = False
+    sequence_parallel: bool = False
+    schedules: tuple[tuple[str, int], ...] = ()
+    pipeline_zeros: tuple[int, ...] = (0, 1)
+
+
+HABITS: dict[str, Habits] = {
+    "torch-eager": Habits(),
+    "torch-eager-cpu": Habits(),
+    "fsdp2": Habits(
+        precisions=("bf16-amp", "fp16-amp", "fp32"),
+        one_precision=True,
+        checkpoints=("none", "full"),
+        zeros=(2, 3),
+        tensor=True,
+        sequence_parallel=True,
+        schedules=(("1f1b", 0), ("interleaved", 2)),
+        pipeline_zeros=(2, 3),
+    ),
+    "megatron": Habits(
+        precisions=("bf16-master", "fp16-master", "fp32"),
+        one_precision=True,
+        checkpoints=("none", "selective", "full"),
+        tensor=True,
+        sequence_parallel=True,
+        schedules=(("1f1b", 0), ("interleaved", 2), ("interleaved", 4)),
+    ),
+    "deepspeed": Habits(
+        precisions=("bf16-master", "fp16-master", "fp32"),
+        one_precision=True,
+        checkpoints=("none", "full"),
+        zeros=(0, 1, 2, 3),
+        tensor=True,
+        schedules=(("1f1b", 0),),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A strategy and what carries it out."""
+
+    strategy: Strategy
+    runtime: Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What narrows the space; `None` leaves it to the runtime's habits.
+
+    Attributes:
+        precisions: Recipes to try.
+        checkpoints: Checkpointing to try.
+        zeros: ZeRO stages to try.
+        optimizer: Which one.
+        devices: How many of the cluster's devices to use.
+        fixed: Fields of the strategy with the only value they may take.
+    """
+
+    precisions: tuple[str, ...] | None
+    checkpoints: tuple[str, ...] | None
+    zeros: tuple[int, ...] | None
+    optimizer: str
+    devices: int
+    fixed: Mapping[str, Any]
+
+
+def default_runtimes(cluster: Cluster) -> tuple[Runtime, ...]:
+    """Eager PyTorch on one machine; on several those that divide models too."""
+    if all(d.device_class == "cpu" for d in cluster.devices):
+        return (find_runtime("torch-eager-cpu"),)
+    names = ("torch-eager",) if len(cluster.nodes) == 1 else ("megatron", "fsdp2")
+    return tuple(find_runtime(n) for n in names)
+
+
+def check_fixed(fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks the names and values of fixed fields and turns text into numbers.
+
+    Raises:
+        StrategyError: No such field, or a value that it cannot have.
+    """
+    known = [f.name for f in fields(Strategy) if f.name != "plan"]
+    for name in fixed:
+        if name not in known:
+            near = nearest(name, known)
+            raise StrategyError(f"fixed: a strategy has no field {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    alone = Strategy.from_dict(dict(fixed))
+    return {name: getattr(alone, name) for name in fixed}
+
+
+def candidates(
+    workload: Workload, cluster: Cluster, global_batch: int, runtimes: Sequence[Runtime], wishes: Wishes
+) -> tuple[tuple[Candidate, ...], dict[str, int]]:
+    """Lists what is worth trying.
+
+    Args:
+        workload: What is trained.
+        cluster: On what.
+        global_batch: Samples per step.
+        runtimes: What may carry it out.
+        wishes: What narrows the space.
+
+    Returns:
+        The candidates, and how many divisions of the model were left out for which reason.
+
+    Raises:
+        StrategyError: The global batch divides over no number of replicas that is possible, or fixed fields contradict each other.
+        InputError: There is nothing to try.
+    """
+    if global_batch < 1:
+        raise StrategyError(f"the global batch must be at least 1, not {global_batch}")
+    if not 1 <= wishes.devices <= cluster.size:
+        raise InputError(f"devices={wishes.devices}: {cluster.name!r} has {cluster.size}, so give 1 to {cluster.size}")
+    left_out: dict[str, int] = {}
+    found: list[Candidate] = []
+    undivided: list[int] = []
+    for runtime in runtimes:
+        for degrees in _degrees(workload, cluster, runtime, wishes):
+            reason = _impossible(workload, cluster, runtime, degrees)
+            if reason:
+                left_out[reason] = left_out.get(reason, 0) + 1
+                continue
+            per_replica = global_batch // degrees["data"]
+            if global_batch % degrees["data"]:
+                undivided.append(degrees["data"])
+                continue
+            found += [Candidate(s, runtime) for s in _choices(cluster, runtime, degrees, per_replica, wishes, blocks_of(workload))]
+    if not found:
+        _complain(global_batch, undivided, left_out, wishes)
+    return tuple(found), left_out
+
+
+def _complain(global_batch: int, undivided: list[int], left_out: Mapping[str, int], wishes: Wishes) -> None:
+    if undivided:
+        over = min(undivided)
+        below = global_batch // over * over
+        near = " or ".join(str(n) for n in (below, below + over) if n > 0)
+        what = f"{over} devices" if over == wishes.devices else f"{over} replicas"
+        raise StrategyError(f"a global batch of {global_batch} does not divide over {what}: use {near}")
+    if left_out:
+        raise StrategyError("no way of dividing the model is possible: " + "; ".join(left_out))
+    if wishes.fixed:
+        given = ", ".join(f"{n}={v}" for n, v in wishes.fixed.items())
+        raise StrategyError(f"no strategy for {wishes.devices} devices and a global batch of {global_batch} has {given}")
+    raise InputError("there is nothing to try: give at least one precision, one checkpointing choice and one ZeRO stage")
+
+
+def blocks_of(workload: Workload) -> int:
+    """What a pipeline can be cut into."""
+    return sum(layer.repeats for layer in workload.layers if layer.block) or workload.depth
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors in ascending order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _degrees(workload: Workload, cluster: Cluster, runtime: Runtime, wishes: Wishes) -> Iterator[dict[str, Any]]:
+    """Ways of dividing the devices."""
+    habits, fixed, devices = HABITS.get(runtime.name, HABITS["megatron"]), wishes.fixed, wishes.devices
+    per_node = min(len(node.devices) for node in cluster.nodes)
+    blocks = blocks_of(workload)
+    divisible = habits.tensor and workload.reform is not None
+    tensors = _allowed(fixed, "tensor", [d for d in divisors(devices) if d <= per_node] if divisible else [1])
+    pipelines = _allowed(fixed, "pipeline", [d for d in divisors(devices) if d <= blocks] if habits.schedules else [1])
+    long = divisible and workload.sequence > LONGEST_SEQUENCE
+    contexts = _allowed(
+        fixed, "context", [d for d in divisors(devices) if d == 1 or workload.sequence / d >= LONGEST_SEQUENCE / 2] if long else [1]
+    )
+    for tensor, pipeline, context in product(tensors, pipelines, contexts):
+        data = devices // (tensor * pipeline * context)
+        if data * tensor * pipeline * context != devices or fixed.get("data", data) != data:
+            continue
+        experts = divisors(data * context) if divisible and is_sparse(workload, runtime) else [1]
+        for expert in _allowed(fixed, "expert", experts):
+            yield {"data": data, "tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
+
+
+def is_sparse(workload: Workload, runtime: Runtime) -> bool:
+    """Whether it has experts to spread."""
+    try:
+        rank_form(workload, Strategy(data=2, expert=2), runtime)
+    except (StrategyError, UnsupportedError):
+        return False
+    return True
+
+
+def _impossible(workload: Workload, cluster: Cluster, runtime: Runtime, degrees: Mapping[str, Any]) -> str:
+    try:
+        strategy = Strategy(**degrees)
+        resolve(workload, cluster, strategy, runtime)
+        rank_form(workload, strategy, runtime)
+    except (StrategyError, UnsupportedError) as error:
+        return str(error)
+    return ""
+
+
+def _allowed(fixed: Mapping[str, Any], name: str, usual: Iterable[Any]) -> list[Any]:
+    return [fixed[name]] if name in fixed else list(usual)
+
+
+def _choices(
+    cluster: Cluster, runtime: Runtime, degrees: Mapping[str, Any], per_replica: int, wishes: Wishes, blocks: int
+) -> Iterator[Strategy]:
+    habits, fixed = HABITS.get(runtime.name, HABITS["megatron"]), wishes.fixed
+    usual_checkpoints = [c for c in habits.checkpoints if c != "selective" or not runtime.fused_attention]
+    pipeline, holders = degrees["pipeline"], degrees["data"] * degrees["context"]
+    usual = habits.zeros if pipeline == 1 else habits.pipeline_zeros
+    asked = wishes.zeros if wishes.zeros is not None else usual
+    zeros = [z for z in asked if z == 0 or holders > 1] or ([0] if wishes.zeros is None and asked else [])
+    sequence = [degrees["tensor"] > 1] if habits.sequence_parallel else [False]
+    schedules = habits.schedules if pipeline > 1 else (("1f1b", 0),)
+    if "schedule" in fixed or "chunks" in fixed:
+        schedules = ((fixed.get("schedule", "interleaved" if fixed.get("chunks", 0) > 1 else "1f1b"), fixed.get("chunks", 0)),)
+    for micro_batch, recipe, checkpoint, zero, split, (schedule, chunks) in product(
+        _allowed(fixed, "micro_batch", divisors(per_replica)),
+        _allowed(fixed, "precision", _precisions(cluster, habits, wishes)),
+        _allowed(fixed, "checkpoint", wishes.checkpoints if wishes.checkpoints is not None else usual_checkpoints),
+        _allowed(fixed, "zero", zeros),
+        _allowed(fixed, "sequence_parallel", sequence),
+        schedules,
+    ):
+        accumulation = per_replica // micro_batch
+        if micro_batch * accumulation != per_replica or fixed.get("accumulation", accumulation) != accumulation:
+            continue
+        if schedule == "interleaved" and "schedule" not in fixed and (accumulation % pipeline or pipeline * chunks > blocks):
+            continue
+        rest = {n: fixed[n] for n in ("shard", "context_style", "optimizer") if n in fixed}
+        yield Strategy(
+            **degrees,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            precision=recipe,
+            checkpoint=checkpoint,
+            zero=zero,
+            sequence_parallel=split,
+            schedule=schedule,
+            chunks=chunks,
+            **({"optimizer": wishes.optimizer} | rest),
+        )
+
+
+def _precisions(cluster: Cluster, habits: Habits, wishes: Wishes) -> Sequence[str]:
+    if wishes.precisions is not None:
+        return wishes.precisions
+    devices = set(cluster.devices)
+    found = [n for n in habits.precisions if all(PRECISIONS[n].arithmetic in d.peak_flops for d in devices)]
+    return found[:1] if habits.one_precision else found

@@ -1,0 +1,299 @@
+"""Why a strategy takes what it takes: what bounds it, what more of a resource or one other choice is worth, what would make it feasible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from simtrain.core import catalog
+from simtrain.core.errors import InputError
+from simtrain.core.hardware import Cluster, Device, Link
+from simtrain.core.result import Result
+from simtrain.core.runtime import Runtime
+from simtrain.core.runtime import runtime as find_runtime
+from simtrain.core.strategy import Strategy
+from simtrain.core.units import format_bytes, format_time
+from simtrain.core.workload import Workload
+from simtrain.planner.objectives import Limits
+from simtrain.planner.screen import REFUSALS, Screen, projected_s
+from simtrain.planner.space import HABITS, Candidate, Wishes, candidates, default_runtimes
+from simtrain.step.predict import schedule
+
+MORE = 1.1
+"""How much more of a resource is priced."""
+
+MOST_COPIES = 64
+"""Times as many machines as are tried when a model fits nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """What one change is worth.
+
+    Attributes:
+        change: In words: "10 % more memory bandwidth", or a choice such as "micro_batch=2, accumulation=8".
+        step_time_s: With it.
+        gain: Throughput it adds, relative (0.05 is 5 % more samples per second).
+        fits: Whether it fits the device's memory.
+    """
+
+    change: str
+    step_time_s: float
+    gain: float
+    fits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """Reasons of one strategy.
+
+    Attributes:
+        strategy: As text.
+        bound_by: What the step spends its time on, in words.
+        resources: What 10 % more of each resource is worth, most first.
+        knobs: What one other choice is worth, best first.
+    """
+
+    strategy: str
+    bound_by: str
+    resources: tuple[Worth, ...]
+    knobs: tuple[Worth, ...]
+
+
+def why(workload: Workload | str, cluster: Cluster | str, strategy: Strategy | str, *, runtime: Runtime | str | None = None) -> Why:
+    """Prices a strategy anew with 10 % more of each resource and with one choice changed, by `schedule`.
+
+    Args:
+        workload: A workload or the name of a preset.
+        cluster: A cluster or its text.
+        strategy: What is asked about.
+        runtime: What carries it out.
+
+    Raises:
+        InputError: See `simtrain.schedule`.
+        UnsupportedError: See `simtrain.schedule`.
+    """
+    work = catalog.workload(workload) if isinstance(workload, str) else workload
+    machines = catalog.cluster(cluster) if isinstance(cluster, str) else cluster
+    how = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+    framework = _runtime(runtime, machines)
+    candidate = Candidate(how, framework)
+    now_s = projected_s(schedule, work, machines, candidate)
+    shown = schedule(work, machines, how.with_(accumulation=min(how.accumulation, 3 * how.pipeline)), runtime=framework)
+    resources = [
+        _worth(f"10 % more {name}", now_s, projected_s(schedule, work, better, Candidate(how, launcher)))
+        for name, better, launcher in _richer(machines, framework)
+    ]
+    knobs = []
+    screen = Screen(work, machines)
+    for text, changed in neighbours(how, machines, framework):
+        try:
+            fits = screen.fits(screen.memory(Candidate(changed, framework)))
+            knobs.append(replace(_worth(text, now_s, projected_s(schedule, work, machines, Candidate(changed, framework))), fits=fits))
+        except REFUSALS:
+            continue
+    resources.sort(key=lambda w: -w.gain)
+    knobs.sort(key=lambda w: (not w.fits, -w.gain))
+    return Why(str(how), bound_in_words(shown), tuple(resources), tuple(knobs))
+
+
+def bound_in_words(result: Result) -> str:
+    """Says what the step spends its time on, parts above 1 % in descending order."""
+    parts = sorted(result.breakdown_s.items(), key=lambda item: -item[1])
+    shown = [f"{name} {time_s / result.step_time_s:.0%}" for name, time_s in parts if time_s > 0.01 * result.step_time_s]
+    return f"bound by {parts[0][0]}: " + ", ".join(shown)
+
+
+def _runtime(given: Runtime | str | None, cluster: Cluster) -> Runtime:
+    if isinstance(given, Runtime):
+        return given
+    on_cpu = all(d.device_class == "cpu" for d in cluster.devices)
+    return find_runtime(given or ("torch-eager-cpu" if on_cpu else "torch-eager"))
+
+
+def _worth(change: str, before_s: float, after_s: float) -> Worth:
+    return Worth(change, after_s, before_s / after_s - 1)
+
+
+def _richer(cluster: Cluster, runtime: Runtime) -> Iterator[tuple[str, Cluster, Runtime]]:
+    """The machines with more of one resource at a time."""
+
+    def faster(device: Device) -> Device:
+        return replace(device, peak_flops={path: rate * MORE for path, rate in device.peak_flops.items()})
+
+    def wider(device: Device) -> Device:
+        return replace(device, memory=replace(device.memory, bandwidth_bytes_per_s=device.memory.bandwidth_bytes_per_s * MORE))
+
+    yield "compute peak", _with_devices(cluster, {d: faster(d) for d in set(cluster.devices)}), runtime
+    yield "memory bandwidth", _with_devices(cluster, {d: wider(d) for d in set(cluster.devices)}), runtime
+    if cluster.size > 1:
+        yield "link bandwidth", _with_links(cluster), runtime
+    if runtime.run_ahead_launches:
+        yield "host launch rate", cluster, runtime.with_(launch_s=runtime.launch_s / MORE, recompute_s=runtime.recompute_s / MORE)
+
+
+def _with_devices(cluster: Cluster, other: dict[Device, Device]) -> Cluster:
+    nodes = tuple(replace(node, devices=tuple(other[d] for d in node.devices)) for node in cluster.nodes)
+    return replace(cluster, nodes=nodes)
+
+
+def _with_links(cluster: Cluster) -> Cluster:
+    def wider(link: Link) -> Link:
+        return replace(link, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s * MORE)
+
+    def quicker(host: Device) -> Device:
+        return replace(host, memory=replace(host.memory, bandwidth_bytes_per_s=host.memory.bandwidth_bytes_per_s * MORE))
+
+    nodes = tuple(
+        replace(
+            node,
+            host=quicker(node.host) if node.host and node.host not in node.devices else node.host,  # traffic without a peer link crosses it
+            host_link=wider(node.host_link),
+            peer_link=wider(node.peer_link) if node.peer_link else None,
+            nic=wider(node.nic) if node.nic else None,
+        )
+        for node in cluster.nodes
+    )
+    return replace(cluster, nodes=nodes)
+
+
+def neighbours(strategy: Strategy, cluster: Cluster, runtime: Runtime) -> Iterator[tuple[str, Strategy]]:
+    """Strategies with one choice changed, devices and global batch kept, with the change in words."""
+    habits = HABITS.get(runtime.name, HABITS["megatron"])
+    per_node = min(len(node.devices) for node in cluster.nodes)
+    options: list[dict[str, Any]] = []
+    for factor in (0.5, 2):
+        options += [
+            _traded(strategy, "micro_batch", "accumulation", factor),
+            _traded(strategy, "pipeline", "data", factor) if habits.schedules else {},
+            _traded(strategy, "tensor", "data", factor) if habits.tensor else {},
+        ]
+    options += [{"checkpoint": c} for c in habits.checkpoints if c != "selective" or not runtime.fused_attention]
+    options += [{"zero": z} for z in habits.zeros if strategy.data * strategy.context > 1]
+    options += [{"schedule": s, "chunks": c} for s, c in habits.schedules if strategy.pipeline > 1]
+    if habits.sequence_parallel and strategy.tensor > 1:
+        options.append({"sequence_parallel": not strategy.sequence_parallel})
+    for changes in options:
+        differing = {name: value for name, value in changes.items() if getattr(strategy, name) != value}
+        if not differing or changes.get("tensor", 1) > per_node:
+            continue
+        changed = strategy.with_(**changes)
+        if changed.global_batch == strategy.global_batch and changed.ranks == strategy.ranks:
+            yield ", ".join(f"{n}={v}" for n, v in differing.items()), changed
+
+
+def _traded(strategy: Strategy, name: str, other: str, factor: float) -> dict[str, Any]:
+    """One degree times a factor at the cost of another; nothing where that leaves whole numbers. Fewer replicas accumulate more."""
+    a, b = getattr(strategy, name) * factor, getattr(strategy, other) / factor
+    changes = {name: a, other: b}
+    if other == "data":
+        changes["accumulation"] = strategy.accumulation * factor
+        if name == "tensor":
+            changes["sequence_parallel"] = strategy.sequence_parallel and a > 1
+    if any(v != int(v) or v < 1 for n, v in changes.items() if n != "sequence_parallel"):
+        return {}
+    return {n: bool(v) if n == "sequence_parallel" else int(v) for n, v in changes.items()}
+
+
+def feasible(workload: Workload, cluster: Cluster, global_batch: int, limits: Limits | None = None) -> tuple[str, ...]:
+    """Says what would make a model fit that fits in none of the ways allowed: other choices, more memory, more machines.
+
+    Args:
+        workload: What is trained.
+        cluster: On what.
+        global_batch: Samples per step.
+        limits: With the memory margin.
+    """
+    margin = (limits or Limits()).memory_margin
+    lines = []
+    here, over = _frugal(workload, cluster, global_batch, margin)
+    if here is not None:
+        lines.append(f"on these devices it fits with {here.strategy} under runtime {here.runtime.name}")
+        return tuple(lines)
+    if over is not None:
+        lines.append(f"the most frugal way tried is over by {format_bytes(over)}: it would fit devices with that much more memory")
+    copies = 2
+    while copies <= MOST_COPIES:
+        try:
+            more = replace(cluster, name=f"{copies}x {cluster.name}", nodes=cluster.nodes * copies)
+            found, _ = _frugal(workload, more, global_batch, margin)
+        except InputError:
+            break  # the batch or the network does not divide over so many
+        if found is not None:
+            lines.append(f"it fits {copies} times as many machines ({more.size} devices) with {found.strategy} under {found.runtime.name}")
+            break
+        copies *= 2
+    return tuple(lines)
+
+
+def _frugal(workload: Workload, cluster: Cluster, global_batch: int, margin: float) -> tuple[Candidate | None, float | None]:
+    """The first strategy that fits among the most frugal of each way of dividing the model, and else the least excess."""
+    wishes = Wishes(None, None, None, "adamw", cluster.size, {"micro_batch": 1, "checkpoint": "full"})
+    on_cpu = default_runtimes(cluster)[0].run_ahead_launches == 0
+    runtimes = default_runtimes(cluster) if on_cpu else tuple(find_runtime(n) for n in ("megatron", "fsdp2", "torch-eager"))
+    screen, least = Screen(workload, cluster, margin), None
+    listed = [c for c in candidates(workload, cluster, global_batch, runtimes, wishes)[0] if c.strategy.schedule == "1f1b"]
+    for candidate in sorted(listed, key=lambda c: (c.strategy.tensor, c.strategy.pipeline, -c.strategy.zero)):
+        try:
+            memory = screen.memory(candidate)
+        except REFUSALS:
+            continue
+        if screen.fits(memory):
+            return candidate, None
+        excess = memory.device_bytes - memory.capacity_bytes * (1 - margin)
+        least = excess if least is None else min(least, excess)
+    return None, least
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How two results differ.
+
+    Attributes:
+        a: The first.
+        b: The second.
+        time_s: Seconds that `b` takes more, by part of the step.
+        memory_bytes: Bytes that `b` takes more at its peak, by kind.
+    """
+
+    a: Result
+    b: Result
+    time_s: dict[str, float]
+    memory_bytes: dict[str, float]
+
+    def __str__(self) -> str:
+        """The difference in a few lines."""
+        ratio = self.a.step_time_s / self.a.global_batch / (self.b.step_time_s / self.b.global_batch)
+        lines = [
+            f"A: {self.a}",
+            f"B: {self.b}",
+            f"B has {ratio:.3g} times the throughput of A, "
+            f"a step {format_time(abs(sum(self.time_s.values())))} {'longer' if self.b.step_time_s > self.a.step_time_s else 'shorter'}",
+            "time, B - A: " + (_signed(self.time_s, format_time) or "equal"),
+            "memory, B - A: " + (_signed(self.memory_bytes, format_bytes) or "equal"),
+        ]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data for JSON."""
+        return {"a": self.a.to_dict(), "b": self.b.to_dict(), "time_s": self.time_s, "memory_bytes": self.memory_bytes}
+
+
+def compare(a: Result, b: Result) -> Comparison:
+    """Splits the difference of two results: time by part, memory by kind, largest first; both sum to the differences of the totals."""
+    return Comparison(a, b, _minus(b.breakdown_s, a.breakdown_s), _minus(dict(b.memory.by_kind_bytes), dict(a.memory.by_kind_bytes)))
+
+
+def _minus(b: Any, a: Any) -> dict[str, float]:
+    names = dict.fromkeys((*a, *b))
+    parts = {name: float(b.get(name, 0.0) - a.get(name, 0.0)) for name in names}
+    return dict(sorted(parts.items(), key=lambda item: -abs(item[1])))
+
+
+def _signed(parts: dict[str, float], written: Any) -> str:
+    largest = max((abs(v) for v in parts.values()), default=0.0)
+    return ", ".join(f"{name} {'+' if v > 0 else '-'}{written(abs(v))}" for name, v in parts.items() if abs(v) > 0.005 * largest)
+
+
+__all__ = ["Comparison", "Why", "Worth", "compare", "feasible", "neighbours", "why"]

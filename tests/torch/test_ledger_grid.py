@@ -1,0 +1,103 @@
+"""The ledger against PyTorch: strategies carried out on real modules without values, alone and as one rank of a distributed job."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import loss_parallel
+
+from simtrain.core.runtime import runtime
+from simtrain.core.strategy import Strategy
+from simtrain.core.workload import Workload
+from simtrain.torch import record_rank
+from simtrain.torch.wraps import replicated, sharded_optimizer
+from tests.step.books import ledger_of
+from tests.torch.parallel_gpt import tensor_parallel
+from tests.torch.replayed_step import replayed
+from tests.workloads.image_models import image_model
+from workloads.transformer.module import Transformer, example_batch
+from workloads.transformer.operators import workload
+from workloads.transformer.presets import spec as preset
+
+BATCH = 4
+EXACT = {"allocator": "exact", "library": "stated", "optimizer_style": "single", "workspace_bytes": 0}
+"""What a replay without device and libraries sees."""
+ALONE = runtime("torch-eager-cpu").with_(library="stated")
+TEXT: dict[str, Any] = {"layers": 4, "hidden": 48, "heads": 4, "vocabulary": 101, "max_positions": 40, "sequence": 33, "dropout": 0.0}
+FAMILIES = ("gpt", "llama", "bert", "resnet", "vit")
+STRATEGIES = (
+    "optimizer=sgd",
+    "optimizer=adamw,precision=bf16-amp",
+    "optimizer=sgd-momentum,precision=bf16",
+    "optimizer=sgd-momentum,checkpoint=full",
+    "optimizer=sgd,checkpoint=full,precision=bf16,accumulation=2",
+    "optimizer=adamw,checkpoint=every:2,accumulation=2",
+    "optimizer=adamw,checkpoint=every:2,precision=bf16",
+    "optimizer=sgd,precision=bf16-amp,accumulation=2",
+    "optimizer=adamw,checkpoint=full,precision=bf16-amp",
+)
+
+Real = tuple[Workload, Callable[[], nn.Module], tuple[Tensor, ...]]
+
+
+def model(family: str) -> Real:
+    if family in ("resnet", "vit"):
+        image = image_model(family, **({"hidden": 48, "layers": 4} if family == "vit" else {"image_size": 32}))
+        return image.work, image.build, image.batch_of(BATCH)
+    spec = preset(family, **TEXT)
+    return workload(spec), lambda: Transformer(spec), example_batch(spec, BATCH)
+
+
+@pytest.mark.parametrize("text", STRATEGIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peaks_are_those_of_the_strategy_carried_out(family: str, text: str) -> None:
+    strategy = Strategy.parse(f"micro_batch={BATCH},{text}")
+    if family == "resnet" and strategy.checkpoint != "none":
+        pytest.skip("batch norms are not run twice")
+    work, build, batch = model(family)
+    book = ledger_of(work, strategy, ALONE)
+    assert book.moments[book.peak].sum() == pytest.approx(replayed(build, batch, strategy).peak_bytes, rel=0.005)
+
+
+GPT = preset("gpt", layers=2, hidden=64, heads=8, vocabulary=4096, max_positions=64, sequence=64, fused_qkv=True)
+RANKS: dict[str, tuple[dict[str, int], Any, str, dict[str, Any]]] = {
+    "ddp": ({"data": 2}, replicated(), "data=2", {}),
+    "ddp, gradients in buckets": ({"data": 8}, replicated(gradient_as_bucket_view=True), "data=8", {}),
+    "tensor": ({"tensor": 2}, tensor_parallel(sequence=False), "tensor=2", {"around": loss_parallel}),
+    "tensor, wide": ({"tensor": 8}, tensor_parallel(sequence=False), "tensor=8", {"around": loss_parallel}),
+    "tensor and sequence": ({"tensor": 2}, tensor_parallel(sequence=True), "tensor=2,sequence_parallel=true", {"around": loss_parallel}),
+    "tensor and sequence, wide": (
+        {"tensor": 8},
+        tensor_parallel(sequence=True),
+        "tensor=8,sequence_parallel=true",
+        {"around": loss_parallel},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_peaks_are_those_of_a_true_rank(name: str) -> None:
+    mesh, wrap, text, options = RANKS[name]
+    job = record_rank(lambda: Transformer(GPT), example_batch(GPT, BATCH), mesh=mesh, wrap=wrap, **options)
+    behaviour = runtime("torch-eager").with_(**EXACT, gradient_as_bucket_view="buckets" in name)
+    book = ledger_of(workload(GPT), Strategy.parse(f"micro_batch={BATCH},{text}"), behaviour)
+    assert book.moments[0].sum() == pytest.approx(job.recording.given_bytes, rel=0.001)
+    assert book.moments[book.peak].sum() == pytest.approx(job.peak_bytes, rel=0.005)
+
+
+def test_whole_parameters_of_zero_1_are_not_shared_evenly() -> None:
+    """PyTorch gives whole parameters to ranks; the ledger divides evenly, so that it is what ranks have on average."""
+    jobs = [
+        record_rank(
+            lambda: Transformer(GPT),
+            example_batch(GPT, BATCH),
+            mesh={"data": 2},
+            wrap=replicated(),
+            optimizer=sharded_optimizer(),
+            rank=rank,
+        )
+        for rank in range(2)
+    ]
+    book = ledger_of(workload(GPT), Strategy.parse(f"micro_batch={BATCH},data=2,zero=1"), runtime("torch-eager").with_(**EXACT))
+    assert book.moments[book.peak].sum() == pytest.approx(sum(job.peak_bytes for job in jobs) / 2, rel=0.005)

@@ -84,6 +84,8 @@ def capture(
     writer = Writer(program, {n: tuple(p.shape) for n, p in module.named_parameters()})
     layers = layers_of(writer, module)
     notes += _notes(program, module, len(layers))
+    if tensor_plan is not None:  # also tells apart workloads that differ in it alone
+        notes.append("tensor parallel plan: " + ", ".join(f"{name} {way}" for name, way in tensor_plan.items()))
     workload = Workload(
         name or type(module).__name__.lower(),
         layers,

@@ -130,6 +130,8 @@ class _Divider:
         before: list[Operator] = []
         if backward and gathers and op.kind is OperatorKind.GEMM and op.reads[0] not in self.parts:
             before, op = self._slice(op)
+        if not backward and op.kind is OperatorKind.GEMM and op.reads[0] in self.parts and op.reads[1] not in self.parts:
+            raise self._refusal(f"{op.name} gets a divided input but is not row-parallel")
         cut, partial = self._follow(op)
         if op.kind is OperatorKind.EMBEDDING_BACKWARD:
             cut = f"{module}.weight" in self.parts
@@ -137,7 +139,7 @@ class _Divider:
         if cut:
             self.parts.update(t.name for t in op.writes)
             self.shared.update({t.name: True for t in op.writes if t.name.startswith("shared:")})
-        after = [self._reduce(op)] if partial else [self._gather(op, whole)] if gathers and cut and not backward and op.dims else []
+        after = [self._reduce(op)] if partial else [self._gather(whole)] if gathers and cut and not backward and op.dims else []
         return [*before, op, *after]
 
     def _follow(self, op: Operator) -> tuple[bool, bool]:
@@ -209,7 +211,7 @@ class _Divider:
         name = op.writes[0].name
         return Operator(f"{name}.all_reduce", OperatorKind.COLLECTIVE, updates=(name,), collective=Collective.ALL_REDUCE, group="tensor")
 
-    def _gather(self, op: Operator, whole: Operator) -> Operator:
+    def _gather(self, whole: Operator) -> Operator:
         source = whole.writes[0]
         gathered = replace(source, name=f"{source.name}.whole")
         self.aliases[source.name] = gathered.name

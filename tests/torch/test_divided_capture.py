@@ -94,5 +94,5 @@ def test_what_cannot_be_divided_is_refused_by_name() -> None:
 @pytest.mark.parametrize("text", ["pipeline=3,accumulation=3", "data=4,zero=3", "data=2,tensor=2,zero=1"])
 def test_captured_models_take_every_degree_that_is_known(text: str) -> None:
     strategy = st.Strategy.parse(f"micro_batch={BATCH},{text}")
-    result = st.predict(captured(), st.cluster(f"{strategy.ranks}x a100-sxm-80g"), strategy)
+    result = st.estimate(captured(), st.cluster(f"{strategy.ranks}x a100-sxm-80g"), strategy)
     assert result.step_time_s > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from simtrain.core.errors import SimtrainError
 from simtrain.core.polynomial import ZERO, Polynomial
 from simtrain.core.workload import Workload
+from simtrain.torch.divide import KNOWN, Plan, check_plan, divided
 from simtrain.torch.layers import layers_of
 from simtrain.torch.pieces import block_paths, chain
 from simtrain.torch.program import ROLE_BYTES, Program
@@ -32,6 +34,7 @@ def capture(
     sequence_dim: int | str | None = "auto",
     values: bool = False,
     name: str | None = None,
+    tensor_plan: Plan | None = None,
 ) -> Workload:
     """Captures a module as a workload, which predictions take like one from the catalog.
 
@@ -60,6 +63,9 @@ def capture(
         values: Run on real tensors, small ones, from the start. By default only a model that asks for values gets them. Some libraries
             take other paths on tensors without values (Hugging Face builds masks that it skips otherwise).
         name: Of the workload; the module's class by default.
+        tensor_plan: How tensor parallelism divides modules, by pattern of their names: "column", "row", "vocabulary" (a table) or "gather"
+            (columns, gathered at once), such as `{"blocks.*.mlp.fc1": "column", "blocks.*.mlp.fc2": "row"}`. By default what Hugging
+            Face's usual names say.
 
     Returns:
         The workload. Equal blocks in a row are one layer that repeats, if exactly one activation crosses between them; a model without
@@ -69,6 +75,8 @@ def capture(
         InputError: The model cannot be built, copied or run, or gives no loss.
         UnsupportedError: An operator without a cost formula, operators or counts that change irregularly with the size.
     """
+    plan = KNOWN if tensor_plan is None else tensor_plan
+    check_plan(plan)
     shape = batch_shape(batch_tensors(example_batch), sequence_dim)
     module, recordings, points, notes = _record(model, example_batch, shape, loss, values=values)
     fitter = Fitter(points)
@@ -76,7 +84,9 @@ def capture(
     writer = Writer(program, {n: tuple(p.shape) for n, p in module.named_parameters()})
     layers = layers_of(writer, module)
     notes += _notes(program, module, len(layers))
-    return Workload(
+    if tensor_plan is not None:  # also tells apart workloads that differ in it alone
+        notes.append("tensor parallel plan: " + ", ".join(f"{name} {way}" for name, way in tensor_plan.items()))
+    workload = Workload(
         name or type(module).__name__.lower(),
         layers,
         shape.sequence or 1,
@@ -85,6 +95,7 @@ def capture(
         description="; ".join(notes),
         source=f"captured from {type(module).__module__}.{type(module).__qualname__} with PyTorch {torch.__version__}",
     )
+    return replace(workload, reform=lambda form: divided(workload, plan, form))
 
 
 def _record(

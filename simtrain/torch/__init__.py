@@ -13,6 +13,7 @@ from simtrain.core.errors import InputError
 
 if TYPE_CHECKING:
     from simtrain.core.workload import Workload
+    from simtrain.torch.apply import Applied, apply
     from simtrain.torch.captured import capture
     from simtrain.torch.distributed import RankRecording, record_rank
     from simtrain.torch.dynamic_batch import DynamicBatch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from simtrain.torch.recording import Call, Phase, Recording, View
 
 _HOME = {
+    "Applied": "apply",
     "Call": "recording",
     "DynamicBatch": "dynamic_batch",
     "Collective": "rank_recorder",
@@ -31,6 +33,7 @@ _HOME = {
     "Recorder": "recorder",
     "Recording": "recording",
     "View": "recording",
+    "apply": "apply",
     "capture": "captured",
     "capture_file": "files",
     "record_rank": "distributed",
@@ -38,6 +41,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Applied",
     "Call",
     "Collective",
     "CollectiveKind",
@@ -47,6 +51,7 @@ __all__ = [
     "Recorder",
     "Recording",
     "View",
+    "apply",
     "capture",
     "capture_file",
     "record_rank",

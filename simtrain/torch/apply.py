@@ -93,7 +93,7 @@ class Applied:
             Whether the optimizer ran; gradients are cleared then.
         """
         share = loss / self.strategy.accumulation if self.strategy.accumulation > 1 else loss
-        self._scaler.scale(share).backward()
+        self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
         self._done += 1
         if self._done % self.strategy.accumulation:
             return False
@@ -170,7 +170,8 @@ def _refuse(strategy: Strategy, optimizer: torch.optim.Optimizer) -> None:
         raise UnsupportedError("zero=1, zero=2 and shard are not carried out here: use zero=0 (DDP) or zero=3 (FSDP2)")
     if is_optimal(strategy.checkpoint):
         raise StrategyError(
-            f"checkpoint={strategy.checkpoint} depends on the machines: st.choose_checkpoint(workload, cluster, strategy) puts blocks in its place"
+            f"checkpoint={strategy.checkpoint} depends on the machines: "
+            "st.choose_checkpoint(workload, cluster, strategy) puts blocks in its place"
         )
     if strategy.checkpoint == "selective":
         raise UnsupportedError(

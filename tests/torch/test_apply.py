@@ -124,7 +124,7 @@ class Unsafe(nn.Module):
         if self.how == "in place":
             x = x.mul_(2)
         if self.how == "random":
-            x = x * random.random()  # noqa: S311
+            x = x * random.random()
         if self.how == "counts":
             self.seen += 1
         return self.linear(x)

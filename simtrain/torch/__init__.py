@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from simtrain.torch.rank_recorder import Collective, CollectiveKind
     from simtrain.torch.recorder import Recorder, record_step
     from simtrain.torch.recording import Call, Phase, Recording, View
+    from simtrain.torch.tensor_conversion import tensorize
 
 _HOME = {
     "Applied": "apply",
@@ -38,6 +39,7 @@ _HOME = {
     "capture_file": "files",
     "record_rank": "distributed",
     "record_step": "recorder",
+    "tensorize": "tensor_conversion",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "capture_file",
     "record_rank",
     "record_step",
+    "tensorize",
     "workload_readers",
 ]
 

@@ -11,11 +11,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from statistics import median, quantiles
+from statistics import quantiles
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simtrain.torch.apply import apply
 from validation.allocation_peak import allocation_peak_bytes
@@ -28,67 +28,60 @@ PARTITIONER = "partitioner:"
 WARMUP = 2
 
 
-def trainer(step: TrainingStep, checkpoint: str) -> tuple[nn.Module, Callable[[], None], Callable[[], None]]:
-    """Returns a model, what runs forward and backward, and what runs the update, under one way to recompute.
+class Trainer:
+    """A model under one way to recompute.
 
     The partitioner is PyTorch's own (`torch._functorch.config.activation_memory_budget`), running the traced operators one by one.
+
+    Args:
+        step: Which model, and its batch.
+        way: As a strategy says it, or `partitioner:SHARE`.
     """
-    torch.manual_seed(0)
-    model, batch = build(step)
-    optimizer = build_optimizer(model, step.parsed().optimizer)
-    if checkpoint.startswith(PARTITIONER):
-        import torch._functorch.config as partitioner
 
-        torch._dynamo.reset()
-        with partitioner.patch(activation_memory_budget=float(checkpoint.removeprefix(PARTITIONER))):
-            run: Any = torch.compile(model, backend="aot_eager_decomp_partition")
-            run(*batch).backward()  # traced here, while the budget holds
-        optimizer.zero_grad(set_to_none=True)
-        return model, lambda: run(*batch).backward(), optimizer.step
-    applied = apply(step.parsed().with_(checkpoint=checkpoint), model, optimizer, recompute_batch_norms=True)
+    def __init__(self, step: TrainingStep, way: str) -> None:
+        torch.manual_seed(0)
+        self.model, self.batch = build(step)
+        self.optimizer = build_optimizer(self.model, step.parsed().optimizer)
+        self.run: Callable[..., Any]
+        if way.startswith(PARTITIONER):
+            import torch._functorch.config as partitioner
 
-    def passes() -> None:
-        with applied.forward():
-            loss: Tensor = applied.model(*batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+            torch._dynamo.reset()
+            with partitioner.patch(activation_memory_budget=float(way.removeprefix(PARTITIONER))):
+                self.run = torch.compile(self.model, backend="aot_eager_decomp_partition")
+                self.passes()  # traced here, while the budget holds
+        else:
+            strategy = step.parsed().with_(checkpoint=way)
+            applied = apply(strategy, self.model, self.optimizer, recompute_batch_norms=True)
 
-    return model, passes, optimizer.step
+            def run(*batch: Tensor) -> Tensor:
+                with applied.forward():
+                    loss: Tensor = applied.model(*batch)
+                return loss
 
+            self.run = run
 
-def gradients(step: TrainingStep, checkpoint: str) -> dict[str, Tensor]:
-    """Gradients of the first step."""
-    model, passes, _ = trainer(step, checkpoint)
-    passes()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    def passes(self) -> None:
+        """Clears gradients, then runs forward and backward."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.run(*self.batch).backward()
 
+    def step(self) -> None:
+        """Runs one training step."""
+        self.passes()
+        self.optimizer.step()
 
-def peak_bytes(step: TrainingStep, checkpoint: str) -> int:
-    """Allocation peak of the second step, and all that is held beneath it.
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of the model as it is."""
+        self.passes()
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
-    Blocks are tested in the first step, and the partitioner traces there; neither is part of training.
-    """
-    held: list[Any] = []
-
-    def start() -> None:
-        model, passes, update = trainer(step, checkpoint)
-        passes()
-        update()
-        model.zero_grad(set_to_none=True)
-        held.append((model, passes, update))
-
-    def second() -> None:
-        model, passes, update = held[0]
-        passes()
-        update()
-        model.zero_grad(set_to_none=True)
-
-    start()
-    model, _, update = held[0]
-    beneath = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    optimizer = update.__self__
-    beneath += sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
-    batch = build(step)[1]
-    return allocation_peak_bytes(second) + int(beneath) + sum(t.nbytes for t in batch)
+    def peak_bytes(self) -> int:
+        """Allocation peak of a step, with all that is held beneath it (parameters, buffers, states, the batch)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        held = [*self.model.parameters(), *self.model.buffers(), *self.batch]
+        held += [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return allocation_peak_bytes(self.step) + sum(t.nbytes for t in held)
 
 
 def main() -> None:
@@ -101,35 +94,36 @@ def main() -> None:
     step = replace(step, strategy=str(step.parsed().with_(checkpoint="none")))
     ways: list[str] = request["ways"]
     answers: dict[str, dict[str, Any]] = {}
-    plain = gradients(step, "none")
+    plain = Trainer(step, "none").gradients()
+    ready: dict[str, Trainer] = {}
     for way in ways:
         try:
-            own = gradients(step, way)
+            trainer = Trainer(step, way)
+            own = trainer.gradients()
             most = max(float((own[n] - plain[n]).abs().max() / plain[n].abs().max().clamp_min(1e-30)) for n in plain)
-            answers[way] = {"gradient_difference": most, "peak_bytes": peak_bytes(step, way)}
+            answers[way], ready[way] = {"gradient_difference": most}, trainer
         except Exception as error:
             answers[way] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]}
-    _time(step, [w for w in ways if "error" not in answers[w]], request["rounds"], answers)
+    _time(ready, request["rounds"], answers)
+    for way, trainer in ready.items():  # after timing, when nothing is left to be made once
+        answers[way]["peak_bytes"] = trainer.peak_bytes()
     for way in ways:
         print(json.dumps({"way": way} | answers[way]), flush=True)
 
 
-def _time(step: TrainingStep, ways: list[str], rounds: int, answers: dict[str, dict[str, Any]]) -> None:
+def _time(ready: dict[str, Trainer], rounds: int, answers: dict[str, dict[str, Any]]) -> None:
     """Times all ways in turn, so that a machine that drifts does so for all."""
-    ready = {way: trainer(step, way) for way in ways}
-    times: dict[str, list[float]] = {way: [] for way in ways}
+    times: dict[str, list[float]] = {way: [] for way in ready}
     for number in range(WARMUP + rounds):
-        for way, (model, passes, update) in ready.items():
+        for way, trainer in ready.items():
             start = time.process_time()
-            model.zero_grad(set_to_none=True)
-            passes()
-            update()
+            trainer.step()
             if number >= WARMUP:
                 times[way].append(time.process_time() - start)
-            model.zero_grad(set_to_none=True)
-    for way in ways:
-        lower, middle, upper = quantiles(times[way], n=4)
-        answers[way] |= {"step_time_s": median(times[way]), "noise": (upper - lower) / middle}
+            trainer.optimizer.zero_grad(set_to_none=True)
+    for way, taken in times.items():
+        lower, middle, upper = quantiles(taken, n=4)
+        answers[way] |= {"step_time_s": middle, "noise": (upper - lower) / middle}
 
 
 if __name__ == "__main__":

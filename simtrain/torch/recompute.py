@@ -57,6 +57,7 @@ class Recomputation:
         self._open: Generator[None, None, None] | None = None
         self._calls: list[_Call] = []
         self._output: Any = None
+        self._version = 0
         self._quiet = False
         for block in self._blocks if self._segment else ():
             block.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -76,7 +77,7 @@ class Recomputation:
         number = self._segment.get(block)
         if self._open is not None:
             if number is not None and number == self._segment.get(self._calls[-1][0]):
-                if not args or args[0] is not self._output:
+                if not args or not self._follows(args[0]):
                     self._close()
                     raise InputError(
                         f"between {self._names[self._calls[-1][0]]} and {self._names[block]} something else runs, so they cannot be "
@@ -93,9 +94,17 @@ class Recomputation:
     def _after(self, block: nn.Module, _args: Any, output: Any) -> None:
         if self._quiet or self._open is None:
             return
-        self._output = output
+        self._output, self._version = output, getattr(output, "_version", 0)
         if block in self._last or output is None:
             self._close()
+
+    def _follows(self, x: Any) -> bool:
+        """Whether a block's input is the output of the block before, as it was (full sharding hands on a view of it)."""
+        before = self._output
+        if not isinstance(x, Tensor) or not isinstance(before, Tensor):
+            return x is before
+        where = [(t.data_ptr(), t.shape, t.stride()) for t in (x, before)]
+        return where[0] == where[1] and x._version == self._version
 
     def _end(self, *_: Any) -> None:
         if self._open is not None and not self._quiet:
@@ -168,7 +177,8 @@ def _differs(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *,
             with torch.no_grad(), torch.random.fork_rng(devices=cuda):
                 given, named = _copied(args), _copied(kwargs)
                 versions = [t._version for t in tree_leaves((given, named)) if isinstance(t, Tensor)]
-                outputs.append([t for t in tree_leaves(block(*given, **named)) if isinstance(t, Tensor)])
+                # without the block's own hooks: those of full sharding have gathered its parameters, and would let them go
+                outputs.append([t for t in tree_leaves(block.forward(*given, **named)) if isinstance(t, Tensor)])
                 if versions != [t._version for t in tree_leaves((given, named)) if isinstance(t, Tensor)]:
                     return "it changes its input in place"
         if any(id(buffer) not in excused and not torch.equal(buffer, buffers[name]) for name, buffer in block.named_buffers()):

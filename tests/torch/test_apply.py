@@ -1,7 +1,11 @@
 """A strategy carried out on real modules: gradients are those of the untouched model, and unsafe blocks are kept and named."""
 
 import copy
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,11 +173,20 @@ class Adding(Chain):
         return F.mse_loss(x, y)
 
 
-def test_what_runs_between_blocks_is_noticed():
-    model = Adding("safe", "safe")
+class AddingInPlace(Chain):
+    def forward(self, x, y):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x).add_(1)
+        return F.mse_loss(x, y)
+
+
+@pytest.mark.parametrize("kind", [Adding, AddingInPlace])
+def test_what_runs_between_blocks_is_noticed(kind):
+    model = kind("safe", "safe")
     with pytest.raises(InputError, match=r"between blocks\.0 and blocks\.1 something else runs"):
         trained(model, (torch.randn(4, 8), torch.randn(4, 8)), "checkpoint=layers:[0-1]")
-    trained(Adding("safe", "safe"), (torch.randn(4, 8), torch.randn(4, 8)), "checkpoint=full")
+    trained(kind("safe", "safe"), (torch.randn(4, 8), torch.randn(4, 8)), "checkpoint=full")
 
 
 def test_blocks_by_name():
@@ -210,3 +223,16 @@ def test_an_optimal_choice_is_carried_out():
     chosen = st.choose_checkpoint(workload, "1x a100-sxm-80g", f"micro_batch=8,optimizer=sgd,checkpoint=optimal:{0.8 * most}B")
     assert chosen.checkpoint.startswith("layers:")
     assert trained(model, batch, f"checkpoint={chosen.checkpoint}")[2].recomputed
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_two_processes_make_the_gradients_of_one(zero, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.torch.apply_ranks"]
+    places = {"cwd": Path(__file__).parents[2], "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(zero)], **places) for rank in range(2)]
+    answers = [rank.communicate(timeout=120) for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), answers[0][1][-2000:] + answers[1][1][-2000:]
+    told = json.loads(answers[0][0].splitlines()[-1])
+    assert told["worst"] < 1e-5
+    assert told["recomputed"] == ["blocks.0", "blocks.1"]
+    assert not told["kept"]

@@ -22,9 +22,6 @@ OPTIMIZERS: dict[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1
 CONTEXT_STYLES = ("ring", "ring-contiguous", "ulysses")
 """How attention is computed over a sequence that several ranks share; see `simtrain.core.workload.Form`."""
 
-_COMMA = re.compile(r",(?!\s*[\[\d][^=]*(?:,|$))")
-"""Between fields; the commas inside `checkpoint=layers:0-3,8` are followed by a number and no field."""
-
 _SUGAR = ("data", "micro_batch", "accumulation", "tensor", "pipeline", "context", "expert")
 
 
@@ -206,7 +203,7 @@ class Strategy:
                 whole number.
         """
         given: dict[str, Any] = {}
-        for pair in filter(None, (p.strip() for p in _COMMA.split(text))):
+        for pair in _pairs(text):
             name, equals, value = pair.partition("=")
             if not equals:
                 raise StrategyError(f"{pair!r} is not of the form field=value")
@@ -255,6 +252,17 @@ class Strategy:
             return cls.from_dict(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
             raise StrategyError(f"strategy is not valid TOML: {error}") from None
+
+
+def _pairs(text: str) -> list[str]:
+    """Splits at commas, but not at those between the blocks of `checkpoint=layers:0-3,8`."""
+    pairs: list[str] = []
+    for piece in filter(None, (p.strip() for p in text.split(","))):
+        if "=" not in piece and pairs and re.match(r"checkpoint\s*=\s*layers:", pairs[-1]):
+            pairs[-1] += f",{piece}"
+        else:
+            pairs.append(piece)
+    return pairs
 
 
 def _truth(name: str, text: str) -> bool:

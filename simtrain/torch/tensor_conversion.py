@@ -85,11 +85,11 @@ def tensorize(
                 raise UnsupportedError(f"{name} ({type(layer).__name__}) cannot be converted to {kind}")
             continue
         made, ranks = _converted(layer, kind, error, compression)
-        before = int(layer.weight.numel())  # type: ignore[union-attr, operator]
-        after = sum(p.numel() for p in made.parameters()) - (layer.bias.numel() if layer.bias is not None else 0)  # type: ignore[union-attr, operator]
+        before = int(layer.weight.numel())
+        after = sum(p.numel() for p in made.parameters()) - (layer.bias.numel() if layer.bias is not None else 0)
         if after >= before:
             continue
-        lost = float((made.dense() - layer.weight).norm() / layer.weight.norm())  # type: ignore[operator]
+        lost = float((made.dense() - layer.weight).norm() / layer.weight.norm())
         path, _, last = name.rpartition(".")
         setattr(modules[path], last, made)
         done.append(Converted(name, ranks, before, after, lost))

@@ -84,12 +84,14 @@ class TensorTrainConv2d(nn.Module):
 
     def __init__(self, like: nn.Conv2d, ranks: tuple[int, int, int]) -> None:
         super().__init__()
+        if isinstance(like.padding, str):
+            raise InputError(f"padding by name ({like.padding!r}) has no place in a train: give numbers of pixels")
         (rows, columns), (down, across), (top, left), (dy, dx) = like.kernel_size, like.stride, like.padding, like.dilation
         _check_ranks(ranks, (like.in_channels, min(like.in_channels * rows, like.out_channels * columns), like.out_channels))
         first, second, third = ranks
         self.narrow = nn.Conv2d(like.in_channels, first, 1, bias=False)
-        self.rows = nn.Conv2d(first, second, (rows, 1), (down, 1), (int(top), 0), (dy, 1), bias=False)
-        self.columns = nn.Conv2d(second, third, (1, columns), (1, across), (0, int(left)), (1, dx), bias=False)
+        self.rows = nn.Conv2d(first, second, (rows, 1), (down, 1), (top, 0), (dy, 1), bias=False)
+        self.columns = nn.Conv2d(second, third, (1, columns), (1, across), (0, left), (1, dx), bias=False)
         self.widen = nn.Conv2d(third, like.out_channels, 1, bias=like.bias is not None)
 
     def forward(self, x: Tensor) -> Tensor:

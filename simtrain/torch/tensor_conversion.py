@@ -115,7 +115,7 @@ def _converted(layer: nn.Module, kind: Kind, error: float | None, compression: f
         return make(error)
     low, high = 0.0, 1.0
     best = make(1.0)
-    wanted = layer.weight.numel() / (compression or 1.0)  # type: ignore[union-attr, operator]
+    wanted = layer.weight.numel() / (compression or 1.0)  # type: ignore[operator]
     for _ in range(20):
         middle = (low + high) / 2
         made = make(middle)

@@ -8,7 +8,7 @@ from validation.memory_worker import Trainer
 from validation.steps import gpt, image_model
 
 STEPS = {
-    "gpt": gpt("tiny", (4, 32, 2, 96), (2, 16), "sgd"),
+    "gpt": gpt("tiny", (6, 64, 2, 64), (4, 64), "sgd"),
     "resnet": image_model("tiny-resnet", "resnet18-cifar", 2, "sgd", recomputable=True),
 }
 

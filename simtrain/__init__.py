@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from simtrain.run.site import Site
     from simtrain.run.snapshots import Snapshots
     from simtrain.run.state_price import StatePrice
+    from simtrain.step.checkpoint_curve import checkpoint_curve, choose_checkpoint
     from simtrain.step.predict import estimate, schedule, simulate
 
 _HOME = {
@@ -60,6 +61,8 @@ _HOME = {
     "Target": "simtrain.run.course",
     "Units": "simtrain.run.faults",
     "Workload": "simtrain.core.workload",
+    "checkpoint_curve": "simtrain.step.checkpoint_curve",
+    "choose_checkpoint": "simtrain.step.checkpoint_curve",
     "cluster": "simtrain.core.catalog",
     "compare": "simtrain.planner.why",
     "device": "simtrain.core.catalog",
@@ -109,6 +112,8 @@ __all__ = [
     "Target",
     "Units",
     "Workload",
+    "checkpoint_curve",
+    "choose_checkpoint",
     "cluster",
     "compare",
     "device",

@@ -33,6 +33,7 @@ def register(app: typer.Typer) -> None:
     validate.command("data")(validate_data)
     validate.command("batch")(validate_batch)
     validate.command("quality")(validate_quality)
+    validate.command("memory")(validate_memory)
     app.add_typer(validate, name="validate")
 
 
@@ -192,6 +193,23 @@ def validate_quality(
     from validation.quality import compare_quality
 
     report = compare_quality(progress=_progress)
+    if save:
+        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def validate_memory(
+    as_json: Json = False,
+    profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
+    save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
+) -> None:
+    """Recompute blocks of real models by every rule and by optimal choices; compare peak memory, time and gradients."""
+    from validation.memory import compare_memory
+
+    report = compare_memory(_profile(profile), progress=_progress)
     if save:
         save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     if as_json:

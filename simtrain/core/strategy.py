@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from simtrain.core.checkpoint import budget_bytes, is_explicit, is_optimal, parse_blocks
 from simtrain.core.errors import StrategyError, UnknownNameError, nearest
 from simtrain.core.exchange import compression_method, low_communication_method
 from simtrain.core.precision import precision as find_precision
@@ -77,7 +79,8 @@ class Strategy:
         precision: A recipe of `simtrain.core.precision`.
         optimizer: "adamw", "adam", "sgd" or "sgd-momentum".
         checkpoint: Activation checkpointing: "none", "full" (every layer), "sqrt" (segments of about the square root of the depth),
-            "every:K", or "selective" (attention scores and probabilities only).
+            "every:K", "selective" (attention scores and probabilities only), "optimal" or "optimal:8GiB" (the least recomputation with
+            which a device's memory, or so much of it, suffices), or explicit blocks such as "layers:0-3,8" (`simtrain.core.checkpoint`).
         zero: ZeRO stage: 0 replicates everything, 1 shards the optimizer state, 2 also gradients, 3 also parameters (FSDP).
         shard: Ranks over which ZeRO shards; 0 for all that hold the same part of the model, fewer for hybrid sharding.
         tensor: Tensor-parallel degree.
@@ -200,7 +203,7 @@ class Strategy:
                 whole number.
         """
         given: dict[str, Any] = {}
-        for pair in filter(None, (p.strip() for p in text.split(","))):
+        for pair in _pairs(text):
             name, equals, value = pair.partition("=")
             if not equals:
                 raise StrategyError(f"{pair!r} is not of the form field=value")
@@ -251,6 +254,17 @@ class Strategy:
             raise StrategyError(f"strategy is not valid TOML: {error}") from None
 
 
+def _pairs(text: str) -> list[str]:
+    """Splits at commas, but not at those between the blocks of `checkpoint=layers:0-3,8`."""
+    pairs: list[str] = []
+    for piece in filter(None, (p.strip() for p in text.split(","))):
+        if "=" not in piece and pairs and re.match(r"checkpoint\s*=\s*layers:", pairs[-1]):
+            pairs[-1] += f",{piece}"
+        else:
+            pairs.append(piece)
+    return pairs
+
+
 def _truth(name: str, text: str) -> bool:
     if text.lower() in ("true", "yes", "1"):
         return True
@@ -270,7 +284,8 @@ def checkpoint_segment(checkpoint: str, depth: int) -> int:
     """Layers per recomputed segment; 0 means that nothing is recomputed.
 
     Args:
-        checkpoint: "none", "full", "sqrt", "selective" (no whole layer) or "every:K".
+        checkpoint: "none", "full", "sqrt", "selective" (no whole layer) or "every:K"; "optimal" and explicit blocks have no fixed length
+            and give 0.
         depth: Layers that can be checkpointed.
 
     Raises:
@@ -282,7 +297,14 @@ def checkpoint_segment(checkpoint: str, depth: int) -> int:
         return 1
     if checkpoint == "sqrt":
         return max(1, round(math.sqrt(depth)))
+    if is_explicit(checkpoint) and parse_blocks(checkpoint):
+        return 0
+    if is_optimal(checkpoint) and budget_bytes(checkpoint) != 0:
+        return 0
     head, colon, tail = checkpoint.partition(":")
     if head == "every" and colon and tail.isdecimal() and int(tail) >= 1:
         return int(tail)
-    raise StrategyError(f"checkpoint must be none, full, sqrt, selective or every:K with K at least 1, not {checkpoint!r}")
+    raise StrategyError(
+        "checkpoint must be none, full, sqrt, selective or every:K with K at least 1, optimal, optimal:8GiB or layers:0-3,8, "
+        f"not {checkpoint!r}"
+    )

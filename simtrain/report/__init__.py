@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         workload_details,
         workloads_table,
     )
+    from simtrain.report.checkpoint_plot import plot_checkpoint_curve
     from simtrain.report.frame import to_frame, to_rows
     from simtrain.report.plots import plot_breakdown, plot_memory
     from simtrain.report.roofline import plot_roofline
@@ -33,6 +34,7 @@ _HOME = {
     "devices_table": "catalog_tables",
     "plan_table": "tables",
     "plot_breakdown": "plots",
+    "plot_checkpoint_curve": "checkpoint_plot",
     "plot_finish": "run_plots",
     "plot_goodput": "run_plots",
     "plot_memory": "plots",
@@ -58,6 +60,7 @@ __all__ = [
     "devices_table",
     "plan_table",
     "plot_breakdown",
+    "plot_checkpoint_curve",
     "plot_finish",
     "plot_goodput",
     "plot_memory",

@@ -11,6 +11,7 @@ workload.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -20,51 +21,65 @@ from simtrain.step.remat_plan import Chain, RematPlan, Span, peak_bytes
 from simtrain.step.remat_search import Inside, best_within, can_fit, inside_of
 
 AIMS = 8
-"""Budgets that are tried where the plan for the whole budget holds too much until the loss."""
+"""Budgets that are tried where the plan for the whole budget holds too much while something waits for the loss."""
+
+COMPROMISES = (0.25, 0.5, 0.75)
+"""Shares of what waits for the loss, see `inside_of`, that are tried where neither all nor nothing gives a plan that fits."""
 
 
 def optimal_segments(chain: Chain, budget_bytes: float) -> RematPlan:
     """Finds the segments that add least time within a budget.
 
-    Exact unless a layer carries more than `LABELS` pairs that could still win; the plan fits in any case, and the bound is proven.
+    Exact unless a layer carries more than `LABELS` pairs that could still win, or casts of weights that wait for the loss matter in
+    some layers and not in others; the plan fits in any case, and the bound is proven.
 
     Args:
         chain: The layers.
         budget_bytes: What may be held at once.
 
     Raises:
-        StrategyError: No plan fits; the message says what the smallest one takes.
+        StrategyError: No plan was found that fits; the message says what the smallest one takes.
     """
-    inside = inside_of(chain)
-    plan = best_within(chain, inside, budget_bytes)
-    if plan is not None and plan.peak_bytes <= budget_bytes * (1 + 1e-12):
-        return plan
-    bound_s, best = plan.bound_s if plan else np.inf, _smallest(chain, inside)
-    if best.peak_bytes > budget_bytes * (1 + 1e-12):
+    bound_s, limit = 0.0, budget_bytes * (1 + 1e-12)
+    for inside in _views(chain, ()):
+        plan = best_within(chain, inside, budget_bytes)
+        bound_s = max(bound_s, plan.bound_s if plan else np.inf)
+        if plan is not None and plan.peak_bytes <= limit:
+            return replace(plan, bound_s=min(max(bound_s, plan.bound_s), plan.added_s))
+    best = _smallest(chain)
+    if best.peak_bytes > limit:
         raise StrategyError(
-            f"no choice of recomputed layers fits {budget_bytes / 2**30:.3f} GiB; the smallest takes {best.peak_bytes / 2**30:.3f} GiB: "
-            "give more memory, or choose a smaller micro-batch"
+            f"no choice of recomputed layers was found that fits {budget_bytes / 2**30:.3f} GiB; the smallest takes "
+            f"{best.peak_bytes / 2**30:.3f} GiB: give more memory, or choose a smaller micro-batch"
         )
-    # what waits for the loss is not in the search: aim lower, as little as will do
-    low, high = _least(chain, inside), budget_bytes
-    for _ in range(AIMS):
-        plan = best_within(chain, inside, (low + high) / 2)
-        fits = plan is not None and plan.peak_bytes <= budget_bytes
-        low, high = ((low + high) / 2, high) if fits else (low, (low + high) / 2)
-        best = plan if plan is not None and fits and plan.added_s < best.added_s else best
+    for inside in _views(chain, COMPROMISES):
+        low, high = _least(chain, inside), budget_bytes
+        for _ in range(AIMS):
+            plan = best_within(chain, inside, (low + high) / 2)
+            fits = plan is not None and plan.peak_bytes <= limit
+            low, high = ((low + high) / 2, high) if fits else (low, (low + high) / 2)
+            best = plan if plan is not None and fits and plan.added_s < best.added_s else best
     return replace(best, bound_s=min(bound_s, best.added_s))
+
+
+def _views(chain: Chain, between: tuple[float, ...]) -> Iterator[Inside]:
+    """The chain as backward passes see it, as forward passes see it, and in between; one view where nothing waits for the loss."""
+    yield inside_of(chain)
+    if chain.dropping_until_loss_bytes.any():
+        yield from (inside_of(chain, waiting) for waiting in (1.0, *between))
 
 
 def least_budget_bytes(chain: Chain) -> float:
     """The smallest budget for which `optimal_segments` has a plan."""
-    return _smallest(chain, inside_of(chain)).peak_bytes
+    return _smallest(chain).peak_bytes
 
 
-def _smallest(chain: Chain, inside: Inside) -> RematPlan:
-    plan = best_within(chain, inside, _least(chain, inside))
-    if plan is None:
+def _smallest(chain: Chain) -> RematPlan:
+    plans = [best_within(chain, inside, _least(chain, inside)) for inside in _views(chain, COMPROMISES)]
+    found = [plan for plan in plans if plan is not None]
+    if not found:
         raise InternalError("the smallest plan of recomputation does not fit its own memory")
-    return plan
+    return min(found, key=lambda plan: plan.peak_bytes)
 
 
 def _least(chain: Chain, inside: Inside) -> float:

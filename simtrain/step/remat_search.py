@@ -56,8 +56,20 @@ class Inside:
     kept_hold: FloatArray
 
 
-def inside_of(chain: Chain) -> Inside:
-    """Looks into every segment that may be recomputed, and every layer."""
+def inside_of(chain: Chain, waiting: float = 0.0) -> Inside:
+    """Looks into every segment that may be recomputed, and every layer.
+
+    Casts of weights wait for the loss, whether a layer is kept or recomputed; a kept layer saves them too. So forward passes have more
+    beside them than backward passes, but one number is carried per plan. With 0 it is what backward passes find, and forward passes
+    do not see what waits; with 1 it is what forward passes find, less the casts of all layers before, which are then added, and backward
+    passes see too little. Either way no plan looks larger than it is.
+
+    Args:
+        chain: The layers.
+        waiting: The share of what waits for the loss that forward passes see; between 0 and 1 plans are compromises.
+    """
+    casts = chain.dropping_until_loss_bytes
+    beside = waiting * (np.cumsum(casts) - casts)
     n = len(chain)
     x, kept, gradient, left = chain.input_bytes, chain.kept_bytes, chain.output_gradient_bytes, chain.left_behind_bytes
     backward_top = gradient + chain.backward_peak_bytes + left[1:]
@@ -71,13 +83,13 @@ def inside_of(chain: Chain) -> Inside:
         inner = x[a:b].copy()
         inner[0] = 0.0  # the input of the segment counts once
         filled = np.cumsum(own)
-        first_pass = np.maximum.accumulate(inner + chain.dropping_peak_bytes[a:b])
+        first_pass = np.maximum.accumulate(inner + chain.dropping_peak_bytes[a:b] + beside[a:b])
         again = np.maximum.accumulate(filled - own + inner + chain.forward_peak_bytes[a:b]) + gradient[a:b] + left[a + 1 : b + 1]
         back = np.maximum.accumulate(filled + backward_top[a:b])
         peak[a, a + 1 : b + 1] = x[a] + np.maximum(first_pass, np.maximum(again, back))
         cost[a, a + 1 : b + 1] = time[a:b] - time[a] + chain.last_s[a:b]
-    kept_peak = np.maximum(x + chain.forward_peak_bytes, kept + backward_top)
-    return Inside(peak, cost, x, kept_peak, kept)
+    kept_peak = np.maximum(x + chain.forward_peak_bytes + beside, kept + backward_top)
+    return Inside(peak, cost, x, kept_peak, kept - waiting * (casts - chain.until_loss_bytes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -130,7 +130,7 @@ def assemble(
         power_w=energy_j / step_time_s,
         cost_usd=sum(energy.device_cost_usd(d, step_time_s) for d in devices),
         bound_by=max(breakdown_s, key=lambda k: breakdown_s[k]),
-        assumptions=(*setting.cluster.assumptions, *layout.local.assumptions, *_notes(setting), *notes, *NOT_MODELLED),
+        assumptions=(*setting.cluster.assumptions, *layout.local.assumptions, *setting.notes, *_notes(setting), *notes, *NOT_MODELLED),
         sources=_sources(setting),
         events=tuple(events),
     )

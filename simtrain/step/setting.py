@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from simtrain.core import catalog
+from simtrain.core.checkpoint import is_explicit, is_optimal
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster, Device
 from simtrain.core.precision import Precision, precision
@@ -28,6 +29,7 @@ class Setting:
         runtime: What carries it out.
         devices: Device of each rank used.
         cuts: Half-open ranges of layers of the pipeline's chunks; empty for even ones.
+        notes: What was decided on the way, in words.
     """
 
     workload: Workload
@@ -37,6 +39,7 @@ class Setting:
     runtime: Runtime
     devices: tuple[Device, ...]
     cuts: tuple[tuple[int, int], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def reduces(self) -> bool:
@@ -159,6 +162,11 @@ def _too_many(strategy: Strategy, cluster: Cluster) -> str:
 def _refuse_unmodelled(strategy: Strategy) -> None:
     if strategy.plan:
         raise UnsupportedError("strategies with an explicit plan of replicas are not modelled yet; use data, micro_batch and accumulation")
+    if strategy.pipeline > 1 and (is_explicit(strategy.checkpoint) or is_optimal(strategy.checkpoint)):
+        raise UnsupportedError(
+            f"checkpoint={strategy.checkpoint} with pipeline={strategy.pipeline} is not modelled: what a stage holds depends on how many "
+            "micro-batches are in flight, for which no choice of layers is proven best; use none, full, sqrt or every:K"
+        )
     holders = strategy.data * strategy.context
     if holders % strategy.expert:
         fits = max(d for d in range(1, strategy.expert) if holders % d == 0)

@@ -13,6 +13,7 @@ from simtrain.core.errors import InputError
 
 if TYPE_CHECKING:
     from simtrain.core.workload import Workload
+    from simtrain.torch.apply import Applied, apply
     from simtrain.torch.captured import capture
     from simtrain.torch.distributed import RankRecording, record_rank
     from simtrain.torch.dynamic_batch import DynamicBatch
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from simtrain.torch.rank_recorder import Collective, CollectiveKind
     from simtrain.torch.recorder import Recorder, record_step
     from simtrain.torch.recording import Call, Phase, Recording, View
+    from simtrain.torch.tensor_conversion import tensorize
 
 _HOME = {
+    "Applied": "apply",
     "Call": "recording",
     "DynamicBatch": "dynamic_batch",
     "Collective": "rank_recorder",
@@ -31,13 +34,16 @@ _HOME = {
     "Recorder": "recorder",
     "Recording": "recording",
     "View": "recording",
+    "apply": "apply",
     "capture": "captured",
     "capture_file": "files",
     "record_rank": "distributed",
     "record_step": "recorder",
+    "tensorize": "tensor_conversion",
 }
 
 __all__ = [
+    "Applied",
     "Call",
     "Collective",
     "CollectiveKind",
@@ -47,10 +53,12 @@ __all__ = [
     "Recorder",
     "Recording",
     "View",
+    "apply",
     "capture",
     "capture_file",
     "record_rank",
     "record_step",
+    "tensorize",
     "workload_readers",
 ]
 

@@ -1,0 +1,244 @@
+"""Carries a strategy out on a real model: recomputation, autocast, loss scaling, accumulation, offload, data-parallel wrapping."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simtrain.core.checkpoint import is_explicit, is_optimal, parse_blocks
+from simtrain.core.errors import InputError, StrategyError, UnsupportedError
+from simtrain.core.precision import DType, Precision, precision
+from simtrain.core.strategy import Strategy, checkpoint_segment
+from simtrain.torch.pieces import block_paths
+from simtrain.torch.recompute import Recomputation, block_segments, check_names
+
+_DTYPES = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
+_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "sgd-momentum": torch.optim.SGD}
+
+
+class Applied:
+    """A strategy at work in a training loop.
+
+    ```python
+    applied = st.torch.apply(strategy, model, optimizer)
+    for batch in batches:
+        with applied.forward():
+            loss = applied.model(*batch)
+        applied.backward(loss)                         # every micro-batch; after the last of a step the optimizer runs
+    ```
+
+    Attributes:
+        strategy: What is carried out.
+        model: What to call: the model given, or its data-parallel wrapper.
+        optimizer: The one given.
+        blocks: Module paths of the blocks, in order; their numbers are those of `checkpoint=layers:...`.
+        notes: What is not carried out as the strategy says, in words.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        blocks: Sequence[str],
+        *,
+        offload: bool = False,
+        batch_norms: bool = False,
+    ) -> None:
+        self.strategy, self.optimizer, self.blocks = strategy, optimizer, tuple(blocks)
+        self._precision = precision(strategy.precision)
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.notes: list[str] = []
+        self._recomputation = Recomputation(model, self.blocks, _segments(strategy, self.blocks), batch_norms=batch_norms)
+        self._offload = offload and self._device.type != "cpu"
+        if offload and not self._offload:
+            self.notes.append("activations are not offloaded: the model is on the CPU already")
+        self.model = _wrapped(strategy, model, optimizer, self.blocks)
+        self._held = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision.loss_scaling)
+        self._done = 0
+
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """Names of the blocks that are recomputed."""
+        return self._recomputation.recomputed
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """Blocks that the strategy recomputes and that are kept, with the reason: running them twice would not be the same."""
+        return dict(self._recomputation.kept)
+
+    @contextmanager
+    def forward(self) -> Generator[None, None, None]:
+        """Surrounds a forward pass: autocast, offload, and no reduction of gradients before the last micro-batch of a step."""
+        last = self._done % self.strategy.accumulation == self.strategy.accumulation - 1
+        with ExitStack() as stack:
+            if self.strategy.data > 1 and self.strategy.zero == 0 and not last:
+                stack.enter_context(self.model.no_sync())  # type: ignore[operator]
+            elif self.strategy.data > 1 and self.strategy.zero == 3:
+                self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            stack.enter_context(_autocast(self._precision, self._device.type))
+            if self._offload:
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._away, _back))
+            yield
+
+    def backward(self, loss: Tensor) -> bool:
+        """Runs backward on a micro-batch's share of the loss and, after the last micro-batch of a step, the optimizer.
+
+        Returns:
+            Whether the optimizer ran; gradients are cleared then.
+        """
+        share = loss / self.strategy.accumulation if self.strategy.accumulation > 1 else loss
+        self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+        self._done += 1
+        if self._done % self.strategy.accumulation:
+            return False
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def _away(self, saved: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        """Moves a saved activation to host memory; parameters stay."""
+        if saved.device.type == "cpu" or saved.untyped_storage()._cdata in self._held:
+            return saved
+        host = torch.empty(saved.size(), dtype=saved.dtype, layout=saved.layout, pin_memory=True)
+        host.copy_(saved, non_blocking=True)
+        return saved.device, host
+
+
+def _back(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    device, host = packed
+    return host.to(device, non_blocking=True)
+
+
+def apply(
+    strategy: Strategy | str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    blocks: Sequence[str] | None = None,
+    offload_activations: bool = False,
+    recompute_batch_norms: bool = False,
+) -> Applied:
+    """Carries a strategy out on a model, in three lines of a normal training loop; see `Applied`.
+
+    Gradients are those of the untouched model: bit by bit in fp32 where the arithmetic is the same (recomputation, offload).
+    Recomputation replays PyTorch's random numbers, so that dropout may be recomputed; blocks that must not run twice are kept, and
+    `Applied.kept` names them.
+
+    Args:
+        strategy: With `checkpoint` as "none", "full", "sqrt", "every:K" or explicit blocks; what "optimal" stands for depends on the
+            machines, and `st.choose_checkpoint` tells.
+        model: Left as it is but for hooks on its blocks (and sharded parameters with `zero=3`).
+        optimizer: Of its parameters.
+        blocks: Module paths of the blocks, in the order in which they run; by default those that a capture finds (children of
+            `ModuleList` and `Sequential`).
+        offload_activations: Keep what backward needs in host memory meanwhile.
+        recompute_batch_norms: Recompute blocks with batch norms too. Gradients stay the same; running statistics are updated twice.
+
+    Raises:
+        InputError: Blocks that do not exist, or an optimizer of another kind than the strategy's.
+        StrategyError: An undecided or impossible choice of blocks, or fewer processes than the strategy needs.
+        UnsupportedError: A form of parallelism or precision that is not carried out here.
+    """
+    how = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
+    _refuse(how, optimizer)
+    found = list(blocks) if blocks is not None else _found(model)
+    check_names(model, found, dict(model.named_modules()))
+    return Applied(how, model, optimizer, found, offload=offload_activations, batch_norms=recompute_batch_norms)
+
+
+def _found(model: nn.Module) -> list[str]:
+    paths = block_paths(model)
+    return [name for name, _ in model.named_modules() if name in paths]
+
+
+def _refuse(strategy: Strategy, optimizer: torch.optim.Optimizer) -> None:
+    for name in ("tensor", "pipeline", "context", "expert"):
+        if getattr(strategy, name) > 1:
+            raise UnsupportedError(
+                f"{name}={getattr(strategy, name)} is not carried out here, it changes the model itself: only data parallelism is"
+            )
+    if strategy.zero in (1, 2) or strategy.shard:
+        raise UnsupportedError("zero=1, zero=2 and shard are not carried out here: use zero=0 (DDP) or zero=3 (FSDP2)")
+    if is_optimal(strategy.checkpoint):
+        raise StrategyError(
+            f"checkpoint={strategy.checkpoint} depends on the machines: "
+            "st.choose_checkpoint(workload, cluster, strategy) puts blocks in its place"
+        )
+    if strategy.checkpoint == "selective":
+        raise UnsupportedError(
+            "checkpoint=selective is not carried out here: fused attention keeps no scores; use none, full or layers:..."
+        )
+    recipe = precision(strategy.precision)
+    if recipe.parameter is not DType.FP32:
+        raise UnsupportedError(
+            f"precision={recipe.name} stores weights in 16 bit, which is the model's and the optimizer's to do: use fp32 or an -amp recipe"
+        )
+    kind, wanted = type(optimizer), _OPTIMIZERS[strategy.optimizer]
+    if kind in _OPTIMIZERS.values() and kind is not wanted:
+        raise InputError(
+            f"the strategy says optimizer={strategy.optimizer}, but the optimizer is {kind.__name__}: predictions would not hold"
+        )
+    world = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+    if world != strategy.data:
+        raise StrategyError(
+            f"data={strategy.data}, but there are {world} processes: start as many with torchrun and call init_process_group"
+        )
+
+
+def _segments(strategy: Strategy, blocks: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    if strategy.checkpoint == "none":
+        return ()
+    if not blocks:
+        raise StrategyError(f"checkpoint={strategy.checkpoint}: no blocks were found in the model; name them with blocks=[...]")
+    if not is_explicit(strategy.checkpoint):
+        return block_segments(checkpoint_segment(strategy.checkpoint, len(blocks)), len(blocks))
+    chosen = parse_blocks(strategy.checkpoint)
+    if chosen[-1][1] > len(blocks):
+        raise StrategyError(f"checkpoint={strategy.checkpoint}: the model has blocks 0 ({blocks[0]}) to {len(blocks) - 1} ({blocks[-1]})")
+    return chosen
+
+
+def _autocast(recipe: Precision, device: str) -> AbstractContextManager[Any]:
+    if recipe.arithmetic is DType.TF32:
+        torch.set_float32_matmul_precision("high")
+    return torch.autocast(device, dtype=_DTYPES[recipe.low]) if recipe.autocast else nullcontext()
+
+
+def _wrapped(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Optimizer, blocks: Sequence[str]) -> nn.Module:
+    """Wraps the model for its data-parallel ranks: DDP, or FSDP2 block by block with the optimizer pointed to the shards.
+
+    Raises:
+        StrategyError: An optimizer whose state exists already, which would not be sharded.
+    """
+    if strategy.data == 1:
+        return model
+    if strategy.zero == 0:
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard
+
+    if optimizer.state:
+        raise StrategyError(
+            "zero=3 shards parameters, which an optimizer that has run already does not follow: apply before the first step"
+        )
+    names = {id(p): name for name, p in model.named_parameters()}
+    places = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    modules = dict(model.named_modules())
+    for name in blocks:
+        fully_shard(modules[name])
+    fully_shard(model)
+    sharded = dict(model.named_parameters())
+    for group, members in zip(optimizer.param_groups, places, strict=True):
+        group["params"] = [sharded[name] for name in members]
+    return model
+
+
+__all__ = ["Applied", "apply"]

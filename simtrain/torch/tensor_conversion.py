@@ -1,0 +1,207 @@
+"""Converts linear layers and convolutions of a model to products of small tensors, with ranks under an error or a compression.
+
+Low rank by truncated singular values (Eckart and Young 1936), Tucker by truncating either channel mode (De Lathauwer et al. 2000), tensor
+trains by one truncation after the other (Oseledets 2011). The papers are recalled, not looked up; the error of every weight is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from simtrain.core.errors import InputError, UnsupportedError
+from simtrain.torch.tensorized import LowRankLinear, TensorTrainConv2d, TensorTrainLinear, TuckerConv2d
+
+Kind = Literal["low-rank", "tucker", "tensor-train"]
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A layer that was converted.
+
+    Attributes:
+        name: Module path.
+        ranks: Chosen.
+        parameters_before: Of the weight.
+        parameters: Of all factors.
+        error: Norm of what the weight lost, over its own (Frobenius).
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    parameters_before: int
+    parameters: int
+    error: float
+
+    @property
+    def compression(self) -> float:
+        """How many times fewer parameters."""
+        return self.parameters_before / self.parameters
+
+
+@torch.no_grad()
+def tensorize(
+    model: nn.Module,
+    kind: Kind,
+    *,
+    error: float | None = None,
+    compression: float | None = None,
+    names: Sequence[str] | None = None,
+) -> tuple[Converted, ...]:
+    """Replaces linear layers and convolutions of a model, in place, by products of small tensors.
+
+    `low-rank` converts linear layers, `tucker` convolutions, `tensor-train` both. A layer that would not get smaller stays.
+
+    Args:
+        model: To be converted.
+        kind: How.
+        error: Largest relative error of each weight; ranks are the smallest that keep it.
+        compression: How many times fewer parameters each layer shall have at least; ranks are the largest that give it.
+        names: Module paths; all that fit by default.
+
+    Raises:
+        InputError: Neither or both of the targets, one out of range, or an unknown name.
+        UnsupportedError: A named layer that cannot be converted so (grouped convolutions, padding by name).
+    """
+    if (error is None) == (compression is None):
+        raise InputError("give either error= (relative, such as 0.1) or compression= (such as 4)")
+    if (error is not None and not 0 <= error < 1) or (compression is not None and not compression >= 1):
+        raise InputError(
+            f"error must lie in [0, 1) and compression must be at least 1, not {error if compression is None else compression}"
+        )
+    modules = dict(model.named_modules())
+    if unknown := [n for n in names or () if n not in modules]:
+        raise InputError(f"{type(model).__name__} has no module {unknown[0]!r}")
+    done = []
+    for name in names if names is not None else list(modules):
+        layer = modules[name]
+        if not _convertible(layer, kind):
+            if names is not None:
+                raise UnsupportedError(f"{name} ({type(layer).__name__}) cannot be converted to {kind}")
+            continue
+        made, ranks = _converted(layer, kind, error, compression)
+        before = int(layer.weight.numel())
+        after = sum(p.numel() for p in made.parameters()) - (layer.bias.numel() if layer.bias is not None else 0)
+        if after >= before:
+            continue
+        lost = float((made.dense() - layer.weight).norm() / layer.weight.norm())
+        path, _, last = name.rpartition(".")
+        setattr(modules[path], last, made)
+        done.append(Converted(name, ranks, before, after, lost))
+    return tuple(done)
+
+
+def _convertible(layer: nn.Module, kind: Kind) -> bool:
+    if isinstance(layer, nn.Linear):
+        return kind in ("low-rank", "tensor-train")
+    plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return plain and kind in ("tucker", "tensor-train")
+
+
+def _converted(layer: nn.Module, kind: Kind, error: float | None, compression: float | None) -> tuple[Any, tuple[int, ...]]:
+    """The converted layer, with ranks for the error, or the largest for the compression, found by bisection over the error."""
+
+    def make(lost: float) -> tuple[Any, tuple[int, ...]]:
+        if isinstance(layer, nn.Conv2d):
+            return _tucker(layer, lost) if kind == "tucker" else _train_of_filter(layer, lost)
+        return _low_rank(layer, lost) if kind == "low-rank" else _train_of_matrix(layer, lost)  # type: ignore[arg-type]
+
+    if error is not None:
+        return make(error)
+    low, high = 0.0, 1.0
+    best = make(1.0)
+    wanted = layer.weight.numel() / (compression or 1.0)  # type: ignore[operator]
+    for _ in range(20):
+        middle = (low + high) / 2
+        made = make(middle)
+        weights = sum(p.numel() for n, p in made[0].named_parameters() if not n.endswith("bias"))
+        if weights <= wanted:
+            high, best = middle, made
+        else:
+            low = middle
+    return best
+
+
+def _cut(matrix: Tensor, lost: float) -> tuple[Tensor, Tensor]:
+    """Factors of a matrix, `a @ b`, of the smallest rank that loses at most so much (in norm); `a` has orthonormal columns."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
+    rank = max(int((tails > lost * (1 + 1e-6)).sum()), 1)
+    return u[:, :rank], s[:rank, None] * v[:rank]
+
+
+def _low_rank(layer: nn.Linear, error: float) -> tuple[nn.Module, tuple[int, ...]]:
+    u, v = _cut(layer.weight, error * float(layer.weight.norm()))
+    made = LowRankLinear(layer.in_features, layer.out_features, v.shape[0], bias=layer.bias is not None)
+    _fill((made.u.weight, u), (made.v.weight, v), (made.u.bias, layer.bias))
+    return made, (v.shape[0],)
+
+
+def _tucker(layer: nn.Conv2d, error: float) -> tuple[nn.Module, tuple[int, ...]]:
+    weight = layer.weight
+    lost = error * float(weight.norm()) / math.sqrt(2)  # squares of the two losses add up to at most the square of the error
+    out, _ = _cut(weight.flatten(1), lost)
+    into, _ = _cut(weight.transpose(0, 1).flatten(1), lost)
+    made = TuckerConv2d(layer, (into.shape[1], out.shape[1]))
+    core = torch.einsum("oikl,op,ij->pjkl", weight, out, into)
+    _fill((made.narrow.weight, into.T[:, :, None, None]), (made.core.weight, core), (made.widen.weight, out[:, :, None, None]))
+    _fill((made.widen.bias, layer.bias))
+    return made, (into.shape[1], out.shape[1])
+
+
+def _train_of_filter(layer: nn.Conv2d, error: float) -> tuple[nn.Module, tuple[int, ...]]:
+    cores = _train(layer.weight.permute(1, 2, 3, 0), error)
+    ranks = tuple(core.shape[-1] for core in cores[:-1])
+    made = TensorTrainConv2d(layer, ranks)  # type: ignore[arg-type]
+    first, rows, columns, last = cores
+    _fill((made.narrow.weight, first[0].T[:, :, None, None]), (made.rows.weight, rows.permute(2, 0, 1)[..., None]))
+    _fill((made.columns.weight, columns.permute(2, 0, 1)[:, :, None]), (made.widen.weight, last[..., 0].T[:, :, None, None]))
+    _fill((made.widen.bias, layer.bias))
+    return made, ranks
+
+
+def _train_of_matrix(layer: nn.Linear, error: float) -> tuple[nn.Module, tuple[int, ...]]:
+    inner, outer = factors(layer.in_features), factors(layer.out_features)
+    whole = layer.weight.T.reshape(*inner, *outer)
+    pairs = whole.permute(*(k for i in range(len(inner)) for k in (i, len(inner) + i)))
+    cores = _train(pairs.reshape(*(a * b for a, b in zip(inner, outer, strict=True))), error)
+    ranks = tuple(core.shape[-1] for core in cores[:-1])
+    made = TensorTrainLinear(inner, outer, ranks, bias=layer.bias is not None)
+    for parameter, core, a, b in zip(made.cores, cores, inner, outer, strict=True):
+        _fill((parameter, core.reshape(core.shape[0], a, b, core.shape[2])))
+    _fill((made.bias, layer.bias))
+    return made, ranks
+
+
+def _train(tensor: Tensor, error: float) -> list[Tensor]:
+    """Cores of a tensor, by one truncation after the other; squares of their losses add up to at most the square of the error."""
+    lost = error * float(tensor.norm()) / math.sqrt(max(tensor.ndim - 1, 1))
+    cores, rest, rank = [], tensor, 1
+    for extent in tensor.shape[:-1]:
+        a, b = _cut(rest.reshape(rank * extent, -1), lost)
+        cores.append(a.reshape(rank, extent, -1))
+        rest, rank = b, b.shape[0]
+    return [*cores, rest.reshape(rank, tensor.shape[-1], 1)]
+
+
+def factors(width: int, count: int = 3) -> tuple[int, ...]:
+    """Splits a width into so many factors, as equal as they can be."""
+    if count == 1:
+        return (width,)
+    target = width ** (1 / count)
+    best = min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(math.log(d / target)))
+    return (best, *factors(width // best, count - 1))
+
+
+def _fill(*pairs: tuple[Any, Any]) -> None:
+    for parameter, values in pairs:
+        if parameter is not None and values is not None:
+            parameter.data.copy_(values)
+
+
+__all__ = ["Converted", "factors", "tensorize"]

@@ -1,0 +1,238 @@
+"""A strategy carried out on real modules: gradients are those of the untouched model, and unsafe blocks are kept and named."""
+
+import copy
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import simtrain as st
+from simtrain.core.errors import InputError, StrategyError, UnsupportedError
+from workloads.convnet import module as convnet
+from workloads.convnet import presets as convnets
+from workloads.transformer import module as transformer
+from workloads.transformer import presets as transformers
+from workloads.vit import module as vit
+from workloads.vit import presets as vits
+
+
+def gpt(dropout=0.0):
+    spec = transformers.spec("gpt", layers=5, hidden=32, heads=2, vocabulary=64, sequence=16, max_positions=16, dropout=dropout)
+    return transformer.Transformer(spec), transformer.example_batch(spec, 4, 16)
+
+
+def image_vit():
+    spec = vits.spec("vit", layers=4, hidden=32, heads=2, patch=8, image_size=32, classes=10)
+    return vit.VisionTransformer(spec), vit.example_batch(spec, 4)
+
+
+def resnet():
+    spec = convnets.spec("resnet18-cifar")
+    return convnet.ResNet(spec), convnet.example_batch(spec, 4)
+
+
+MODELS = {"gpt": gpt, "gpt-dropout": lambda: gpt(0.1), "vit": image_vit, "resnet": resnet}
+
+
+def trained(model, batch, strategy="", steps=1, **options):
+    """Gradients of the last micro-batch before the optimizer, parameters after it, buffers, and what was applied."""
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    how = st.Strategy.parse(f"optimizer=sgd,{strategy}")
+    applied = st.torch.apply(how, model, optimizer, **options)
+    seen = {}
+    optimizer.register_step_pre_hook(lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()}))
+    for _ in range(steps * how.accumulation):
+        with applied.forward():
+            loss = applied.model(*batch)
+        applied.backward(loss)
+    return seen, {n: t.clone() for n, t in model.state_dict().items()}, applied
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("checkpoint", ["full", "sqrt", "every:2", "layers:0,2-3", "layers:[1-3]"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_equal_those_of_the_untouched_model_bit_by_bit(name, checkpoint):
+    torch.manual_seed(0)
+    model, batch = MODELS[name]()
+    plain = trained(copy.deepcopy(model), batch, steps=2)
+    again = trained(model, batch, f"checkpoint={checkpoint}", steps=2)
+    assert same(plain[0], again[0])
+    assert same(plain[1], again[1])
+    applied = again[2]
+    if name == "resnet":
+        assert not applied.recomputed
+        assert applied.kept
+        assert all("batch norms" in reason for reason in applied.kept.values())
+    else:
+        assert applied.recomputed
+        assert not applied.kept
+
+
+def test_recomputed_blocks_really_save_nothing_and_run_twice():
+    model, batch = gpt()
+    runs, saved = dict.fromkeys(model.blocks, 0), {}
+    for block in model.blocks:
+        block.mlp.fc1.register_forward_hook(lambda *_, b=block: runs.__setitem__(b, runs[b] + 1))
+    for checkpoint in ("none", "layers:[0-2]"):
+        copied = copy.deepcopy(model)
+        applied = st.torch.apply(f"optimizer=sgd,checkpoint={checkpoint}", copied, torch.optim.SGD(copied.parameters()))
+        recording = st.torch.record_step(copied, lambda m=copied: m(*batch), batch)
+        saved[checkpoint] = sum(recording.storage_bytes[s] for s in recording.saved)
+    assert applied.recomputed == ("blocks.0", "blocks.1", "blocks.2")
+    layer = sum(4 * 16 * 32 * 4 for _ in range(10))  # a block saves well over ten times its input
+    assert saved["none"] - saved["layers:[0-2]"] > 3 * layer
+    runs.update(dict.fromkeys(runs, 0))
+    applied = st.torch.apply("optimizer=sgd,checkpoint=layers:[0-2]", model, torch.optim.SGD(model.parameters()))
+    for _ in range(2):  # in the first step, a block is also tested
+        runs.update(dict.fromkeys(runs, 0))
+        with applied.forward():
+            loss = model(*batch)
+        applied.backward(loss)
+    assert list(runs.values()) == [2, 2, 2, 1, 1]
+
+
+def test_accumulation_sums_what_one_large_batch_gives():
+    torch.manual_seed(0)
+    model, batch = gpt()
+    whole = trained(copy.deepcopy(model), batch)
+    parts = trained(model, batch, "accumulation=3,checkpoint=full")
+    for name, gradient in whole[0].items():
+        torch.testing.assert_close(parts[0][name], gradient)
+
+
+def test_autocast_and_recomputation_agree():
+    torch.manual_seed(0)
+    model, batch = gpt()
+    plain = trained(copy.deepcopy(model), batch, "precision=bf16-amp")
+    again = trained(model, batch, "precision=bf16-amp,checkpoint=sqrt")
+    assert same(plain[0], again[0])
+
+
+class Unsafe(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(8, 8), how
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.how == "in place":
+            x = x.mul_(2)
+        if self.how == "random":
+            x = x * random.random()
+        if self.how == "counts":
+            self.seen += 1
+        return self.linear(x)
+
+
+class Chain(nn.Module):
+    def __init__(self, *hows):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(Unsafe(how) for how in hows)
+
+    def forward(self, x, y):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return F.mse_loss(x, y)
+
+
+@pytest.mark.parametrize(("how", "reason"), [("in place", "input in place"), ("random", "not do the same twice"), ("counts", "buffers")])
+def test_blocks_that_must_not_run_twice_are_kept_and_named(how, reason):
+    torch.manual_seed(0)
+    model, batch = Chain("safe", "safe", how, "safe"), (torch.randn(4, 8), torch.randn(4, 8))
+    random.seed(3)
+    plain = trained(copy.deepcopy(model), batch)
+    random.seed(3)
+    with pytest.warns(UserWarning, match=r"blocks\.2 is not recomputed"):
+        again = trained(model, batch, "checkpoint=layers:[0-3]")
+    applied = again[2]
+    assert list(applied.kept) == ["blocks.2"]
+    assert reason in applied.kept["blocks.2"]
+    assert applied.recomputed == ("blocks.0", "blocks.1", "blocks.3")
+    if how != "random":  # the test itself draws random numbers
+        assert same(plain[0], again[0])
+        assert same(plain[1], again[1])
+
+
+class Adding(Chain):
+    def forward(self, x, y):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x) + 1
+        return F.mse_loss(x, y)
+
+
+class AddingInPlace(Chain):
+    def forward(self, x, y):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x).add_(1)
+        return F.mse_loss(x, y)
+
+
+@pytest.mark.parametrize("kind", [Adding, AddingInPlace])
+def test_what_runs_between_blocks_is_noticed(kind):
+    model = kind("safe", "safe")
+    with pytest.raises(InputError, match=r"between blocks\.0 and blocks\.1 something else runs"):
+        trained(model, (torch.randn(4, 8), torch.randn(4, 8)), "checkpoint=layers:[0-1]")
+    trained(kind("safe", "safe"), (torch.randn(4, 8), torch.randn(4, 8)), "checkpoint=full")
+
+
+def test_blocks_by_name():
+    model, batch = gpt()
+    applied = trained(model, batch, "checkpoint=full", blocks=["blocks.1", "blocks.3.mlp"])[2]
+    assert applied.recomputed == ("blocks.1", "blocks.3.mlp")
+    with pytest.raises(InputError, match="no module 'block'"):
+        trained(model, batch, "checkpoint=full", blocks=["block"])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "error", "message"),
+    [
+        ("checkpoint=optimal", StrategyError, "choose_checkpoint"),
+        ("checkpoint=layers:7", StrategyError, r"blocks 0 \(blocks.0\) to 4"),
+        ("tensor=2", UnsupportedError, "tensor=2 is not carried out"),
+        ("zero=2,data=2", UnsupportedError, "zero=3"),
+        ("data=2", StrategyError, "there are 1 processes"),
+        ("precision=bf16", UnsupportedError, "stores weights in 16 bit"),
+    ],
+)
+def test_what_cannot_be_carried_out_is_refused(strategy, error, message):
+    model, batch = gpt()
+    with pytest.raises(error, match=message):
+        trained(model, batch, strategy)
+    with pytest.raises(InputError, match="optimizer=adamw, but the optimizer is SGD"):
+        st.torch.apply("data=1", model, torch.optim.SGD(model.parameters()))
+
+
+def test_an_optimal_choice_is_carried_out():
+    model, batch = gpt()
+    workload = st.workload("gpt", layers=5, hidden=512, heads=8, vocabulary=512, seq_len=512)
+    most = st.schedule(workload, "1x a100-sxm-80g", "micro_batch=8").memory.device_bytes
+    chosen = st.choose_checkpoint(workload, "1x a100-sxm-80g", f"micro_batch=8,optimizer=sgd,checkpoint=optimal:{0.8 * most}B")
+    assert chosen.checkpoint.startswith("layers:")
+    assert trained(model, batch, f"checkpoint={chosen.checkpoint}")[2].recomputed
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_two_processes_make_the_gradients_of_one(zero, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "tests.torch.apply_ranks"]
+    places = {"cwd": Path(__file__).parents[2], "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(zero)], **places) for rank in range(2)]
+    answers = [rank.communicate(timeout=120) for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), answers[0][1][-2000:] + answers[1][1][-2000:]
+    told = json.loads(answers[0][0].splitlines()[-1])
+    assert told["worst"] < 1e-5
+    assert told["recomputed"] == ["blocks.0", "blocks.1"]
+    assert not told["kept"]

@@ -1,0 +1,123 @@
+"""Tensorized layers: what they stand for, the error of a conversion, and FLOPs and memory beside a recorded step."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from torch import nn
+
+import simtrain as st
+from simtrain.core.errors import InputError, UnsupportedError
+from simtrain.torch.tensor_conversion import factors
+from simtrain.torch.tensorized import LowRankLinear, TensorTrainConv2d, TensorTrainLinear, TuckerConv2d, contraction
+from tests.torch.small_models import Perceptron, cross_entropy, fake_step, peaks, samples
+
+torch.manual_seed(0)
+
+
+def convolution(**options):
+    return nn.Conv2d(6, 8, 3, **{"padding": 1, **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": (0, 2), "dilation": (1, 2)}, {"bias": False}])
+@pytest.mark.parametrize("kind", ["tucker", "tensor-train"])
+def test_a_filter_in_full_rank_is_the_filter(kind, options):
+    layer = convolution(**options)
+    made = TuckerConv2d(layer, (4, 5)) if kind == "tucker" else TensorTrainConv2d(layer, (4, 7, 5))
+    x = torch.randn(2, 6, 11, 13)
+    same = convolution(**options)
+    same.weight.data, same.bias = made.dense().data, made.widen.bias
+    torch.testing.assert_close(made(x), same(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_train_is_its_matrix():
+    train = TensorTrainLinear((4, 3, 2), (2, 5, 3), (6, 4))
+    x = torch.randn(5, 7, 24)
+    torch.testing.assert_close(train(x), x @ train.dense().T + train.bias, rtol=1e-4, atol=1e-5)
+    low = LowRankLinear(24, 30, 5)
+    torch.testing.assert_close(low(x), x @ low.dense().T + low.u.bias, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(some.floats(0.01, 0.9), some.sampled_from(["low-rank", "tucker", "tensor-train"]))
+def test_conversion_keeps_its_error_and_says_which(error, kind):
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(24, 36), nn.Conv2d(6, 8, 3))
+    with torch.no_grad():  # weights of nearly low rank, so that something can be saved
+        model[0].weight.copy_(torch.randn(36, 2) @ torch.randn(2, 24) + 0.01 * torch.randn(36, 24))
+        model[1].weight.copy_(torch.einsum("oa,bi,abkl->oikl", torch.randn(8, 2), torch.randn(2, 6), torch.randn(2, 2, 3, 3)))
+    before = copy.deepcopy(model)
+    for done in st.torch.tensorize(model, kind, error=error):
+        original = before[int(done.name)].weight
+        lost = (model[int(done.name)].dense() - original).norm() / original.norm()
+        assert done.error == pytest.approx(float(lost.detach()), rel=1e-3, abs=1e-6)
+        assert done.error <= error + 1e-5
+        assert done.compression > 1
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "tensor-train"])
+def test_a_compression_is_kept_and_all_of_it_used(kind):
+    model = nn.Sequential(nn.Linear(64, 64))
+    (done,) = st.torch.tensorize(model, kind, compression=3)
+    assert 3 <= done.compression < 4.5
+    if kind == "low-rank":
+        assert done.ranks == (64 * 64 // 3 // 128,)
+
+
+def test_low_rank_loses_the_smallest_singular_values():
+    model = nn.Sequential(nn.Linear(32, 48))
+    s = torch.linalg.svdvals(model[0].weight.detach())
+    (done,) = st.torch.tensorize(model, "low-rank", compression=3)
+    rank = done.ranks[0]
+    assert done.error == pytest.approx(float(s[rank:].norm() / s.norm()), rel=1e-4)
+
+
+def test_the_cheapest_order_by_hand():
+    """With few rows the input meets one core after the other; with many, and a full rank, the matrix is made first."""
+    few = contraction((16, 16), (16, 16), (2,), 1)
+    assert few.flops == 2 * 2 * (2 * 16**3)
+    rows = 10**6
+    many = contraction((16, 16), (16, 16), (256,), rows)
+    assert many.flops == 2 * 16**4 * 256 + 2 * rows * 16**4
+    assert few.between[-1] == 256
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "tensor-train"])
+def test_flops_and_memory_are_those_of_a_recorded_step(kind):
+    def build():
+        model = Perceptron()
+        model.b = LowRankLinear(20, 60, 5) if kind == "low-rank" else TensorTrainLinear((4, 5), (6, 10), (3,))
+        model.c = nn.Linear(60, 3)
+        return model
+
+    batch = samples(10)
+    workload = st.torch.capture(build, batch, loss=cross_entropy)
+    counted = sum(op.flops(len(batch[0]), workload.sequence) for layer in workload for op in layer.forward + layer.backward)
+    assert counted == fake_step(build, batch, cross_entropy, "fp32").flops
+    ours, recorded = peaks(workload, build, batch, cross_entropy, "fp32")
+    assert abs(ours - recorded) <= 16  # but for scalars of the loss
+    if kind == "tensor-train":
+        layer = build().b
+        forward = contraction(layer.inner, layer.outer, layer._ranks, len(batch[0])).flops
+        plain = 2 * len(batch[0]) * (2 * 10 * 20 + 3 * 60 * 3)  # the first layer has no gradient of its input
+        assert counted == plain + 3 * forward
+
+
+def test_what_cannot_be_converted_is_refused():
+    with pytest.raises(InputError, match="either error= "):
+        st.torch.tensorize(nn.Linear(4, 4), "low-rank")
+    with pytest.raises(InputError, match="at least 1"):
+        st.torch.tensorize(nn.Linear(4, 4), "low-rank", compression=0.5)
+    with pytest.raises(UnsupportedError, match="cannot be converted to tucker"):
+        st.torch.tensorize(nn.Sequential(nn.Linear(4, 4)), "tucker", error=0.1, names=["0"])
+    with pytest.raises(InputError, match="must lie between 1 and 4"):
+        LowRankLinear(4, 8, 5)
+
+
+def test_factors():
+    assert factors(64) == (4, 4, 4)
+    for width in (7, 60, 768, 1000):
+        assert math.prod(factors(width)) == width

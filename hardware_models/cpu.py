@@ -2,17 +2,20 @@
 
 The three terms are added because one core overlaps them little, and because a sum is linear in its constants: calibration on the
 machine itself fits them by least squares and writes them into the device's `[profile]` as `<class>.launch_s`, `<class>.flops_per_s`
-and `<class>.bytes_per_s`. These hold for fp32; constants of another arithmetic path carry its name (`gemm.flops_per_s.bf16`), and
+and `<class>.bytes_per_s`, and an operator table that corrects single shapes. The constants hold for fp32; constants of another arithmetic path carry its name (`gemm.flops_per_s.bf16`), and
 without them the fp32 constants serve, rates of arithmetic scaled by the ratio of the peaks. Without a profile, shares of the data
 sheet stand in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from hardware_models.cpu_attention import attention_work
+from hardware_models.operator_table import coordinates, correction, label
 from simtrain.core.errors import CatalogError, nearest
 from simtrain.core.hardware import Device
 from simtrain.core.kernels import KernelBatch
@@ -20,7 +23,7 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import DType
 from simtrain.core.workload import OperatorKind
 from simtrain.cost.onednn import convolves_natively
-from simtrain.cost.roofline import ceil_div, triangle_share
+from simtrain.cost.roofline import ceil_div
 
 CLASSES = (
     "gemm",
@@ -28,6 +31,8 @@ CLASSES = (
     "attention",
     "attention_backward",
     "elementwise",
+    "activation",
+    "activation_tanh",
     "norm",
     "norm_backward",
     "softmax",
@@ -45,6 +50,8 @@ CLASSES = (
 )
 """Classes of operators that share constants, in the order calibration lists them."""
 
+ATTENTION = (OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD)
+
 BF16_BLOCK = 32
 """Contraction length that bf16 instructions of x86 processors work on (a tile row of AMX, a vector of AVX-512 BF16)."""
 
@@ -52,6 +59,9 @@ TERMS = ("launch_s", "flops_per_s", "bytes_per_s")
 """Constants of each class."""
 
 _SHARED = {OperatorKind.CAST: "elementwise", OperatorKind.COPY: "elementwise"}
+
+TRANSCENDENTAL = frozenset(("gelu", "silu", "swiglu", "sigmoid", "tanh", "softplus", "mish", "elu", "erf", "exp", "log", "sin", "cos"))
+"""Words in the names of elementwise operators that compute exponentials and their like."""
 
 DATA_SHEET_LAUNCH_S = 5e-6
 """Assumption: an operator call of PyTorch on a CPU without work to do; about 3 us were measured on one server core."""
@@ -87,8 +97,17 @@ Exponentials, row sums and copies into other layouts cost more than traffic.
 SOURCE = "PyTorch on one pinned server core: launch about 3 us, copies 21 to 35 GB/s; shares of the data sheet by class are assumptions"
 
 
-def kernel_class(kind: OperatorKind) -> str:
-    """Returns the class of operators, one of `CLASSES`, whose constants price a kind."""
+def kernel_class(kind: OperatorKind, name: str = "") -> str:
+    """Returns the class of operators, one of `CLASSES`, whose constants price a kind.
+
+    Args:
+        kind: Of the operator.
+        name: Of the operator: elementwise ones with exponentials (GELU, SiLU, ...) take several times as long as their traffic,
+            and hyperbolic tangents, also of GELU's approximation, longer still.
+    """
+    words = set(re.split(r"[._#]", name)) if kind is OperatorKind.ELEMENTWISE else set()
+    if words & TRANSCENDENTAL:
+        return "activation_tanh" if "tanh" in words else "activation"
     return _SHARED.get(kind, kind.value)
 
 
@@ -109,11 +128,13 @@ class CpuModel:
             CatalogError: The profile names a constant that does not exist.
         """
         _check(device)
-        kinds = tuple(dict.fromkeys(kernels.kinds))
-        index = np.array([kinds.index(kind) for kind in kernels.kinds], dtype=np.intp)
-        table = np.array([class_constants(device, kernel_class(kind), kernels.arithmetic) for kind in kinds]).reshape(-1, 3)
+        named = [kernel_class(kind, name) for kind, name in zip(kernels.kinds, kernels.names, strict=True)]
+        classes = tuple(dict.fromkeys(named))
+        index = np.array([classes.index(name) for name in named], dtype=np.intp)
+        table = np.array([class_constants(device, name, kernels.arithmetic) for name in classes]).reshape(-1, 3)
         launch_s, flops_per_s, bytes_per_s = table[index].T
-        return np.asarray(calls_done(kernels) * launch_s + flops_done(kernels) / flops_per_s + bytes_done(kernels) / bytes_per_s)
+        times = calls_done(kernels) * launch_s + flops_done(kernels) / flops_per_s + bytes_done(kernels) / bytes_per_s
+        return np.asarray(times * _corrections(device, kernels, named))
 
     def sources(self, device: Device) -> tuple[str, ...]:
         """Returns what the constants rest on."""
@@ -122,23 +143,36 @@ class CpuModel:
         return own if len(calibrated) == len(CLASSES) else (*own, SOURCE)
 
 
+def _corrections(device: Device, kernels: KernelBatch, classes: Sequence[str]) -> FloatArray:
+    """What the device's operator table multiplies each kernel's time by; 1 without entries."""
+    factors = np.ones(len(kernels))
+    for name in dict.fromkeys(classes):
+        known = device.operator_table.get(label(name, kernels.arithmetic))
+        if known is not None:
+            chosen = np.array([other == name for other in classes])
+            factors[chosen] = correction(known, coordinates(kernels)[chosen])
+    return factors
+
+
 def flops_done(kernels: KernelBatch) -> FloatArray:
     """Operations that are carried out.
 
-    The CPU's flash kernel skips blocks above the diagonal of causal attention. In bf16 it contracts over blocks of 32, so that smaller
-    heads are padded.
+    Attention computes whole blocks of scores. In bf16 it contracts over blocks of 32, so that smaller heads are padded.
     """
-    flops = np.where(kernels.causal, kernels.flops * triangle_share(np.maximum(kernels.n, 1.0)), kernels.flops)
+    attention = kernels.mask(*ATTENTION)
+    flops = kernels.flops.copy()
+    flops[attention] *= _attention_work(kernels)[1] / np.maximum(kernels.m * kernels.n, 1.0)[attention]
     if kernels.arithmetic is not DType.BF16:
         return flops
-    attention = kernels.mask(OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD)
     return np.where(attention, flops * ceil_div(kernels.k, BF16_BLOCK) * BF16_BLOCK / np.maximum(kernels.k, 1.0), flops)
 
 
 def calls_done(kernels: KernelBatch) -> FloatArray:
-    """Pieces of work with a set-up of their own: launches, and for attention every head of every sample."""
-    attention = kernels.mask(OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD)
-    return np.where(attention, kernels.batch, kernels.launches.astype(np.float64))
+    """Pieces of work with a set-up of their own: launches, and for attention every block of scores of every head and sample."""
+    calls = kernels.launches.astype(np.float64)
+    attention = kernels.mask(*ATTENTION)
+    calls[attention] = kernels.batch[attention] * _attention_work(kernels)[0]
+    return calls
 
 
 def bytes_done(kernels: KernelBatch) -> FloatArray:
@@ -147,9 +181,16 @@ def bytes_done(kernels: KernelBatch) -> FloatArray:
     The flash kernel makes several passes of exponentials and sums over every block of fp32 scores, however small the heads are; their
     bytes stand for that work. Small batches of 1x1 convolutions run as one matrix product per sample.
     """
-    scores = 4.0 * kernels.batch * kernels.m * kernels.n * np.where(kernels.causal, triangle_share(np.maximum(kernels.n, 1.0)), 1.0)
-    attention = kernels.mask(OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD)
-    return np.where(attention, kernels.bytes_moved + scores, kernels.bytes_moved) + _filters_again(kernels)
+    moved = kernels.bytes_moved + _filters_again(kernels)
+    attention = kernels.mask(*ATTENTION)
+    moved[attention] += 4.0 * kernels.batch[attention] * _attention_work(kernels)[1]
+    return moved
+
+
+def _attention_work(kernels: KernelBatch) -> tuple[FloatArray, FloatArray]:
+    """Blocks and scores per head of the attentions among kernels."""
+    chosen = kernels.mask(*ATTENTION)
+    return attention_work(kernels.m[chosen], kernels.n[chosen], kernels.causal[chosen])
 
 
 def _filters_again(kernels: KernelBatch) -> FloatArray:

@@ -13,21 +13,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hardware_models.cpu import CLASSES, class_constants, kernel_class
+from hardware_models.operator_table import label
 from simtrain.core import catalog
 from simtrain.core.errors import InputError
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import DType, precision
 from simtrain.core.workload import OperatorKind
-from validation.features import class_features, executed_flops, saved_tensors
+from validation.features import CPU_RUNTIME, class_features, executed_flops, saved_tensors, workload_of
 from validation.fit import ClassCost, ClassFit, fit_classes, framework_launch_s
 from validation.machine_profile import BASE_DEVICE, MachineProfile
 from validation.measure import Progress, measure
 from validation.measurement import Measurement, Settings
+from validation.operator_table import entries, merged, operators_of
 from validation.steps import CALIBRATION_STEPS, TrainingStep
 
 RECOMPUTE = "recompute.launch_s"
 OPTIMIZER = kernel_class(OperatorKind.OPTIMIZER)
-CALIBRATION_SETTINGS = Settings(warmup_steps=3, timed_steps=6, operator_steps=4, processes=1, memory=False)
+CALIBRATION_SETTINGS = Settings(warmup_steps=2, timed_steps=5, operator_steps=4, processes=1, memory=False)
 
 
 def calibrate(
@@ -73,6 +75,7 @@ def profile_from(measurements: Sequence[Measurement]) -> MachineProfile:
         step_error=float(np.mean(np.abs(errors))),
         framework_launch_s=parts[next(iter(parts))].outside_s,
         null_flops_per_s={str(path): null_rate([m for m in plain if arithmetic(m.step) is path]) for path in paths},
+        operator_table=merged(*(part.table([m for m in plain if arithmetic(m.step) is path]) for path, part in parts.items())),
     )
     recomputed = [m for m in measurements if m not in plain]
     return _with_recomputation(profile, recomputed) if recomputed else profile
@@ -81,11 +84,6 @@ def profile_from(measurements: Sequence[Measurement]) -> MachineProfile:
 def arithmetic(step: TrainingStep) -> DType:
     """Returns the path that a step's matrix products run on."""
     return precision(step.parsed().precision).arithmetic
-
-
-def label(name: str, path: DType) -> str:
-    """Names a class on an arithmetic path, as profiles do."""
-    return name if path is DType.FP32 else f"{name}.{path}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +102,23 @@ class PathFit:
     outside_s: float
     step_errors: tuple[float, ...]
 
+    def costs(self) -> dict[str, ClassCost]:
+        """Returns the cost of each class, the time outside operators included."""
+        return {name: _with_framework(name, fit.cost, self.outside_s) for name, fit in self.fits.items()}
+
+    def table(self, measurements: Sequence[Measurement]) -> dict[str, tuple[tuple[float, ...], ...]]:
+        """Returns the operator table of measured steps on this path."""
+        costs = self.costs()
+        tables = [
+            entries(operators_of(workload_of(m.step), m.step.parsed(), CPU_RUNTIME), m.call_times_s, costs, self.outside_s)
+            for m in measurements
+        ]
+        return {label(name, self.path): rows for name, rows in merged(*tables).items()}
+
     def constants(self) -> dict[str, float]:
         """Returns the costs as a device's profile holds them."""
         suffix = "" if self.path is DType.FP32 else f".{self.path}"
-        costs = {name: _with_framework(name, fit.cost, self.outside_s) for name, fit in self.fits.items()}
+        costs = self.costs()
         if self.path is not DType.FP32:
             costs.pop(OPTIMIZER, None)  # masters are updated in fp32 whatever the path
         return {

@@ -40,8 +40,8 @@ def class_features(step: TrainingStep) -> dict[str, FloatArray]:
 
 def _add(totals: dict[str, FloatArray], kernels: KernelBatch, times: int) -> None:
     rows = np.column_stack([calls_done(kernels), flops_done(kernels), bytes_done(kernels)]) * times
-    for kind, row in zip(kernels.kinds, rows, strict=True):
-        name = kernel_class(kind)
+    for kind, operator, row in zip(kernels.kinds, kernels.names, rows, strict=True):
+        name = kernel_class(kind, operator)
         totals[name] = totals.get(name, np.zeros(3)) + row
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hardware_models.operator_table import COLUMNS
 from simtrain.core import catalog
 from simtrain.core.errors import InputError
 from simtrain.core.hardware import Device, Provenance, ValueKind
 from validation.measurement import Environment
 
-FORMAT = 2
+FORMAT = 3
 BASE_DEVICE = "cpu-core"
 
 
@@ -29,6 +32,7 @@ class MachineProfile:
         shares: Share of each class in the measured time.
         step_error: Mean absolute relative error of the calibration steps themselves, refitted (not a test).
         framework_launch_s: Time outside operators per launch; contained in each class's launch time.
+        operator_table: Entries of `hardware_models.operator_table` by class and path.
         null_flops_per_s: FLOP/s of the null model by arithmetic path, one constant for everything, fitted to the same steps.
     """
 
@@ -40,13 +44,16 @@ class MachineProfile:
     step_error: float
     framework_launch_s: float
     null_flops_per_s: Mapping[str, float]
+    operator_table: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
 
     def device(self) -> Device:
         """Returns the CPU core with these constants."""
         base = catalog.device(BASE_DEVICE)
         source = f"calibration on {self.environment.cpu_model}, torch {self.environment.torch_version}, {self.environment.date_utc}"
         provenance = dict(base.provenance) | {"profile": Provenance(ValueKind.MEASUREMENT, source)}
-        return replace(base, name=f"{BASE_DEVICE} (calibrated)", aliases=(), profile=dict(self.constants), provenance=provenance)
+        table = {name: np.array(rows, dtype=np.float64).reshape(-1, COLUMNS) for name, rows in self.operator_table.items()}
+        named = f"{BASE_DEVICE} (calibrated)"
+        return replace(base, name=named, aliases=(), profile=dict(self.constants), operator_table=table, provenance=provenance)
 
     def to_json(self) -> str:
         """Writes the profile; `from_json` reads it back."""
@@ -65,6 +72,7 @@ class MachineProfile:
                 raise InputError(f"{name} has another format than {FORMAT}: run `simtrain calibrate` again")
             data["environment"] = Environment(**data["environment"])
             data["steps"] = tuple(data["steps"])
+            data["operator_table"] = {name: tuple(map(tuple, rows)) for name, rows in data["operator_table"].items()}
             return cls(**data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{name} is not a machine profile ({error}): run `simtrain calibrate` again") from None

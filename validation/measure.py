@@ -82,6 +82,7 @@ def _combine(
         page_faults_per_step=median(r["page_faults_per_step"] for r in rounds),
         settings=settings,
         environment=here,
+        call_times_s=rounds[0]["call_times_s"],
     )
 
 

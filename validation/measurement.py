@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,6 +70,7 @@ class Measurement:
         page_faults_per_step: Minor faults per timed step; near 0 when buffers are reused.
         settings: How it was measured.
         environment: Where and when.
+        call_times_s: Time of every operator call, by class in program order (empty if not measured).
     """
 
     step: TrainingStep
@@ -82,6 +83,7 @@ class Measurement:
     page_faults_per_step: float
     settings: Settings = field(default_factory=Settings)
     environment: Environment | None = None
+    call_times_s: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON; `from_dict` reads it back."""

@@ -6,7 +6,6 @@ Timing operators on their own is 5 to 26 % too fast on a CPU, because their oper
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
@@ -60,14 +59,12 @@ class OperatorClock(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records process CPU time spent inside each operator while it is active.
 
     Attributes:
-        time_ns: Time by ATen name, the clock's own cost not taken off.
-        calls: Calls by ATen name.
+        calls: ATen name and time of each call, in order, the clock's own cost not taken off.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.time_ns: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
+        self.calls: list[tuple[str, float]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator between two readings of the clock."""
@@ -76,8 +73,7 @@ class OperatorClock(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         elapsed = time.process_time_ns() - start
         name = func._schema.name.removeprefix("aten::")
-        self.time_ns[name] += elapsed
-        self.calls[name] += 1
+        self.calls.append((f"{name}_tanh" if kwargs.get("approximate") == "tanh" else name, elapsed))
         return out
 
 
@@ -91,17 +87,15 @@ class ClassTimes:
     """Adds up what several training steps spend in each class of operators.
 
     Args:
-        kernel_class: Maps a kind to the name of its class.
+        kernel_class: Maps a kind and an operator's name to its class.
 
     Attributes:
-        rows: For each step, seconds by class.
-        calls: Operator calls by class in the last step.
+        rows: For each step, seconds of every call by class, in program order; the optimizer is one call.
     """
 
-    def __init__(self, kernel_class: Callable[[OperatorKind], str]) -> None:
+    def __init__(self, kernel_class: Callable[[OperatorKind, str], str]) -> None:
         self.kernel_class = kernel_class
-        self.rows: list[dict[str, float]] = []
-        self.calls: dict[str, int] = {}
+        self.rows: list[dict[str, list[float]]] = []
         self._cost_ns = clock_cost_ns()
 
     def step(self, passes: Callable[[], None], optimizer: Callable[[], None]) -> None:
@@ -115,23 +109,31 @@ class ClassTimes:
             passes()
         start = time.process_time_ns()
         optimizer()
-        update_ns = time.process_time_ns() - start - self._cost_ns
-        times_ns = self._by_class({n: t - self._cost_ns * clock.calls[n] for n, t in clock.time_ns.items()})
-        times_ns[self.kernel_class(OperatorKind.OPTIMIZER)] = update_ns
-        self.rows.append({name: t * 1e-9 for name, t in times_ns.items()})
-        self.calls = {name: int(n) for name, n in self._by_class(clock.calls).items()}
+        update_ns = time.process_time_ns() - start
+        row: dict[str, list[float]] = {}
+        for name, elapsed_ns in clock.calls:
+            kind = KIND_OF_ATEN.get(name.removesuffix("_tanh"))
+            if kind is not None:
+                row.setdefault(self.kernel_class(kind, name), []).append((elapsed_ns - self._cost_ns) * 1e-9)
+        row[self.kernel_class(OperatorKind.OPTIMIZER, "")] = [(update_ns - self._cost_ns) * 1e-9]
+        self.rows.append(row)
 
     def seconds(self) -> dict[str, float]:
         """Returns the median over the steps, by class."""
-        return median_by_key(self.rows)
+        return median_by_key([{name: sum(times) for name, times in row.items()} for row in self.rows])
 
-    def _by_class(self, by_name: Mapping[str, float]) -> dict[str, float]:
-        total: dict[str, float] = {}
-        for name, value in by_name.items():
-            if name in KIND_OF_ATEN:
-                key = self.kernel_class(KIND_OF_ATEN[name])
-                total[key] = total.get(key, 0.0) + value
-        return total
+    def calls(self) -> dict[str, int]:
+        """Returns how many operators of each class the last step called."""
+        optimizer = self.kernel_class(OperatorKind.OPTIMIZER, "")
+        return {name: len(times) for name, times in self.rows[-1].items() if name != optimizer} if self.rows else {}
+
+    def each_s(self) -> dict[str, list[float]]:
+        """Returns the median time of every call, by class in program order; classes whose calls change from step to step are left out."""
+        return {
+            name: [median(times) for times in zip(*(row[name] for row in self.rows), strict=True)]
+            for name in (self.rows[0] if self.rows else {})
+            if len({len(row.get(name, ())) for row in self.rows}) == 1
+        }
 
 
 def median_by_key(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -43,7 +43,8 @@ def time_step(step: TrainingStep, settings: Settings) -> dict[str, Any]:
         "noise": (upper - lower) / middle,
         "page_faults_per_step": median(faults),
         "class_times_s": classes.seconds(),
-        "class_calls": classes.calls,
+        "class_calls": classes.calls(),
+        "call_times_s": classes.each_s(),
     }
 
 

@@ -82,6 +82,7 @@ class Device:
         host_link: Name of the link to its host.
         peer_link: Name of the link to its peers ("" if traffic goes through the host).
         compute_model: Name of the compute model that prices its kernels.
+        operator_table: Measured over modelled time of single operators, as the compute model reads it (a calibration); else empty.
         architecture: Numbers that only its compute model knows (edge of a systolic array, blocks of multipliers), by name.
         profile: Constants measured on the machine itself (a calibration), by name; empty for data-sheet devices.
         provenance: Origin of each number, by field name.
@@ -108,6 +109,7 @@ class Device:
     provenance: Mapping[str, Provenance] = field(default_factory=dict, repr=False)
     aliases: tuple[str, ...] = ()
     architecture: Mapping[str, float] = field(default_factory=dict)
+    operator_table: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
 
     def peak(self, dtype: DType) -> float:
         """Dense peak FLOP/s of an arithmetic path.

@@ -211,7 +211,7 @@ def _products(tape: Tape, x: str, chosen: Choices, part: Part, weights: str | No
         multiply(tape, "e.s", "e.u", "e.act")
     else:
         _grouped(tape, x, "mlp.experts.fc1", "e.f", part, chosen.ends, up=True)
-        unary(tape, "e.f", "e.relu_squared" if spec.activation == "relu-squared" else "e.gelu", "e.act")
+        unary(tape, "e.f", f"e.{spec.activation.replace('-', '_')}", "e.act")
     act = "e.act"
     if weights is not None and part.form.expert_weights == "between":
         act = _weigh(tape, act, weights)

@@ -167,7 +167,7 @@ def feed_forward(tape: Tape, x: str, out: str, part: Part, *, module: str = "mlp
             linear(tape, x, f"{module}.up", f"{mark}u", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias, holds=(gate,))
         (gated_unit if part.form.fused_gate else multiply)(tape, gate, f"{mark}u", f"{mark}act")
     else:
-        unary(tape, f"{mark}f", f"{mark}relu_squared" if spec.activation == "relu-squared" else f"{mark}gelu", f"{mark}act")
+        unary(tape, f"{mark}f", mark + spec.activation.replace("-", "_"), f"{mark}act")
     last = f"{module}.down" if gated else f"{module}.fc2"
     return leave(tape, f"{mark}act", last, out, inner, part, holds=(x,))
 

@@ -1,0 +1,96 @@
+"""The operator table of a machine: operators of measured steps, timed where they ran, beside what the formula of their class gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hardware_models.cpu import bytes_done, calls_done, flops_done, kernel_class
+from hardware_models.operator_table import COLUMNS, coordinates
+from simtrain.core.kernels import KernelBatch
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.precision import precision
+from simtrain.core.runtime import runtime
+from simtrain.core.strategy import Strategy
+from simtrain.core.workload import Workload
+from simtrain.step.kernels import layer_kernels
+from validation.fit import ClassCost
+
+Table = Mapping[str, tuple[tuple[float, ...], ...]]
+"""By class and path, entries of `hardware_models.operator_table`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operators:
+    """What one micro-batch asks of a class, operator by operator in program order.
+
+    Attributes:
+        points: Coordinates in the table, shape (operators, 5).
+        work: Pieces of work, FLOPs and bytes, shape (operators, 3).
+    """
+
+    points: FloatArray
+    work: FloatArray
+
+
+def operators_of(work: Workload, strategy: Strategy, runtime_name: str) -> dict[str, Operators]:
+    """Lists the operators of a micro-batch by class, forward and backward without recomputation.
+
+    Args:
+        work: Of the model.
+        strategy: Micro-batch and precision.
+        runtime_name: Decides between fused and unfused operators.
+    """
+    points: dict[str, list[FloatArray]] = {}
+    counts: dict[str, list[FloatArray]] = {}
+    for kernels in _in_order(work, strategy, runtime_name):
+        where = coordinates(kernels)
+        rows = np.column_stack([calls_done(kernels), flops_done(kernels), bytes_done(kernels)])
+        for i, (kind, operator) in enumerate(zip(kernels.kinds, kernels.names, strict=True)):
+            name = kernel_class(kind, operator)
+            points.setdefault(name, []).append(where[i])
+            counts.setdefault(name, []).append(rows[i])
+    return {name: Operators(np.array(points[name]), np.array(counts[name])) for name in points}
+
+
+def _in_order(work: Workload, strategy: Strategy, runtime_name: str) -> Iterator[KernelBatch]:
+    recipe, runs_on = precision(strategy.precision), runtime(runtime_name)
+    passes = [(layer_kernels(layer, strategy.micro_batch, work.sequence, recipe, runs_on), layer.repeats) for layer in work.layers]
+    for (forward, _), repeats in passes:
+        yield from [forward] * repeats
+    for (_, backward), repeats in reversed(passes):
+        yield from [backward] * repeats
+
+
+def entries(
+    operators: Mapping[str, Operators], call_times_s: Mapping[str, Sequence[float]], costs: Mapping[str, ClassCost], outside_s: float
+) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """Puts the operators of one measured step beside the formula; equal ones are one entry.
+
+    Args:
+        operators: What the step asked for.
+        call_times_s: Time of every operator call by class, in program order. Classes where PyTorch makes another number of calls than
+            the closed form lists are left out: their operators cannot be told apart.
+        costs: Formula of each class, the time outside operators included.
+        outside_s: That time, per operator.
+    """
+    table: dict[str, tuple[tuple[float, ...], ...]] = {}
+    for name, asked in operators.items():
+        times = np.array(call_times_s.get(name, ()))
+        if name not in costs or len(times) != len(asked.work):
+            continue
+        different, place = np.unique(np.column_stack([asked.points, asked.work]).round(9), axis=0, return_inverse=True)
+        measured = np.bincount(place.ravel(), times + outside_s) / np.bincount(place.ravel())
+        modelled = np.array([costs[name].seconds(*row) for row in different[:, COLUMNS - 1 :]])
+        ratio = np.log(np.maximum(measured, 1e-9) / np.maximum(modelled, 1e-9))
+        rows = np.column_stack([different[:, : COLUMNS - 1], ratio]).round(4)
+        table[name] = tuple(tuple(row) for row in rows.tolist())
+    return table
+
+
+def merged(*tables: Table) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """Returns the entries of several tables."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    return {name: tuple(row for table in tables for row in table.get(name, ())) for name in names}

@@ -2,9 +2,9 @@
 
 The three terms are added because one core overlaps them little, and because a sum is linear in its constants: calibration on the
 machine itself fits them by least squares and writes them into the device's `[profile]` as `<class>.launch_s`, `<class>.flops_per_s`
-and `<class>.bytes_per_s`, and an operator table that corrects single shapes. The constants hold for fp32; constants of another arithmetic path carry its name (`gemm.flops_per_s.bf16`), and
+and `<class>.bytes_per_s`. These hold for fp32; constants of another arithmetic path carry its name (`gemm.flops_per_s.bf16`), and
 without them the fp32 constants serve, rates of arithmetic scaled by the ratio of the peaks. Without a profile, shares of the data
-sheet stand in.
+sheet stand in. Single shapes that the formula misses are corrected by the device's operator table (`hardware_models/operator_table.py`).
 """
 
 from __future__ import annotations

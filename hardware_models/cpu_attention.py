@@ -8,6 +8,7 @@ Source: `FlashAttentionKernel.cpp` of PyTorch (`aten/src/ATen/native/cpu`), forw
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simtrain.core.polynomial import FloatArray
 
@@ -38,7 +39,7 @@ def blocks_and_scores(queries: float, keys: float, *, causal: bool) -> tuple[flo
     return float(begun.sum()), float((rows * np.minimum(begun * KEY_BLOCK, keys)).sum())
 
 
-def attention_work(queries: FloatArray, keys: FloatArray, causal: FloatArray) -> tuple[FloatArray, FloatArray]:
+def attention_work(queries: FloatArray, keys: FloatArray, causal: NDArray[np.bool_]) -> tuple[FloatArray, FloatArray]:
     """Returns blocks and scores of several attentions, per head; see `blocks_and_scores`."""
     pairs = [blocks_and_scores(q, k, causal=bool(c)) for q, k, c in zip(queries, keys, causal, strict=True)]
     blocks, scores = np.array(pairs).reshape(-1, 2).T

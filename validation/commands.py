@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from validation.machine_profile import MachineProfile
     from validation.steps import TrainingStep
 
+PROBED_STRATEGY = "micro_batch=4,optimizer=adamw"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -39,11 +40,33 @@ def register(app: typer.Typer) -> None:
 
 def calibrate(
     out: Annotated[Path | None, typer.Option(help="Where to write the profile; by default the user's cache folder.")] = None,
+    probe: Annotated[
+        str | None, typer.Option(help="Time twenty steps of this workload (or capture:FILE.py:FUNCTION) and add them to the profile.")
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="What the probed steps do: micro-batch, optimizer, precision.")] = PROBED_STRATEGY,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Sequence length of the probed model; its own by default.")] = None,
+    base: Annotated[Path | None, typer.Option("--profile", help="Profile that a probe adds to; by default that of this machine.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine's CPU core under PyTorch, in two minutes, and keep the constants in a profile."""
-    from validation.machine_profile import default_path, save
+    """Measure this machine's CPU core under PyTorch, in three minutes, and keep what was found in a profile.
 
+    With --probe, a few steps of your own model are measured as well, and what is predicted is compared before and after.
+    """
+    from validation.machine_profile import default_path, probed_path, save
+
+    if probe is not None:
+        from validation.probe import probe as run
+
+        report = run(_profile(base), probe, strategy, sequence=seq_len, progress=_progress)
+        path = out or probed_path()
+        save(report.profile, path)
+        if as_json:
+            write_json(report)
+        else:
+            typer.echo(f"{report}\nwritten to {path}")
+        return
+    if base is not None or seq_len is not None or strategy != PROBED_STRATEGY:
+        raise InputError("--profile, --seq-len and --strategy belong to a probe: give --probe WORKLOAD, too")
     profile, path = _calibrate(), out or default_path()
     save(profile, path)
     if as_json:

@@ -85,6 +85,11 @@ def default_path() -> Path:
     return user_cache_path("simtrain") / "machine_profile.json"
 
 
+def probed_path() -> Path:
+    """Returns where a profile with probed operators is kept, beside the machine's own."""
+    return default_path().with_name("probed_profile.json")
+
+
 def save(profile: MachineProfile, path: Path) -> None:
     """Writes a profile, making its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def operators_of(work: Workload, strategy: Strategy, runtime_name: str) -> dict[
     """
     points: dict[str, list[FloatArray]] = {}
     counts: dict[str, list[FloatArray]] = {}
-    for kernels in _in_order(work, strategy, runtime_name):
+    for kernels in kernels_in_order(work, strategy, runtime_name):
         where = coordinates(kernels)
         rows = np.column_stack([calls_done(kernels), flops_done(kernels), bytes_done(kernels)])
         for i, (kind, operator) in enumerate(zip(kernels.kinds, kernels.names, strict=True)):
@@ -55,7 +55,8 @@ def operators_of(work: Workload, strategy: Strategy, runtime_name: str) -> dict[
     return {name: Operators(np.array(points[name]), np.array(counts[name])) for name in points}
 
 
-def _in_order(work: Workload, strategy: Strategy, runtime_name: str) -> Iterator[KernelBatch]:
+def kernels_in_order(work: Workload, strategy: Strategy, runtime_name: str) -> Iterator[KernelBatch]:
+    """Yields the kernels of every pass of a micro-batch in program order, repeated layers one by one; see `operators_of`."""
     recipe, runs_on = precision(strategy.precision), runtime(runtime_name)
     passes = [(layer_kernels(layer, strategy.micro_batch, work.sequence, recipe, runs_on), layer.repeats) for layer in work.layers]
     for (forward, _), repeats in passes:

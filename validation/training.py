@@ -10,8 +10,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from simtrain.core.errors import UnsupportedError
+from simtrain.core.errors import InputError, UnsupportedError
 from simtrain.core.strategy import Strategy, checkpoint_segment
+from simtrain.torch.files import example
+from simtrain.torch.recorder import batch_tensors
+from simtrain.torch.sizes import batch_shape
+from simtrain.torch.subject import call_model, find_loss
 from validation.steps import TrainingStep
 from workloads.convnet import module as convnet
 from workloads.convnet import presets as convnets
@@ -21,6 +25,8 @@ from workloads.vit import module as vit
 from workloads.vit import presets as vits
 
 LEARNING_RATE = 1e-4
+CAPTURE = "capture:"
+"""Begins the name of a workload that is a model of the user's own."""
 
 
 class Segment(nn.Module):
@@ -77,7 +83,7 @@ class Training:
         self.update()
 
 
-def build(step: TrainingStep, seed: int = 0) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+def build(step: TrainingStep, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
     """Returns the real module of a training step's family, and a batch for it.
 
     Args:
@@ -85,6 +91,8 @@ def build(step: TrainingStep, seed: int = 0) -> tuple[nn.Module, tuple[torch.Ten
         seed: Of the random numbers of the batch.
     """
     samples = step.parsed().micro_batch
+    if step.workload.startswith(CAPTURE):
+        return user_model(step.workload.removeprefix(CAPTURE), samples, step.sequence)
     if step.workload in convnets.factories():
         network = convnets.spec(step.workload, **step.options)
         return convnet.ResNet(network), convnet.example_batch(network, samples, seed=seed)
@@ -94,6 +102,45 @@ def build(step: TrainingStep, seed: int = 0) -> tuple[nn.Module, tuple[torch.Ten
     text = transformers.spec(step.workload, **step.options)
     batch = transformer.example_batch(text, samples, step.sequence, seed=seed)
     return transformer.Transformer(text), batch
+
+
+class UserModel(nn.Module):
+    """A model of the user's own together with its loss: called with its batch, it returns the loss.
+
+    Args:
+        module: The model.
+        loss: Makes the loss from the output and the batch, where the output is not the loss or holds it.
+    """
+
+    def __init__(self, module: nn.Module, loss: Callable[[Any, Any], torch.Tensor] | None) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        """Returns the loss."""
+        output = call_model(self.module, batch)
+        return self.loss(output, batch) if self.loss is not None else find_loss(output)
+
+
+def user_model(text: str, samples: int, sequence: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
+    """Builds what `FILE.py:FUNCTION` returns for real, its example batch cut or repeated to a size.
+
+    Args:
+        text: As `capture:` reads it.
+        samples: Of the batch.
+        sequence: Sequence length; that of the example for 0.
+
+    Raises:
+        InputError: The function fails or returns no model.
+    """
+    given = example(text)
+    model, batch = given["model"], given["batch"]
+    module = model if isinstance(model, nn.Module) else model()
+    if not isinstance(module, nn.Module):
+        raise InputError(f"{text} gives a {type(module).__name__} as its model, not a torch.nn.Module")
+    shape = batch_shape(batch_tensors(batch), given.get("sequence_dim", "auto"))
+    resized = shape.resize(batch, (samples, sequence or shape.sequence or 1))
+    return UserModel(module.train(), given.get("loss")), (resized,)
 
 
 def apply_checkpointing(model: nn.Module, strategy: Strategy) -> None:

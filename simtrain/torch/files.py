@@ -31,18 +31,30 @@ def capture_file(text: str, *, seq_len: int | None = None) -> Workload:
         InputError: No such file or function (the nearest is suggested), or the function fails or returns something else.
         UnsupportedError: See `capture`.
     """
-    path, colon, name = text.rpartition(":")
-    if not colon or not path or not name:
-        raise InputError(f"{text!r} is not of the form FILE.py:FUNCTION")
-    given = _given(_function(Path(path), name), text)
+    given = example(text)
     batch, model = given.pop("batch"), given.pop("model")
-    given.setdefault("name", Path(path).stem)
+    given.setdefault("name", Path(text.rpartition(":")[0]).stem)
     workload = replace(capture(model, batch, **given), source=f"captured from {text}")
     if seq_len is None:
         return workload
     if workload.sample_unit != "sequence":
         raise InputError(f"{text}: the batch has no sequence dimension, so there is no sequence length to set")
     return replace(workload, sequence=seq_len)
+
+
+def example(text: str) -> dict[str, Any]:
+    """Returns what a function in a file returns: the arguments of `capture`, `model` and `batch` (the example batch) among them.
+
+    Args:
+        text: `FILE.py:FUNCTION`, see `capture_file`.
+
+    Raises:
+        InputError: See `capture_file`.
+    """
+    path, colon, name = text.rpartition(":")
+    if not colon or not path or not name:
+        raise InputError(f"{text!r} is not of the form FILE.py:FUNCTION")
+    return _given(_function(Path(path), name), text)
 
 
 def _function(path: Path, name: str) -> Callable[[], Any]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardware_models.cpu import CLASSES, DATA_SHEET_LAUNCH_S, CpuModel, class_constants, flops_done, kernel_class
+from hardware_models.cpu import CLASSES, DATA_SHEET_LAUNCH_S, CpuModel, calls_done, class_constants, flops_done, kernel_class
 from simtrain.core.catalog import device
 from simtrain.core.errors import CatalogError, UnsupportedError
 from simtrain.core.precision import DType
@@ -20,7 +20,15 @@ EXTENT = st.integers(min_value=1, max_value=4096)
 
 
 def test_every_kind_has_a_class_and_every_class_a_kind():
-    assert {kernel_class(kind) for kind in OperatorKind if kind is not OperatorKind.COLLECTIVE} == set(CLASSES)
+    names = ("add", "gelu.backward", "mlp.gelu_tanh#2")
+    found = {kernel_class(kind, name) for kind in OperatorKind if kind is not OperatorKind.COLLECTIVE for name in names}
+    assert found == set(CLASSES)
+
+
+def test_only_words_make_an_activation():
+    assert kernel_class(OperatorKind.ELEMENTWISE, "experts.add") == "elementwise"
+    assert kernel_class(OperatorKind.ELEMENTWISE, "blocks.3.silu.backward") == "activation"
+    assert kernel_class(OperatorKind.GEMM, "gelu") == "gemm"
 
 
 @QUICK
@@ -51,9 +59,20 @@ def test_a_path_of_its_own_wins_over_the_scaled_fp32_rate():
     assert class_constants(own, "gemm", DType.FP32)[1] == 5e10
 
 
-def test_causal_attention_counts_the_triangle():
-    batch = build("attention", [(4, 512, 512, 64)], causal=True)
-    assert flops_done(batch)[0] == pytest.approx(batch.flops[0] * 513 / 1024)
+def test_causal_attention_of_up_to_512_keys_computes_the_whole_square():
+    for length in (96, 512):
+        batch = build("attention", [(4, length, length, 64)], causal=True)
+        assert flops_done(batch)[0] == pytest.approx(batch.flops[0])
+
+
+def test_longer_causal_attention_leaves_out_blocks_above_the_diagonal():
+    batch = build("attention", [(4, 1024, 1024, 64)], causal=True)
+    assert flops_done(batch)[0] == pytest.approx(batch.flops[0] * 0.75)  # two of four 256-query blocks see half of the keys
+
+
+def test_blocks_of_scores_are_set_up_one_by_one():
+    batch = build("attention", [(6, 144, 144, 64), (6, 200, 200, 64), (6, 1024, 1024, 64)])
+    assert calls_done(batch).tolist() == [6 * 5, 6 * 4, 6 * 8]
 
 
 def test_casts_and_copies_share_the_elementwise_constants():

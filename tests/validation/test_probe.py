@@ -1,0 +1,142 @@
+"""Probing a model of one's own: its operators enter the table, and what they take is predicted afterwards."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("torch")
+
+from hardware_models.cpu import CLASSES, CpuModel
+from simtrain.core import catalog
+from simtrain.core.errors import InputError, UnsupportedError
+from validation import machine_profile
+from validation.features import CPU_RUNTIME
+from validation.fit import ClassCost
+from validation.machine_profile import MachineProfile
+from validation.measurement import Environment, Measurement
+from validation.operator_table import entries, kernels_in_order, operators_of
+from validation.probe import PROBE_SETTINGS, ProbedSize, _at_another_batch, fold, probe, probed_step
+from validation.steps import TrainingStep
+
+HERE = Environment("Test CPU", 2, "2.13.0", "3.11", "Linux", "2026-01-01T00:00:00+00:00", 0.0, {})
+RATES = {"launch_s": 5e-6, "flops_per_s": 6e10, "bytes_per_s": 1e10}
+PROFILE = MachineProfile(
+    {f"{name}.{term}": value for name in CLASSES for term, value in RATES.items()}, HERE, ("a",), {}, {}, 0.0, 0.0, {"fp32": 5e10}
+)
+MINE = """
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 12, 3, padding=1), nn.Linear(12 * 64, 7)
+
+    def forward(self, x):
+        return self.fc(F.gelu(self.conv(x)).flatten(1))
+
+
+def make():
+    loss = lambda output, batch: F.cross_entropy(output, batch[1])
+    return {"model": Net, "batch": (torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)), "loss": loss}
+"""
+
+
+def gpt_step(batch=4):
+    return TrainingStep("probed", "gpt2-small", 96, f"micro_batch={batch},optimizer=sgd")
+
+
+def slower(step, work, factor):
+    """A measured step whose operators take a factor longer than the profile says."""
+    costs = {name: RATES for name in CLASSES}
+    times = {
+        name: [factor * (row[0] * c["launch_s"] + row[1] / c["flops_per_s"] + row[2] / c["bytes_per_s"]) for row in asked.work]
+        for name, asked in operators_of(work, step.parsed(), CPU_RUNTIME).items()
+        for c in (costs[name],)
+    }
+    sums = {name: sum(t) for name, t in times.items()}
+    return Measurement(step, sum(sums.values()), 0.0, 0.0, 0, sums, {}, 0.0, environment=HERE, call_times_s=times)
+
+
+@pytest.fixture(scope="module")
+def work():
+    return catalog.workload("gpt2-small", seq_len=96)
+
+
+def test_a_model_twice_as_slow_is_found_to_be_so(work):
+    step = gpt_step()
+    folded, covered = fold(PROFILE, work, slower(step, work, 2.0))
+    assert covered == pytest.approx(1.0, abs=0.01)
+    for kernels in _kernels(work, step):
+        before, after = (CpuModel().kernel_times_s(p.device(), kernels) for p in (PROFILE, folded))
+        assert after / before == pytest.approx(2.0, rel=0.02)
+    assert folded.steps[-1] == "gpt2-small (micro_batch=4,optimizer=sgd)"
+
+
+def test_half_the_batch_learns_from_it(work):
+    folded, _ = fold(PROFILE, work, slower(gpt_step(4), work, 2.0))
+    for kernels in _kernels(work, gpt_step(3)):
+        before, after = (CpuModel().kernel_times_s(p.device(), kernels) for p in (PROFILE, folded))
+        assert (after / before > 1.3).all()
+
+
+def _kernels(work, step):
+    return [k for k in kernels_in_order(work, step.parsed(), CPU_RUNTIME) if len(k)]
+
+
+def test_classes_that_cannot_be_told_apart_are_left_out(work):
+    step = gpt_step()
+    measured = slower(step, work, 2.0)
+    times = dict(measured.call_times_s) | {"gemm": measured.call_times_s["gemm"][:-1]}
+    operators = operators_of(work, step.parsed(), CPU_RUNTIME)
+    costs = {name: cost for name, cost in _costs().items() if name != "norm"}
+    assert set(operators) - set(entries(operators, times, costs, 0.0)) == {"gemm", "norm"}
+
+
+def _costs():
+    return {name: ClassCost(**RATES) for name in CLASSES}
+
+
+def test_nothing_to_fold_in_is_said(work):
+    with pytest.raises(InputError, match="could be paired"):
+        fold(PROFILE, work, replace(slower(gpt_step(), work, 1.0), call_times_s={}))
+
+
+@pytest.mark.parametrize("extra", ["checkpoint=full", "accumulation=2", "data=2"])
+def test_only_plain_steps_are_probed(work, extra):
+    with pytest.raises(UnsupportedError, match="plain steps"):
+        probed_step("gpt2-small", f"micro_batch=4,optimizer=sgd,{extra}", work)
+
+
+def test_the_held_out_batch_is_another_one():
+    for batch, other in ((1, 2), (3, 6), (4, 2), (9, 4)):
+        assert _at_another_batch(gpt_step(batch)).micro_batch == other
+
+
+def test_a_line_tells_errors_before_and_after():
+    line = str(ProbedSize(8, 0.1, 0.02, 0.13, 0.101, fitted=False))
+    assert "+30.0%" in line
+    assert "+1.0%" in line
+    assert "held out" in line
+
+
+def test_a_probe_of_a_file_is_run_folded_in_and_kept(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    report = probe(PROFILE, f"capture:{tmp_path / 'mine.py'}:make", "micro_batch=8,optimizer=adamw")
+    fitted, held_out = report.sizes
+    assert (fitted.batch, held_out.batch) == (8, 4)
+    assert fitted.measured_s > 0
+    assert abs(fitted.after_s / fitted.measured_s - 1) < abs(fitted.before_s / fitted.measured_s - 1) + 0.05
+    assert 0 < report.covered < 1
+    assert "convolution" in report.profile.operator_table
+    path = tmp_path / "profile.json"
+    machine_profile.save(report.profile, path)
+    assert machine_profile.load(path, HERE) == report.profile
+    assert json.loads(path.read_text())["steps"][-1].startswith("capture:")
+
+
+def test_twenty_steps():
+    assert PROBE_SETTINGS.warmup_steps + PROBE_SETTINGS.timed_steps + PROBE_SETTINGS.operator_steps == 20

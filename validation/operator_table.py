@@ -15,7 +15,7 @@ from simtrain.core.precision import precision
 from simtrain.core.runtime import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
-from simtrain.step.kernels import layer_kernels
+from simtrain.step.kernels import layer_kernels, optimizer_kernels
 from validation.fit import ClassCost
 
 Table = Mapping[str, tuple[tuple[float, ...], ...]]
@@ -55,6 +55,13 @@ def operators_of(work: Workload, strategy: Strategy, runtime_name: str) -> dict[
     return {name: Operators(np.array(points[name]), np.array(counts[name])) for name in points}
 
 
+def update_of(work: Workload, strategy: Strategy, runtime_name: str) -> Operators:
+    """Returns the optimizer's update, which is timed as a whole."""
+    sizes = [p.elements for layer in work for p in layer.parameters if p.tied_to is None]
+    kernels = optimizer_kernels(sizes, strategy.optimizer, precision(strategy.precision), runtime(runtime_name))
+    return Operators(coordinates(kernels), np.column_stack([calls_done(kernels), flops_done(kernels), bytes_done(kernels)]))
+
+
 def kernels_in_order(work: Workload, strategy: Strategy, runtime_name: str) -> Iterator[KernelBatch]:
     """Yields the kernels of every pass of a micro-batch in program order, repeated layers one by one; see `operators_of`."""
     recipe, runs_on = precision(strategy.precision), runtime(runtime_name)
@@ -66,22 +73,33 @@ def kernels_in_order(work: Workload, strategy: Strategy, runtime_name: str) -> I
 
 
 def entries(
-    operators: Mapping[str, Operators], call_times_s: Mapping[str, Sequence[float]], costs: Mapping[str, ClassCost], outside_s: float
+    operators: Mapping[str, Operators],
+    call_times_s: Mapping[str, Sequence[float]],
+    costs: Mapping[str, ClassCost],
+    outside_s: float,
+    totals_s: Mapping[str, float] | None = None,
 ) -> dict[str, tuple[tuple[float, ...], ...]]:
     """Puts the operators of one measured step beside the formula; equal ones are one entry.
 
     Args:
         operators: What the step asked for.
         call_times_s: Time of every operator call by class, in program order. Classes where PyTorch makes another number of calls than
-            the closed form lists are left out: their operators cannot be told apart.
+            the closed form lists cannot be told apart operator by operator.
         costs: Formula of each class, the time outside operators included.
         outside_s: That time, per operator.
+        totals_s: Time of each class; the share of it that the formula gives an operator stands for its own in classes that cannot be
+            told apart. Without it they are left out.
     """
     table: dict[str, tuple[tuple[float, ...], ...]] = {}
     for name, asked in operators.items():
         times = np.array(call_times_s.get(name, ()))
-        if name not in costs or len(times) != len(asked.work):
+        if name not in costs:
             continue
+        if len(times) != len(asked.work):
+            if not (totals_s or {}).get(name):
+                continue
+            shares = np.array([costs[name].seconds(*row) for row in asked.work])
+            times = shares * (((totals_s or {})[name] + outside_s * len(shares)) / shares.sum()) - outside_s
         different, place = np.unique(np.column_stack([asked.points, asked.work]).round(9), axis=0, return_inverse=True)
         measured = np.bincount(place.ravel(), times + outside_s) / np.bincount(place.ravel())
         modelled = np.array([costs[name].seconds(*row) for row in different[:, COLUMNS - 1 :]])

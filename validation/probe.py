@@ -16,16 +16,17 @@ from hardware_models.operator_table import label
 from simtrain.core import catalog
 from simtrain.core.errors import InputError, UnsupportedError
 from simtrain.core.hardware import Device
+from simtrain.core.precision import precision
 from simtrain.core.workload import Workload
 from simtrain.step.predict import schedule
-from validation.calibrate import arithmetic
+from validation.calibrate import OPTIMIZER, arithmetic
 from validation.compare import single_core
 from validation.features import CPU_RUNTIME
 from validation.fit import ClassCost
 from validation.machine_profile import MachineProfile
 from validation.measure import Progress, measure
 from validation.measurement import Measurement, Settings
-from validation.operator_table import entries, merged, operators_of
+from validation.operator_table import entries, merged, operators_of, update_of
 from validation.steps import TrainingStep
 
 PROBE_SETTINGS = Settings(warmup_steps=3, timed_steps=13, operator_steps=4, processes=1, memory=False)
@@ -142,12 +143,14 @@ def fold(profile: MachineProfile, work: Workload, measured: Measurement) -> tupl
     path = arithmetic(measured.step)
     bare = replace(profile, operator_table={}).device()
     costs: Mapping[str, ClassCost] = {name: ClassCost(*class_constants(bare, name, path)) for name in CLASSES}
-    operators = operators_of(work, measured.step.parsed(), CPU_RUNTIME)
-    table = entries(operators, measured.call_times_s, costs, profile.framework_launch_s)
+    plan = measured.step.parsed()
+    operators = operators_of(work, plan, CPU_RUNTIME) | {OPTIMIZER: update_of(work, plan, CPU_RUNTIME)}
+    table = entries(operators, measured.call_times_s, costs, profile.framework_launch_s, measured.class_times_s)
     if not table:
         raise InputError("none of the model's operators could be paired with the calls that PyTorch makes: there is nothing to fold in")
     covered = float(np.sum([measured.class_times_s[name] for name in table])) / measured.step_time_s
-    named = {label(name, path): rows for name, rows in table.items()}
+    master = precision(plan.precision).parameter
+    named = {label(name, master if name == OPTIMIZER else path): rows for name, rows in table.items()}
     together = merged(profile.operator_table, *[named] * PROBE_WEIGHT)
     steps = (*profile.steps, f"{measured.step.workload} ({measured.step.strategy})")
     return replace(profile, operator_table=together, steps=steps), covered

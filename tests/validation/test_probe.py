@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -51,7 +52,7 @@ def gpt_step(batch=4):
 
 def slower(step, work, factor):
     """A measured step whose operators take a factor longer than the profile says."""
-    costs = {name: RATES for name in CLASSES}
+    costs = dict.fromkeys(CLASSES, RATES)
     times = {
         name: [factor * (row[0] * c["launch_s"] + row[1] / c["flops_per_s"] + row[2] / c["bytes_per_s"]) for row in asked.work]
         for name, asked in operators_of(work, step.parsed(), CPU_RUNTIME).items()
@@ -97,7 +98,7 @@ def test_classes_that_cannot_be_told_apart_are_left_out(work):
 
 
 def _costs():
-    return {name: ClassCost(**RATES) for name in CLASSES}
+    return dict.fromkeys(CLASSES, ClassCost(**RATES))
 
 
 def test_nothing_to_fold_in_is_said(work):
@@ -140,3 +141,12 @@ def test_a_probe_of_a_file_is_run_folded_in_and_kept(tmp_path):
 
 def test_twenty_steps():
     assert PROBE_SETTINGS.warmup_steps + PROBE_SETTINGS.timed_steps + PROBE_SETTINGS.operator_steps == 20
+
+
+def test_classes_that_cannot_be_told_apart_share_their_total(work):
+    step = gpt_step()
+    measured = slower(step, work, 3.0)
+    times = dict(measured.call_times_s) | {"gemm": []}
+    operators = {"gemm": operators_of(work, step.parsed(), CPU_RUNTIME)["gemm"]}
+    rows = entries(operators, times, _costs(), 0.0, measured.class_times_s)["gemm"]
+    assert [np.exp(row[-1]) for row in rows] == pytest.approx([3.0] * len(rows), rel=1e-3)

@@ -103,7 +103,7 @@ def _costs():
 
 def test_nothing_to_fold_in_is_said(work):
     with pytest.raises(InputError, match="could be paired"):
-        fold(PROFILE, work, replace(slower(gpt_step(), work, 1.0), call_times_s={}))
+        fold(PROFILE, work, replace(slower(gpt_step(), work, 1.0), call_times_s={}, class_times_s={}))
 
 
 @pytest.mark.parametrize("extra", ["checkpoint=full", "accumulation=2", "data=2"])

@@ -79,7 +79,7 @@ class Trainer:
     def peak_bytes(self) -> int:
         """Allocation peak of a step, with all that is held beneath it (parameters, buffers, states, the batch)."""
         self.optimizer.zero_grad(set_to_none=True)
-        held = [*self.model.parameters(), *self.model.buffers(), *self.batch]
+        held: list[Tensor] = [*self.model.parameters(), *self.model.buffers(), *self.batch]
         held += [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         return allocation_peak_bytes(self.step) + sum(t.nbytes for t in held)
 

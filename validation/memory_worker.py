@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simtrain.torch.apply import apply
+from simtrain.torch.applied import apply
 from validation.allocation_peak import allocation_peak_bytes
 from validation.steps import TrainingStep
 from validation.training import build, build_optimizer

@@ -13,7 +13,7 @@ from simtrain.core.errors import InputError
 
 if TYPE_CHECKING:
     from simtrain.core.workload import Workload
-    from simtrain.torch.apply import Applied, apply
+    from simtrain.torch.applied import Applied, apply
     from simtrain.torch.captured import capture
     from simtrain.torch.distributed import RankRecording, record_rank
     from simtrain.torch.dynamic_batch import DynamicBatch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from simtrain.torch.tensor_conversion import tensorize
 
 _HOME = {
-    "Applied": "apply",
+    "Applied": "applied",
     "Call": "recording",
     "DynamicBatch": "dynamic_batch",
     "Collective": "rank_recorder",
@@ -34,7 +34,7 @@ _HOME = {
     "Recorder": "recorder",
     "Recording": "recording",
     "View": "recording",
-    "apply": "apply",
+    "apply": "applied",
     "capture": "captured",
     "capture_file": "files",
     "record_rank": "distributed",

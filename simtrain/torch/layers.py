@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from simtrain.core.polynomial import ONE
 from simtrain.core.precision import DTypeRole
@@ -70,16 +70,15 @@ def _layer(writer: Writer, module: nn.Module, layer: int, names: list[str]) -> L
 
 
 def _buffer_bytes(writer: Writer, module: nn.Module, layer: int) -> int:
-    """Bytes of a layer's buffers and of parameters that nothing reads, and, in the first layer, of whatever belongs to no layer."""
-    held = [(n, b) for n, b in module.named_buffers()]
+    """Bytes of a layer's buffers and of parameters that nothing reads; the first layer has those of no layer or of several."""
     read = {name for parameters in writer.parameters for name in parameters}
-    held += [(n, p) for n, p in module.named_parameters() if n not in read]
-    total = 0
-    for name, tensor in held:
+    unread = [(n, p) for n, p in module.named_parameters() if n not in read]
+    held: dict[int, tuple[Tensor, set[int]]] = {}
+    for name, tensor in (*module.named_buffers(remove_duplicate=False), *unread):
         homes = [k for k, root in enumerate(writer.roots) if root and name.startswith(f"{root}.")]
-        if layer == (max(homes, key=lambda k: len(writer.roots[k])) if homes else 0):
-            total += tensor.numel() * tensor.element_size()
-    return total
+        held.setdefault(id(tensor), (tensor, set()))[1].add(max(homes, key=lambda k: len(writer.roots[k])) if homes else 0)
+    own = [tensor for tensor, homes in held.values() if layer == (homes.pop() if len(homes) == 1 else 0)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in own)
 
 
 def _container(name: str) -> str:

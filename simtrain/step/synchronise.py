@@ -271,7 +271,7 @@ class Replicated:
             sharers = sharing(layout, stage)
             for c, chunk in enumerate(lanes[0].chunks):
                 for first, size, placed in (gather for found in sharers for gather in _gathers(chunk, setting, found)):
-                    price = cost(layout.fabric, Collective.ALL_GATHER, placed, size)
+                    price = gathering(layout, placed, size)
                     waits = [updates[lane.index] for lane in lanes]
                     term = self.build.transfer(TermKind.COLLECTIVE, self._stream((stage,)), "gather parameters", price, waits)
                     for lane in lanes:

@@ -184,3 +184,12 @@ def test_full_sharding_carries_what_recorded_ranks_carry():
             sent[program.labels[program.label[i]]] += float(amounts.max())
     assert sent["gather parameters"] == pytest.approx(share * (everything + blocks), rel=1e-3)
     assert sent["scatter gradients"] == pytest.approx(share * everything, rel=1e-3)
+
+
+@pytest.mark.parametrize("gather_shards", [False, True])
+def test_all_readers_gather_updated_parameters_alike(gather_shards):
+    runtime = RUNTIMES["megatron"].with_(gather_shards=gather_shards, communication_share=0.0)
+    question = (model(), "32x a100-sxm-80g", "data=32,zero=1,precision=bf16-master")
+    closed, frozen, fluid = (read(*question, runtime=runtime).step_time_s for read in (st.estimate, st.schedule, st.simulate))
+    assert closed == pytest.approx(frozen, rel=1e-3)
+    assert fluid == pytest.approx(frozen, rel=1e-6)

@@ -63,7 +63,7 @@ def calibrate(
         if as_json:
             write_json(report)
         else:
-            typer.echo(f"{report}\nwritten to {path}")
+            typer.echo(f"{report}\nwritten to {path}\n{_naming(path)}")
         return
     if base is not None or seq_len is not None or strategy != PROBED_STRATEGY:
         raise InputError("--profile, --seq-len and --strategy belong to a probe: give --probe WORKLOAD, too")
@@ -72,7 +72,7 @@ def calibrate(
     if as_json:
         write_json(profile)
     else:
-        typer.echo(f"{_describe(profile)}\nwritten to {path}")
+        typer.echo(f"{_describe(profile)}\nwritten to {path}\n{_naming(path)}")
 
 
 def validate_torch(
@@ -267,6 +267,13 @@ def _calibrate(steps: Sequence[TrainingStep] | None = None) -> MachineProfile:
     from validation.steps import CALIBRATION_STEPS
 
     return run(steps or CALIBRATION_STEPS, progress=_progress)
+
+
+def _naming(path: Path) -> str:
+    from validation.machine_profile import default_path, probed_path
+
+    name = {default_path(): "machine", probed_path(): "probed"}.get(path, str(path))
+    return f"predict and plan with it: --cluster profile:{name}"
 
 
 def _describe(profile: MachineProfile) -> str:

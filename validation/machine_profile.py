@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from hardware_models.operator_table import COLUMNS
 from simtrain.core import catalog
-from simtrain.core.errors import InputError
+from simtrain.core.errors import InputError, UnknownNameError
 from simtrain.core.hardware import Device, Provenance, ValueKind
 from validation.measurement import Environment
 
@@ -52,8 +52,19 @@ class MachineProfile:
         source = f"calibration on {self.environment.cpu_model}, torch {self.environment.torch_version}, {self.environment.date_utc}"
         provenance = dict(base.provenance) | {"profile": Provenance(ValueKind.MEASUREMENT, source)}
         table = {name: np.array(rows, dtype=np.float64).reshape(-1, COLUMNS) for name, rows in self.operator_table.items()}
-        named = f"{BASE_DEVICE} (calibrated)"
-        return replace(base, name=named, aliases=(), profile=dict(self.constants), operator_table=table, provenance=provenance)
+        memory = base.memory
+        if self.environment.memory_bytes:
+            memory = replace(memory, capacity_bytes=float(self.environment.memory_bytes))
+            provenance["memory.capacity_bytes"] = Provenance(ValueKind.MEASUREMENT, "main memory that the operating system reports")
+        return replace(
+            base,
+            name=f"{BASE_DEVICE} (calibrated)",
+            aliases=(),
+            memory=memory,
+            profile=dict(self.constants),
+            operator_table=table,
+            provenance=provenance,
+        )
 
     def to_json(self) -> str:
         """Writes the profile; `from_json` reads it back."""
@@ -96,6 +107,60 @@ def save(profile: MachineProfile, path: Path) -> None:
     path.write_text(profile.to_json())
 
 
+def device_readers() -> Mapping[str, Callable[[str], Device]]:
+    """Returns the reader of `profile:...`, by which a calibrated or probed machine is named wherever a device is."""
+    return {"profile": named_device}
+
+
+def named_device(text: str) -> Device:
+    """Returns the device of a profile; one of another machine or PyTorch says so in what it assumes.
+
+    Args:
+        text: "machine" for what `simtrain calibrate` found, "probed" for what `simtrain calibrate --probe` added, or a file.
+
+    Raises:
+        InputError: There is no such profile, or it is broken.
+    """
+    kept = {"machine": default_path(), "probed": probed_path()}
+    path = kept.get(text) or Path(text)
+    if text not in kept and not path.suffix:
+        raise UnknownNameError("profile", text, kept)
+    profile = read(path)
+    device = profile.device()
+    return replace(device, name=f"profile:{text}", assumptions=_said_about(profile))
+
+
+def _said_about(profile: MachineProfile) -> tuple[str, ...]:
+    """What a prediction with a profile must say: that it was measured elsewhere."""
+    from validation.measure import cpu_model, torch_version
+
+    now = {"processor": cpu_model(), "PyTorch": torch_version() or "none"}
+    away = [f"{what} {then!r} (here: {now[what]!r})" for what, then in _identity(profile.environment).items() if then != now[what]]
+    if not away:
+        return ()
+    return (f"the profile was measured elsewhere, with {' and '.join(away)}: what is predicted is how long steps take there",)
+
+
+def _identity(environment: Environment) -> dict[str, str]:
+    """What has to be the same for measured times to hold."""
+    return {"processor": environment.cpu_model, "PyTorch": environment.torch_version}
+
+
+def read(path: Path) -> MachineProfile:
+    """Reads a profile, of whatever machine.
+
+    Raises:
+        InputError: No such file, or broken.
+    """
+    if not path.exists():
+        probe = path == probed_path()
+        raise InputError(f"there is no machine profile {path}: run `simtrain calibrate{' --probe WORKLOAD' if probe else ''}`")
+    try:
+        return MachineProfile.from_json(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
 def load(path: Path, here: Environment) -> MachineProfile:
     """Reads a profile and checks that it belongs to this machine.
 
@@ -106,13 +171,8 @@ def load(path: Path, here: Environment) -> MachineProfile:
     Raises:
         InputError: No such file, broken, or measured on another machine or with another PyTorch.
     """
-    if not path.exists():
-        raise InputError(f"there is no machine profile {path}: run `simtrain calibrate`")
-    profile = MachineProfile.from_json(path.read_text(), str(path))
-    for what, then, now in (
-        ("processor", profile.environment.cpu_model, here.cpu_model),
-        ("PyTorch", profile.environment.torch_version, here.torch_version),
-    ):
-        if then != now:
-            raise InputError(f"{path} was measured with {what} {then!r}, here it is {now!r}: run `simtrain calibrate`")
+    profile, now = read(path), _identity(here)
+    for what, then in _identity(profile.environment).items():
+        if then != now[what]:
+            raise InputError(f"{path} was measured with {what} {then!r}, here it is {now[what]!r}: run `simtrain calibrate`")
     return profile

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -118,20 +118,35 @@ def environment() -> Environment:
     Raises:
         InputError: PyTorch is not installed.
     """
-    try:
-        torch_version = version("torch")
-    except ImportError:
-        raise InputError("measuring needs PyTorch: install simtrain[torch]") from None
+    installed = torch_version()
+    if installed is None:
+        raise InputError("measuring needs PyTorch: install simtrain[torch]")
     return Environment(
         cpu_model=cpu_model(),
         cores=len(_cores()),
-        torch_version=torch_version,
+        torch_version=installed,
         python_version=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
         date_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
         allocator=ALLOCATOR_ENVIRONMENT,
+        memory_bytes=_memory_bytes(),
     )
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def torch_version() -> str | None:
+    """Returns the version of the installed PyTorch, its build included, without importing it."""
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return None
 
 
 def cpu_model() -> str:

@@ -43,6 +43,7 @@ class Environment:
         date_utc: ISO date and time.
         load_average: One-minute load when it began.
         allocator: Environment variables that fix the C library's allocator.
+        memory_bytes: Main memory of the machine (0 where the system does not say).
     """
 
     cpu_model: str
@@ -53,6 +54,7 @@ class Environment:
     date_utc: str
     load_average: float
     allocator: Mapping[str, str]
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,12 @@ class Objective(StrEnum):
 
 WorkloadArgument = Annotated[str, typer.Argument(help="What is trained: one of 'simtrain workloads', or capture:FILE.py:FUNCTION.")]
 ClusterOption = Annotated[
-    str, typer.Option("--cluster", help="What it runs on: a preset, a .toml file, or devices such as '8x a100-sxm-80g + 4x v100-sxm-32g'.")
+    str,
+    typer.Option(
+        "--cluster",
+        help="What it runs on: a preset, a .toml file, devices such as '8x a100-sxm-80g + 4x v100-sxm-32g', or a machine that "
+        "'simtrain calibrate' measured: profile:machine, profile:probed or profile:FILE.",
+    ),
 ]
 RuntimeOption = Annotated[str | None, typer.Option("--runtime", help="The framework's behaviour, such as torch-eager.")]
 SeqLenOption = Annotated[int | None, typer.Option("--seq-len", min=1, help="Sequence length; the workload's own by default.")]

@@ -12,6 +12,7 @@ mapping from name to item; other distributions add theirs the same way.
 | `simtrain.workloads` | `WorkloadFactory` |
 | `simtrain.schedules` | pipeline schedules (`simtrain.step.schedules.language.Schedule`) |
 | `simtrain.file_readers` | functions from a path to a `Device` or `Cluster`, by kind ("device", "cluster") |
+| `simtrain.device_readers` | functions from text to a `Device`, by the prefix that selects them ("profile" reads "profile:FILE.json") |
 | `simtrain.workload_readers` | `WorkloadReader`, by the prefix that selects it ("capture" reads "capture:FILE.py:FUNCTION") |
 """
 
@@ -98,12 +99,17 @@ def find(group: str, name: str) -> Any:
 
 
 def device(name: str) -> Device:
-    """Returns a device by name, or reads a `.toml` file.
+    """Returns a device by name, reads a `.toml` file, or what stands behind a reader's prefix, such as "profile:machine".
 
     Raises:
         UnknownNameError: With the nearest names.
         CatalogError: The file breaks the schema.
+        InputError: The reader cannot read it.
     """
+    prefix, colon, text = name.partition(":")
+    readers: dict[str, Callable[[str], Device]] = _items("simtrain.device_readers") if colon else {}
+    if prefix.strip() in readers:
+        return readers[prefix.strip()](text.strip())
     if name.endswith(".toml"):
         read: Device = _read_file("device", name)
         return read

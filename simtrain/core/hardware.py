@@ -87,6 +87,7 @@ class Device:
         profile: Constants measured on the machine itself (a calibration), by name; empty for data-sheet devices.
         provenance: Origin of each number, by field name.
         aliases: Other names.
+        assumptions: What a prediction with it should say, in words.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Device:
     aliases: tuple[str, ...] = ()
     architecture: Mapping[str, float] = field(default_factory=dict)
     operator_table: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
+    assumptions: tuple[str, ...] = ()
 
     def peak(self, dtype: DType) -> float:
         """Dense peak FLOP/s of an arithmetic path.

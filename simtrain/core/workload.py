@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+from simtrain.core.errors import StrategyError
 from simtrain.core.polynomial import ONE, ZERO, Polynomial
 from simtrain.core.precision import DTypeRole
 
@@ -304,6 +305,9 @@ class Workload:
         source: Where the architecture's numbers come from.
         assumptions: What is taken to be so about the data that pass through it.
         reform: Writes it in another form; `None` where only the whole model is known. Raises `StrategyError` for an impossible one.
+        single: The same model on micro-batches of one sample, where a framework runs other operators then.
+        at_least: Samples that a micro-batch must have.
+        why_at_least: What happens below.
     """
 
     name: str
@@ -315,6 +319,9 @@ class Workload:
     source: str = ""
     assumptions: tuple[str, ...] = ()
     reform: Callable[[Form], Workload] | None = field(default=None, compare=False, repr=False)
+    single: Workload | None = field(default=None, hash=False)
+    at_least: int = 1
+    why_at_least: str = ""
 
     def __iter__(self) -> Iterator[Layer]:
         """Iterates over the layers, each repeat on its own."""
@@ -331,6 +338,17 @@ class Workload:
     def parameter_count(self) -> int:
         """Parameters, tied ones counted once."""
         return sum(layer.parameter_count * layer.repeats for layer in self.layers)
+
+    def with_micro_batch(self, samples: int) -> Workload:
+        """Returns the operators that micro-batches of so many samples run.
+
+        Raises:
+            StrategyError: The model cannot run so few.
+        """
+        if samples < self.at_least:
+            why = f" ({self.why_at_least})" if self.why_at_least else ""
+            raise StrategyError(f"{self.name} cannot run micro-batches of {samples}{why}: use micro_batch={self.at_least} or more")
+        return self.single if samples == 1 and self.single is not None else self
 
     def model_flops(self, batch: int, *, causal_as_done: bool = False) -> float:
         """FLOPs of forward and backward of one micro-batch, recomputation not counted.

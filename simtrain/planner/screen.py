@@ -162,11 +162,10 @@ class Screen:
                 return relative, memory
         return None
 
-    @staticmethod
-    def _relatives(candidate: Candidate) -> tuple[Candidate, Candidate]:
+    def _relatives(self, candidate: Candidate) -> tuple[Candidate, Candidate]:
         strategy = candidate.strategy
         samples = strategy.micro_batch * strategy.accumulation
-        saturated = strategy.accumulation >= strategy.pipeline and strategy.accumulation > 1
+        saturated = strategy.accumulation >= strategy.pipeline and strategy.accumulation > 1 and self.workload.at_least == 1
         smaller = strategy.with_(micro_batch=1, accumulation=samples) if saturated else strategy
         if strategy.pipeline > 1 and strategy.schedule not in HUNGER["schedule"]:
             return candidate, candidate

@@ -167,7 +167,8 @@ def candidates(
             if global_batch % degrees["data"]:
                 undivided.append(degrees["data"])
                 continue
-            found += [Candidate(s, runtime) for s in _choices(cluster, runtime, degrees, per_replica, wishes, blocks_of(workload))]
+            choices = _choices(cluster, runtime, degrees, per_replica, wishes, blocks_of(workload))
+            found += [Candidate(s, runtime) for s in choices if s.micro_batch >= workload.at_least]
     if not found:
         _complain(global_batch, undivided, left_out, wishes)
     return tuple(found), left_out
@@ -222,7 +223,7 @@ def _degrees(workload: Workload, cluster: Cluster, runtime: Runtime, wishes: Wis
 def is_sparse(workload: Workload, runtime: Runtime) -> bool:
     """Whether it has experts to spread."""
     try:
-        rank_form(workload, Strategy(data=2, expert=2), runtime)
+        rank_form(workload, Strategy(data=2, expert=2, micro_batch=workload.at_least), runtime)
     except (StrategyError, UnsupportedError):
         return False
     return True
@@ -230,7 +231,7 @@ def is_sparse(workload: Workload, runtime: Runtime) -> bool:
 
 def _impossible(workload: Workload, cluster: Cluster, runtime: Runtime, degrees: Mapping[str, Any]) -> str:
     try:
-        strategy = Strategy(**degrees)
+        strategy = Strategy(**degrees, micro_batch=workload.at_least)
         resolve(workload, cluster, strategy, runtime)
         rank_form(workload, strategy, runtime)
     except (StrategyError, UnsupportedError) as error:

@@ -142,7 +142,7 @@ def occupancy(concrete: ConcreteLayer, mode: Mode, context: PassContext, sizer: 
     base = np.zeros(len(KINDS))
     for i, op in enumerate(operators):
         for tensor in op.writes:
-            base = base + replay.allocate(tensor)
+            base = base + replay.allocate(tensor, op)
         rows.append(base + sizer.workspace(op))
         out.names.append(op.name)
         for name in _touched(op):
@@ -189,13 +189,18 @@ class _Replay:
         self.keeps: frozenset[str] = frozenset() if self.backward or mode is Mode.FORWARD_DROPPING else concrete.saved
         self.from_forward = {w.name: w for op in concrete.forward for w in op.writes}
         self.rows: dict[str, FloatArray] = {}
+        self.taken: set[str] = set()
 
-    def allocate(self, tensor: Tensor) -> FloatArray:
+    def allocate(self, tensor: Tensor, op: Operator) -> FloatArray:
         if tensor.name == "y":
             row = self.sizer.crossing(self.concrete.layer, self.context.output_kind)
         else:
             row = self.sizer.tensor(tensor, self._kind(tensor, saved=tensor.name in self.keeps))
         self.rows[tensor.name] = row
+        if op.kind is OperatorKind.ELEMENTWISE and tensor.name.startswith("grad:"):
+            for name in self.concrete.summed_into.intersection(op.reads):
+                row = row - self.release(name)
+                self.taken.add(name)
         return row
 
     def _kind(self, tensor: Tensor, *, saved: bool) -> MemoryKind:
@@ -230,6 +235,8 @@ class _Replay:
         return left
 
     def release(self, name: str) -> FloatArray:
+        if name in self.taken:
+            return np.zeros(len(KINDS))
         if name in self.rows:
             return self.rows[name]
         if name == "dy":

@@ -137,7 +137,7 @@ def assemble(
 
 
 def _notes(setting: Setting) -> list[str]:
-    notes = exchange_notes(setting)
+    notes = [*exchange_notes(setting), *dict.fromkeys(a for device in setting.devices for a in device.assumptions)]
     idle = setting.cluster.size - len(setting.devices)
     if idle:
         notes.append(f"{idle} of {setting.cluster.size} devices are not used; they are neither powered nor paid")

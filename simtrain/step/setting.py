@@ -70,7 +70,9 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     _refuse_cpu_dropout(work, framework)
     _refuse_exchanges(how)
     _refuse_formats(how, recipe, framework)
-    return Setting(work, machines, how, recipe, framework, devices, stated_cuts(work, how.blocks_per_chunk))
+    return Setting(
+        work, machines, how, recipe, framework, devices, stated_cuts(work.with_micro_batch(how.micro_batch), how.blocks_per_chunk)
+    )
 
 
 def _runtime(given: Runtime | str | None, devices: tuple[Device, ...]) -> Runtime:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -78,9 +78,10 @@ def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime, devices:
         devices: On what; where kernels of some keep more than those of others, all count as keeping it.
 
     Raises:
-        StrategyError: The model cannot be divided so.
+        StrategyError: The model cannot be divided so, or cannot run so small a micro-batch.
         UnsupportedError: Only the whole of it is known.
     """
+    workload = workload.with_micro_batch(strategy.micro_batch)
     form = Form(
         tensor=strategy.tensor,
         sequence_parallel=strategy.sequence_parallel,
@@ -101,7 +102,7 @@ def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime, devices:
     if form == Form():
         return workload
     if workload.reform is not None:
-        return _reformed(workload, form)
+        return _reformed(workload, workload.reform, form)
     divided = [n for n in ("tensor", "context", "expert") if getattr(strategy, n) > 1]
     if divided:
         raise UnsupportedError(
@@ -112,10 +113,10 @@ def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime, devices:
 
 
 @lru_cache(maxsize=256)
-def _reformed(workload: Workload, form: Form) -> Workload:
-    if workload.reform is None:
-        return workload
-    return workload.reform(form)
+def _reformed(workload: Workload, reform: Callable[[Form], Workload], form: Form) -> Workload:
+    """Keeps what `reform` wrote; equal workloads may be divided by different plans, so that it is part of the key."""
+    del workload
+    return reform(form)
 
 
 def tied_parameter(whole: Workload, local: Workload) -> Parameter | None:

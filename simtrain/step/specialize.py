@@ -26,6 +26,7 @@ class ConcreteLayer:
         saved: Names of tensors written in forward (or handed in as `x`) that backward reads.
         precision: The recipe.
         before: The layer that hands in `x` (itself where it repeats).
+        summed_into: Gradients from other layers that take the sum with this layer's own in place, see `concrete_layers`.
     """
 
     layer: Layer
@@ -35,6 +36,7 @@ class ConcreteLayer:
     saved: frozenset[str]
     precision: Precision
     before: Layer
+    summed_into: frozenset[str] = frozenset()
 
     def dtype(self, name: str) -> DType:
         """Number format of a tensor, a parameter, or the crossing tensors `x`, `y`, `dx`, `dy`.
@@ -91,13 +93,19 @@ def specialize(
 
 @lru_cache(maxsize=128)
 def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime, *, selective: bool = False) -> tuple[ConcreteLayer, ...]:
-    """Specializes every distinct layer of a workload; tensors that cross layers are known to all of them."""
+    """Specializes every distinct layer of a workload; tensors that cross layers are known to all of them.
+
+    Two gradients of one parameter (a tied weight) are summed where the first of them lies, if that is a tensor of its own, which a cast
+    makes; without a cast it is a transposed view of a product, and the sum takes a third place. Source: PyTorch's
+    `torch/csrc/autograd/input_buffer.cpp` (who holds the last reference to a gradient reuses it) and allocator events of real steps.
+    """
     before = [workload.layers[max(i - 1, 0)] for i in range(len(workload.layers))]
     layers = [
         specialize(x, precision, runtime.fused_attention, b, selective=selective) for x, b in zip(workload.layers, before, strict=True)
     ]
     shared = {name: tensor for c in layers for name, tensor in c.tensors.items() if name.startswith("shared:")}
-    return tuple(replace(c, tensors=c.tensors | shared) for c in layers)
+    cast = frozenset(w.name for c in layers for op in c.backward if op.kind is OperatorKind.CAST for w in op.writes) & shared.keys()
+    return tuple(replace(c, tensors=c.tensors | shared, summed_into=cast) for c in layers)
 
 
 def _expand(operators: tuple[Operator, ...], fused_attention: bool) -> tuple[Operator, ...]:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from simtrain.core.errors import SimtrainError
+from simtrain.core.errors import InputError, SimtrainError, UnsupportedError
 from simtrain.core.polynomial import ZERO, Polynomial
 from simtrain.core.workload import Workload
 from simtrain.torch.divide import KNOWN, Plan, check_plan, divided
 from simtrain.torch.layers import layers_of
+from simtrain.torch.masks import mask_assumptions
 from simtrain.torch.pieces import block_paths, chain
 from simtrain.torch.program import ROLE_BYTES, Program
 from simtrain.torch.recorder import batch_tensors
@@ -45,8 +46,8 @@ def capture(
     ```
 
     Forward and backward run on tensors that have shapes but no values, at five sizes (three where nothing is a sequence). From four of
-    them follow polynomials in batch and sequence length for every count, and the fifth must agree with them exactly. Batches of one
-    sample are left out, because PyTorch takes shortcuts there.
+    them follow polynomials in batch and sequence length for every count, and the fifth must agree with them exactly. A batch of one
+    sample is run, too: where PyTorch takes shortcuts there (copies that it spares), it gets lists of its own.
 
     What is listed is what a GPU runs under autocast: matrix products on 16-bit casts, norms, softmax and losses in fp32, dropout and RMS
     norm as one operator. Every precision follows from that list; in plain fp32 or bf16 the casts are left out. Conversions that a model
@@ -78,29 +79,86 @@ def capture(
     plan = KNOWN if tensor_plan is None else tensor_plan
     check_plan(plan)
     shape = batch_shape(batch_tensors(example_batch), sequence_dim)
-    module, recordings, points, notes = _record(model, example_batch, shape, loss, values=values)
-    fitter = Fitter(points)
-    program = Program(recordings, chain(recordings[0], block_paths(module)), fitter)
-    writer = Writer(program, {n: tuple(p.shape) for n, p in module.named_parameters()})
-    layers = layers_of(writer, module)
-    notes += _notes(program, module, len(layers))
+    subject, recordings, points, notes = _record(model, example_batch, shape, loss, values=values)
     if tensor_plan is not None:  # also tells apart workloads that differ in it alone
         notes.append("tensor parallel plan: " + ", ".join(f"{name} {way}" for name, way in tensor_plan.items()))
+
+    def write(recordings: list[Recording], points: tuple[Point, ...]) -> Workload:
+        return _written(recordings, points, subject.module, example_batch, shape, name, notes, plan)
+
+    return _with_one_sample(subject, example_batch, shape, recordings, points, write)
+
+
+def _written(
+    recordings: list[Recording],
+    points: tuple[Point, ...],
+    module: nn.Module,
+    batch: Any,
+    shape: BatchShape,
+    name: str | None,
+    notes: list[str],
+    plan: Plan,
+) -> Workload:
+    program = Program(recordings, chain(recordings[0], block_paths(module)), Fitter(points))
+    writer = Writer(program, {n: tuple(p.shape) for n, p in module.named_parameters()})
+    layers = layers_of(writer, module)
     workload = Workload(
         name or type(module).__name__.lower(),
         layers,
         shape.sequence or 1,
         sample_unit="sequence" if shape.sequence else "sample",
-        input_bytes=_input_bytes(writer, example_batch, shape),
-        description="; ".join(notes),
+        input_bytes=_input_bytes(writer, batch, shape),
+        description="; ".join([*notes, *_notes(program, module, len(layers))]),
         source=f"captured from {type(module).__module__}.{type(module).__qualname__} with PyTorch {torch.__version__}",
+        assumptions=mask_assumptions(recordings[0]),
     )
     return replace(workload, reform=lambda form: divided(workload, plan, form))
 
 
+def described(workload: Workload, source: str, sequence: int | None = None) -> Workload:
+    """Returns a captured workload with another source, at another sequence length if one is given, in all its forms."""
+    changed: dict[str, Any] = {"source": source} | ({"sequence": sequence} if sequence else {})
+    reform = workload.reform
+    return replace(
+        workload,
+        **changed,
+        reform=None if reform is None else lambda form: replace(reform(form), **changed),
+        single=None if workload.single is None else described(workload.single, source, sequence),
+    )
+
+
+def _with_one_sample(
+    subject: Subject,
+    batch: Any,
+    shape: BatchShape,
+    recordings: list[Recording],
+    points: tuple[Point, ...],
+    write: Callable[[list[Recording], tuple[Point, ...]], Workload],
+) -> Workload:
+    """Adds a batch of one sample: one more check of the same lists, lists of its own where PyTorch takes shortcuts, or its refusal."""
+
+    def alone(length: int) -> Recording:
+        return subject.record(shape.resize(batch, (1, length)), (1, length))
+
+    lengths = tuple(dict.fromkeys(length for _, length in points))
+    try:
+        one = alone(lengths[0])
+    except (InputError, NeedsValuesError) as error:
+        return replace(write(recordings, points), at_least=2, why_at_least=str(error))
+    try:
+        return write([*recordings, one], (*points, (1, lengths[0])))
+    except UnsupportedError:
+        workload = write(recordings, points)
+    try:
+        single = write([one, *map(alone, lengths[1:])], tuple((1, length) for length in lengths))
+    except (InputError, UnsupportedError) as error:
+        return replace(workload, at_least=2, why_at_least=str(error))
+    return replace(workload, single=single)
+
+
 def _record(
     model: Any, batch: Any, shape: BatchShape, loss: Loss | None, *, values: bool
-) -> tuple[nn.Module, list[Recording], tuple[Point, ...], list[str]]:
+) -> tuple[Subject, list[Recording], tuple[Point, ...], list[str]]:
     """Records at all sizes, on shapes alone if that suffices; the first run only lets the model make what it makes once."""
     reason = "asked for"
     if not values:
@@ -122,10 +180,10 @@ def _record(
 
 def _record_at(
     points: tuple[Point, ...], model: Any, batch: Any, shape: BatchShape, loss: Loss | None, *, fake: bool
-) -> tuple[nn.Module, list[Recording]]:
+) -> tuple[Subject, list[Recording]]:
     subject = Subject(model, loss, fake=fake)
     subject.record(shape.resize(batch, points[0]), points[0])
-    return subject.module, [subject.record(shape.resize(batch, point), point) for point in points]
+    return subject, [subject.record(shape.resize(batch, point), point) for point in points]
 
 
 def _notes(program: Program, module: nn.Module, depth: int) -> list[str]:
@@ -160,4 +218,4 @@ def _input_bytes(writer: Writer, batch: Any, shape: BatchShape) -> Polynomial:
     return total
 
 
-__all__ = ["capture"]
+__all__ = ["capture", "described"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from simtrain.core.errors import InputError, SimtrainError, nearest
 from simtrain.core.workload import Workload
-from simtrain.torch.captured import capture
+from simtrain.torch.captured import capture, described
 from simtrain.torch.recorder import describe
 
 FIELDS = ("model", "batch", "loss", "sequence_dim", "values", "name")
@@ -34,12 +33,10 @@ def capture_file(text: str, *, seq_len: int | None = None) -> Workload:
     given = example(text)
     batch, model = given.pop("batch"), given.pop("model")
     given.setdefault("name", Path(text.rpartition(":")[0]).stem)
-    workload = replace(capture(model, batch, **given), source=f"captured from {text}")
-    if seq_len is None:
-        return workload
-    if workload.sample_unit != "sequence":
+    workload = capture(model, batch, **given)
+    if seq_len is not None and workload.sample_unit != "sequence":
         raise InputError(f"{text}: the batch has no sequence dimension, so there is no sequence length to set")
-    return replace(workload, sequence=seq_len)
+    return described(workload, f"captured from {text}", seq_len)
 
 
 def example(text: str) -> dict[str, Any]:

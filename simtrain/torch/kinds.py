@@ -18,6 +18,8 @@ Factors = tuple[int, ...]
 
 
 NO_WINDOW = Window()
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+"""The fused attention that captures see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +308,7 @@ _RULES: dict[str, Rule] = {
     **_by_rule(_softmax(OperatorKind.SOFTMAX), "_softmax _log_softmax _safe_softmax"),
     **_by_rule(_softmax(OperatorKind.SOFTMAX_BACKWARD), "_softmax_backward_data _log_softmax_backward_data"),
     "mv": _matrix_vector,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    ATTENTION: _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "native_layer_norm": _layer_norm,
     "native_layer_norm_backward": _layer_norm_backward,

@@ -111,7 +111,7 @@ class Fitter:
     """Finds polynomials through values at the points of a capture.
 
     Args:
-        points: As `BatchShape.points` gives them; the last one only checks.
+        points: As `BatchShape.points` gives them, or of one batch size alone; those that the polynomials do not need only check.
     """
 
     def __init__(self, points: tuple[Point, ...]) -> None:
@@ -130,12 +130,14 @@ class Fitter:
         first, *rest = values
         if all(v == first for v in rest):
             return _polynomial({(0, 0): Fraction(first)})
-        batch = self.points[1][0] - self.points[0][0]
-        per_sample = Fraction(values[1] - first, batch)
-        if len(self.points) == 3:
-            found = {(1, 0): per_sample, (0, 0): first - per_sample * self.points[0][0]}
+        (b, s), (b1, s1) = self.points[:2]
+        slope = Fraction(values[1] - first, max(b1 - b, s1 - s, key=abs))
+        if len({b for b, _ in self.points}) == 1:
+            found = {(0, 1): slope, (0, 0): first - slope * s}
+        elif len({s for _, s in self.points}) == 1:
+            found = {(1, 0): slope, (0, 0): first - slope * b}
         else:
-            found = self._bilinear(values, per_sample, batch)
+            found = self._bilinear(values, slope, b1 - b)
         polynomial = _polynomial(found)
         if any(polynomial(b, s) != value for (b, s), value in zip(self.points, values, strict=True)):
             raise NotPolynomialError(", ".join(f"{v} at {p}" for v, p in zip(values, self.points, strict=True)))

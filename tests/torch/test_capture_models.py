@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import simtrain as st
+from simtrain.core.errors import StrategyError
 from simtrain.core.result import MemoryKind
 from simtrain.core.runtime import runtime
 from simtrain.core.workload import OperatorKind
@@ -162,3 +163,39 @@ def test_a_mask_for_all_blocks_is_held_like_the_batch() -> None:
     held = {t.name for layer in workload for t in layer.inputs if t.name.startswith("input:held.")}
     assert held
     assert workload.input_bytes(1, 32) > 2 * 32 * 8
+
+
+class Masked(nn.Module):
+    """Attention with a mask of its own making, or one from the batch."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.table, self.out = how, nn.Embedding(11, 16), nn.Linear(16, 1)
+
+    def forward(self, ids: Tensor, given: Tensor) -> Tensor:
+        x, at = self.table(ids)[:, None], torch.arange(ids.shape[1])
+        mask = {"tril": torch.ones(len(at), len(at)).tril().bool(), "compared": at[:, None] >= at[None], "given": given[:, None, None] > 0}
+        x = F.scaled_dot_product_attention(x, x, x, mask[self.how], is_causal=False)
+        return self.out(x).mean()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("tril", "a causal mask"), ("compared", "a causal mask"), ("given", "a mask made from the batch")]
+)
+def test_masks_that_attention_gets_are_said(how: str, said: str) -> None:
+    workload = st.torch.capture(Masked(how), IDS)
+    assert any(f"attention gets {said} as a tensor (1 times)" in line for line in workload.assumptions)
+    shown = st.schedule(workload, "1x rtx-3090", "micro_batch=4,precision=bf16-amp").assumptions
+    assert workload.assumptions[0] in shown
+
+
+def test_a_model_that_cannot_run_one_sample_is_refused_there() -> None:
+    def norm_of_vectors() -> nn.Module:
+        return nn.Sequential(nn.Linear(10, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 3))
+
+    workload = st.torch.capture(norm_of_vectors, samples(10), loss=cross_entropy)
+    assert st.schedule(workload, "1x rtx-3090", "micro_batch=2").step_time_s > 0
+    with pytest.raises(StrategyError, match=r"cannot run micro-batches of 1 .*Expected more than 1 value.*use micro_batch=2 or more"):
+        st.schedule(workload, "1x rtx-3090", "micro_batch=1")
+    plan = st.plan(workload, "1x rtx-3090", global_batch=4)
+    assert all(result.strategy and "micro_batch=1," not in result.strategy for result in plan.ranked)

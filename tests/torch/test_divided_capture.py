@@ -1,6 +1,8 @@
 """Captured modules divided over tensor-parallel ranks, against the true rank that `parallelize_module` makes of the same module."""
 
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -96,3 +98,28 @@ def test_captured_models_take_every_degree_that_is_known(text: str) -> None:
     strategy = st.Strategy.parse(f"micro_batch={BATCH},{text}")
     result = st.estimate(captured(), st.cluster(f"{strategy.ranks}x a100-sxm-80g"), strategy)
     assert result.step_time_s > 0
+
+
+def test_equal_workloads_with_different_plans_are_divided_differently() -> None:
+    model, batch = (lambda: Transformer(GPT)), example_batch(GPT, BATCH)
+    one = captured()
+    other = replace(
+        st.torch.capture(model, batch, tensor_plan=dict.fromkeys(("*.mlp.fc1", "*.mlp.fc2"), "column")), description=one.description
+    )
+    assert one == other
+    strategy = st.Strategy(micro_batch=BATCH, tensor=2)
+    ledger_of(one, strategy, EXACT)
+    with pytest.raises(UnsupportedError, match="cannot be divided"):
+        ledger_of(other, strategy, EXACT)
+
+
+def test_another_sequence_length_holds_for_a_rank_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from workloads.transformer.module import Transformer, example_batch\n"
+        "from workloads.transformer.presets import spec\n"
+        f"SPEC = spec('llama', **{SIZES})\n"
+        "def make():\n    return Transformer(SPEC), example_batch(SPEC, 4)\n"
+    )
+    short, long = (st.workload(f"capture:{tmp_path / 'mine.py'}:make", seq_len=length) for length in (32, 64))
+    halves = [w.reform(Form(tensor=1)) for w in (short, long) if w.reform is not None]
+    assert [w.sequence for w in halves] == [32, 64]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import simtrain as st
-from tests.torch.small_models import peaks
+from simtrain.torch import Phase
+from tests.torch.small_models import fake_step, peaks
 from workloads.transformer.operators import workload
 from workloads.transformer.presets import spec
 
@@ -46,16 +47,52 @@ def test_blocks_repeat_and_memory_is_that_of_a_recorded_step(build: Any) -> None
         assert ours == pytest.approx(recorded, rel=5e-3)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_values_spare_the_masks_that_are_built_without_them() -> None:
-    def no_cache() -> torch.nn.Module:
-        config = transformers.GPT2Config(n_layer=2, n_embd=48, n_head=4, n_positions=64, use_cache=False, **TOKENS)
-        return transformers.GPT2LMHeadModel(config)
+def no_cache() -> torch.nn.Module:
+    config = transformers.GPT2Config(n_layer=2, n_embd=48, n_head=4, n_positions=64, use_cache=False, **TOKENS)
+    return transformers.GPT2LMHeadModel(config)
 
-    shapes, real = (st.torch.capture(no_cache, BATCH, values=values) for values in (False, True))
-    causal = [{op.causal for layer in w for op in layer.forward if op.kind == "attention"} for w in (shapes, real)]
-    assert causal == [{False}, {True}]
+
+def attentions(work: st.Workload) -> set[tuple[bool, int]]:
+    return {(op.causal, len(op.reads)) for layer in work for op in layer.forward if op.kind == "attention"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build", [gpt2, llama, bert, no_cache])
+@pytest.mark.parametrize("mask", ["none", "whole", "padded"])
+def test_masks_are_those_of_real_tensors(build: Any, mask: str) -> None:
+    ones = torch.ones_like(IDS)
+    batch = BATCH | {"none": {}, "whole": {"attention_mask": ones}, "padded": {"attention_mask": ones.tril()}}[mask]
+    shapes, real = (st.torch.capture(build, batch, values=values) for values in (False, True))
+    assert attentions(shapes) == attentions(real)
     assert shapes.model_flops(2) == real.model_flops(2)
+    if mask != "padded":
+        assert {causal for causal, _ in attentions(shapes)} == {build is not bert}
+        assert not shapes.assumptions
+    else:
+        assert "made from the batch" in shapes.assumptions[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build", [gpt2, llama, bert])
+def test_one_sample_runs_the_operators_of_a_recorded_step(build: Any) -> None:
+    captured = st.torch.capture(build, BATCH)
+    one = {name: tensor[:1] for name, tensor in BATCH.items()}
+    for precision in ("fp32", "bf16-amp"):
+        ours, recorded = peaks(captured, build, one, None, precision)
+        assert ours == pytest.approx(recorded, rel=5e-3)
+    assert captured.single is not None
+    step = fake_step(build, one, None, "bf16-amp")
+
+    def count(work: st.Workload) -> int:
+        return sum(
+            op.name.endswith((".sum", "clone", "sum.backward", "clone.backward")) for layer in work for op in layer.forward + layer.backward
+        )
+
+    assert count(captured) > count(captured.single)
+    assert captured.single.model_flops(1) == captured.model_flops(1)
+    calls = [c for c in step.calls if c.phase is not Phase.OPTIMIZER and not c.is_view]
+    listed = sum(1 for layer in captured.single for op in layer.forward + layer.backward)
+    assert listed == pytest.approx(len(calls), abs=0.1 * len(calls))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,13 +8,16 @@ import pytest
 
 pytest.importorskip("torch")
 
+import simtrain as st
 from hardware_models.cpu import CLASSES, CpuModel
+from simtrain.cli.main import main
 from simtrain.core import catalog
-from simtrain.core.errors import InputError, UnsupportedError
+from simtrain.core.errors import InputError, UnknownNameError, UnsupportedError
 from validation import machine_profile
 from validation.features import CPU_RUNTIME
 from validation.fit import ClassCost
 from validation.machine_profile import MachineProfile
+from validation.measure import environment
 from validation.measurement import Environment, Measurement
 from validation.operator_table import entries, kernels_in_order, operators_of
 from validation.probe import PROBE_SETTINGS, ProbedSize, _at_another_batch, fold, probe, probed_step
@@ -124,19 +127,68 @@ def test_a_line_tells_errors_before_and_after():
     assert "held out" in line
 
 
-def test_a_probe_of_a_file_is_run_folded_in_and_kept(tmp_path):
-    (tmp_path / "mine.py").write_text(MINE)
-    report = probe(PROFILE, f"capture:{tmp_path / 'mine.py'}:make", "micro_batch=8,optimizer=adamw")
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """A model of one's own, probed for real: its catalog name, the report and the file of the profile."""
+    folder = tmp_path_factory.mktemp("probed")
+    (folder / "mine.py").write_text(MINE)
+    name = f"capture:{folder / 'mine.py'}:make"
+    report = probe(PROFILE, name, "micro_batch=8,optimizer=adamw")
+    machine_profile.save(report.profile, folder / "profile.json")
+    return name, report, folder / "profile.json"
+
+
+def test_a_probe_of_a_file_is_run_folded_in_and_kept(probed):
+    _, report, path = probed
     fitted, held_out = report.sizes
     assert (fitted.batch, held_out.batch) == (8, 4)
     assert fitted.measured_s > 0
     assert abs(fitted.after_s / fitted.measured_s - 1) < abs(fitted.before_s / fitted.measured_s - 1) + 0.05
     assert 0 < report.covered < 1
     assert "convolution" in report.profile.operator_table
-    path = tmp_path / "profile.json"
-    machine_profile.save(report.profile, path)
     assert machine_profile.load(path, HERE) == report.profile
     assert json.loads(path.read_text())["steps"][-1].startswith("capture:")
+
+
+def test_predictions_and_plans_can_name_the_probed_profile(probed):
+    name, report, path = probed
+    fitted, held_out = report.sizes
+    for size in (fitted, held_out):
+        result = st.schedule(st.workload(name), f"profile:{path}", f"micro_batch={size.batch},optimizer=adamw")
+        assert result.step_time_s == pytest.approx(size.after_s, rel=1e-12)
+    found = st.plan(st.workload(name), f"1x profile:{path}", global_batch=16)
+    assert all(result.cluster == f"1x profile:{path}" for result in found.ranked)
+    assert min(r.step_time_s for r in found.ranked) < 16 / held_out.batch * held_out.after_s
+
+
+def test_the_command_line_names_a_profile_by_its_place(probed, tmp_path, monkeypatch, capsys):
+    name, report, _ = probed
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = ["predict", name, "--cluster", "profile:probed", "--strategy", "micro_batch=8,optimizer=adamw", "--json"]
+    assert main(command) == 2
+    assert "run `simtrain calibrate --probe WORKLOAD`" in "".join(capsys.readouterr())
+    machine_profile.save(report.profile, machine_profile.probed_path())
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["step_time_s"] == pytest.approx(report.sizes[0].after_s, rel=1e-9)
+
+
+def test_a_prediction_with_the_profile_of_another_machine_says_so(probed):
+    name, report, path = probed
+    said = st.schedule(st.workload(name), f"profile:{path}", "micro_batch=8").assumptions
+    assert any("measured elsewhere, with processor 'Test CPU'" in line for line in said)
+    mine = path.with_name("mine.json")
+    machine_profile.save(replace(report.profile, environment=environment()), mine)
+    result = st.schedule(st.workload(name), f"profile:{mine}", "micro_batch=8")
+    assert not any("elsewhere" in line for line in result.assumptions)
+    assert result.memory.capacity_bytes == environment().memory_bytes
+
+
+def test_names_of_profiles_are_checked(tmp_path):
+    with pytest.raises(UnknownNameError, match="did you mean 'probed'"):
+        st.device("profile:probd")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(InputError, match="is not a machine profile"):
+        st.device(f"profile:{tmp_path / 'other.json'}")
 
 
 def test_twenty_steps():

@@ -188,7 +188,7 @@ def _normalize(tape: Tape, x: str, name: str, out: str, part: Part, *, holds: It
 def _lookup(
     tape: Tape, name: str, shape: tuple[int, int], indices: str, elements: Polynomial, *, tied: bool = False, holds: Iterable[str] = ()
 ) -> str:
-    """Rows of a table. A tied table adds the head's part of its gradient, which allocates a third table."""
+    """Rows of a table. A tied table adds the head's part of its gradient (`concrete_layers` knows where the sum lies)."""
     table = tape.parameter(f"{name}.weight", *shape)
     out = Tensor(f"{name}.rows", elements, HIGH)
     gather = Operator(name, OperatorKind.EMBEDDING, (indices, table), (out,), partial=(table,), touched=elements)

@@ -1,8 +1,9 @@
 """Collects the terms of a program: kernels on hosts and devices, collectives, sends, and what waits for what.
 
 Terms come one by one or many at once, and not always in the order in which they run: each has a *moment*, the instruction of the schedule
-that it belongs to. Whatever follows from the order (what waits on a stream, for its host, for room in the launch queue) is found at the
-end, for all terms together.
+that it belongs to, and a *turn* within it. Whatever follows from the order (what waits on a stream, for its host, for room in the launch
+queue) is found at the end, for all terms together. Terms of different instructions that may run at once, and have the same turn, get
+numbers next to each other, so that readers can treat them together.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from simtrain.core.program import IntArray, Program, RankClass, Resource, Stream
 from simtrain.core.runtime import Runtime
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.step.costs import PassCost
+
+
+LAST_TURN = 1 << 20
+"""Turn of what leaves when an instruction has ended."""
 
 
 class Table:
@@ -75,13 +80,11 @@ class Builder:
         runtime: What launches kernels.
         classes: Who executes.
         synchronises: Whether the host asks for the result of the reduction before it issues the update (loss scaling).
-        moment: Of the terms that are added one by one.
     """
 
     runtime: Runtime
     classes: tuple[RankClass, ...]
     synchronises: bool
-    moment: int = 0
     streams: dict[Stream, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     resources: dict[Resource, int] = field(default_factory=dict)
@@ -89,13 +92,19 @@ class Builder:
 
     def __post_init__(self) -> None:
         self.has_host = self.runtime.run_ahead_launches > 0
-        self.terms = Table(8)  # kind, stream, label, micro-batch, latency, recomputed, on the wire, moment
+        self.terms = Table(9)  # kind, stream, label, micro-batch, latency, recomputed, on the wire, moment, turn
         self.works = Table(6)  # lane, term that asks, term that issues, term that runs, lead, launches
         self.demands = Table(3)  # term, resource, amount
         self.edges = Table(2)  # term, what it waits for
+        self.loads: dict[int, tuple[CollectiveCost, IntArray, FloatArray]] = {}
+        self.begin(0)
         self.compute = np.array([self.stream((i,), "compute") for i in range(len(self.classes))])
         self.hosts = np.array([self.stream((i,), "host") for i in range(len(self.classes))]) if self.has_host else self.compute
         self.engines = np.array([self.resource(Resource(f"{c.name} compute", 1.0)) for c in self.classes])
+
+    def begin(self, moment: int) -> None:
+        """Says which instruction the terms belong to that are added one by one from now on."""
+        self.moment, self.turns, self.latest = moment, {}, {}
 
     def stream(self, rank_classes: Iterable[int], name: str) -> int:
         """Number of a stream, made when first asked for."""
@@ -114,27 +123,38 @@ class Builder:
         for other in earlier:
             self.edges.add(term, other)
 
+    def _term(
+        self, kind: TermKind, stream: int, label: str, micro_batch: int, shares: tuple[float, float, float], waits: Sequence[int]
+    ) -> int:
+        """Adds a term: its latency and its shares of recomputation and communication."""
+        turn = 1 + max([self.latest.get(stream, -1), *(self.turns.get(w, -1) for w in waits)])
+        term = self.terms.add(kind, stream, self.label(label), micro_batch, *shares, self.moment, turn)
+        self.turns[term] = self.latest[stream] = turn
+        return term
+
     def work(
         self, lane: int, kind: TermKind, label: str, cost: PassCost, micro_batch: int, waits: Sequence[int] = (), *, sync: bool = False
     ) -> int:
         """Adds kernels: a host term that issues them and a compute term that runs them. Returns the compute term."""
-        asks = issues = -1
+        asks, compute = -1, int(self.compute[lane])
+        issues: list[int] = []
         if self.has_host:
             host = int(self.hosts[lane])
             if sync and self.synchronises:
-                # the scaler asks whether any reduced gradient overflowed
-                asks = self.terms.add(TermKind.HOST, host, self.label(f"wait before {label}"), micro_batch, 0.0, 0.0, 0.0, self.moment)
+                # the scaler asks whether any reduced gradient overflowed, once the device has come so far
+                self.latest[host] = max(self.latest.get(host, -1), self.latest.get(compute, -1))
+                asks = self._term(TermKind.HOST, host, f"wait before {label}", micro_batch, (0.0, 0.0, 0.0), waits)
                 self.wait(asks, waits)
-            issued = self.label(f"issue {label}")
-            issues = self.terms.add(TermKind.HOST, host, issued, micro_batch, cost.host_s, 0.0, 0.0, self.moment)
-        shares = (cost.recompute_s, cost.wire_s)
-        run = self.terms.add(kind, int(self.compute[lane]), self.label(label), micro_batch, 0.0, *shares, self.moment)
-        self.works.add(lane, asks, issues, run, cost.lead_s, cost.launches)
+            issues = [self._term(TermKind.HOST, host, f"issue {label}", micro_batch, (cost.host_s, 0.0, 0.0), ())]
+        run = self._term(kind, compute, label, micro_batch, (0.0, cost.recompute_s, cost.wire_s), [*issues, *waits])
+        self.works.add(lane, asks, issues[0] if issues else -1, run, cost.lead_s, cost.launches)
         self.demands.add(run, int(self.engines[lane]), cost.device_s)
         self.wait(run, waits)
         return run
 
-    def works_of(self, lane: IntArray, pieces: Sequence[Piece], chosen: IntArray, micro_batch: IntArray, moment: IntArray) -> IntArray:
+    def works_of(
+        self, lane: IntArray, pieces: Sequence[Piece], chosen: IntArray, micro_batch: IntArray, moment: IntArray, turn: IntArray
+    ) -> IntArray:
         """Adds kernels many times, in order.
 
         Args:
@@ -142,7 +162,8 @@ class Builder:
             pieces: What there is to run.
             chosen: Which of them.
             micro_batch: For which micro-batch.
-            moment: When.
+            moment: Instruction that each belongs to.
+            turn: How many pieces came before it in this instruction.
 
         Returns:
             The compute terms.
@@ -159,10 +180,11 @@ class Builder:
             # a host term and its compute term in turn
             both = [(np.full_like(kind, TermKind.HOST), kind), (self.hosts[lane], self.compute[lane]), (issued, label)]
             both += [(micro_batch, micro_batch), (host_s, 0 * host_s), (0 * host_s, recompute_s), (0 * host_s, wire_s), (moment, moment)]
+            both.append((2 * turn, 2 * turn + 1))
             number = self.terms.extend(*(np.stack(pair, axis=1).ravel() for pair in both))
             issues, run = number[::2], number[1::2]
         else:
-            run = self.terms.extend(kind, self.compute[lane], label, micro_batch, 0.0, recompute_s, wire_s, moment)
+            run = self.terms.extend(kind, self.compute[lane], label, micro_batch, 0.0, recompute_s, wire_s, moment, turn)
             issues = np.full(len(run), -1)
         self.works.extend(lane, -1, issues, run, lead_s, launches)
         self.demands.extend(run, self.engines[lane], device_s)
@@ -170,11 +192,18 @@ class Builder:
 
     def transfer(self, kind: TermKind, stream: int, label: str, cost: CollectiveCost, waits: Iterable[int], micro_batch: int = -1) -> int:
         """Adds a collective or a send on a stream."""
-        term = self.terms.add(kind, stream, self.label(label), micro_batch, cost.latency_s, 0.0, 0.0, self.moment)
-        for resource, amount in cost.loads.items():
-            self.demands.add(term, self.resource(resource), amount)
+        waits = list(waits)
+        term = self._term(kind, stream, label, micro_batch, (cost.latency_s, 0.0, 0.0), waits)
+        self.demands.extend(term, *self._loads(cost))
         self.wait(term, waits)
         return term
+
+    def _loads(self, cost: CollectiveCost) -> tuple[IntArray, FloatArray]:
+        """Resources that a transfer demands, and how much of each."""
+        if id(cost) not in self.loads:  # costs are shared by all transfers that are alike
+            resources = np.array([self.resource(r) for r in cost.loads], dtype=np.int64)
+            self.loads[id(cost)] = (cost, resources, np.array(list(cost.loads.values()), dtype=np.float64))
+        return self.loads[id(cost)][1:]
 
     def sends_of(
         self, sends: Sequence[tuple[int, str, CollectiveCost]], chosen: IntArray, waits: IntArray, micro_batch: IntArray, moment: IntArray
@@ -186,31 +215,34 @@ class Builder:
             chosen: Which of them.
             waits: The term that makes what is sent.
             micro_batch: Of which micro-batch.
-            moment: When.
+            moment: Instruction that each belongs to.
 
         Returns:
             The terms.
         """
         head = np.array([(stream, self.label(label), cost.latency_s) for stream, label, cost in sends])[chosen]
-        sent = self.terms.extend(TermKind.SEND, head[:, 0], head[:, 1], micro_batch, head[:, 2], 0.0, 0.0, moment)
+        sent = self.terms.extend(TermKind.SEND, head[:, 0], head[:, 1], micro_batch, head[:, 2], 0.0, 0.0, moment, LAST_TURN)
         self.edges.extend(sent, waits)
-        loads = [list(cost.loads.items()) for _, _, cost in sends]
-        first = np.concatenate([[0], np.cumsum([len(load) for load in loads])])
-        loaded = np.array([(self.resource(resource), amount) for load in loads for resource, amount in load]).reshape(-1, 2)
+        loads = [self._loads(cost) for _, _, cost in sends]
+        first = np.concatenate([[0], np.cumsum([len(load) for load, _ in loads])])
+        resource, amount = (np.concatenate(column) for column in zip(*loads, strict=True))
         count = np.diff(first)[chosen]
-        inside = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        row = np.repeat(first[chosen], count) + inside
-        self.demands.extend(np.repeat(sent, count), loaded[row, 0], loaded[row, 1])
+        row = np.arange(count.sum()) + np.repeat(first[chosen] - (np.cumsum(count) - count), count)
+        self.demands.extend(np.repeat(sent, count), resource[row], amount[row])
         return sent
 
-    def finish(self) -> tuple[Program, IntArray]:
+    def finish(self, level: IntArray) -> tuple[Program, IntArray]:
         """Puts terms in order, finds what waits for what and closes the streams over the step boundary.
+
+        Args:
+            level: Of each moment: those that are equal are independent.
 
         Returns:
             The program, and the number in it of each term that was added.
         """
         terms = self.terms.columns()
-        order = np.argsort(terms[7], kind="stable")
+        moment, turn = terms[7].astype(np.int64), terms[8].astype(np.int64)
+        order = np.lexsort((moment, turn, level[moment]))
         number = np.empty_like(order)
         number[order] = np.arange(len(order))
         kind, stream, label, micro_batch = terms[:4, order].astype(np.int64)

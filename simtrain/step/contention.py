@@ -10,7 +10,7 @@ import numpy as np
 
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import Program, TermKind
-from simtrain.step.longest_path import Steady, steady_state
+from simtrain.step.longest_path import Recursion, Steady, steady_state
 
 ROUNDS = 2
 """Times that overlaps are found and priced anew; slower computation hardly moves what overlaps."""
@@ -23,14 +23,14 @@ def contended_state(program: Program, share: float) -> tuple[Steady, FloatArray]
         program: What is executed.
         share: Of the multiprocessors that a collective takes.
     """
-    alone = program.durations_s()
+    alone, recursion = program.durations_s(), Recursion(program)
     durations = alone
-    steady = steady_state(program, durations)
+    steady = steady_state(program, durations, recursion)
     if share == 0 or not np.any(program.kind == TermKind.COLLECTIVE):
         return steady, durations
     for _ in range(ROUNDS):
         durations = alone + share * overlaps_s(program, steady)
-        steady = steady_state(program, durations)
+        steady = steady_state(program, durations, recursion)
     return steady, durations
 
 

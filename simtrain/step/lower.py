@@ -95,13 +95,13 @@ class _Lowering:
         alone = np.array([any(lane_task.acts for lane_task in task) for task in tasks])[task_of] | opens
         self._together(np.flatnonzero(~alone), tasks, task_of)
         for i in np.flatnonzero(alone).tolist():
-            self.build.moment = i
+            self.build.begin(i)
             self._instruction(i, tasks[task_of[i]])
         self._send()
-        self.build.moment = len(plan)
+        self.build.begin(len(plan))
         final = plan.rank_order[plan.rank_pointer[1:] - 1]
         updates = self.sync.finish([int(self.last[final[lane.stage], lane.kind]) for lane in layout.lanes])
-        program, number = self.build.finish()
+        program, number = self.build.finish(np.append(plan.level, plan.level.max() + 1))
         own: list[list[IntArray]] = [[np.array([number[update]])] for update in updates]
         for lane, terms, times in self.passes:
             own[lane].append(np.repeat(number[terms], times))
@@ -159,9 +159,10 @@ class _Lowering:
             count = np.diff(start)[task_of[chosen]]
             ends = np.cumsum(count)
             i = np.repeat(chosen, count)
-            piece = np.repeat(start[task_of[chosen]] - (ends - count), count) + np.arange(len(i))
+            turn = np.arange(len(i)) - np.repeat(ends - count, count)
+            piece = np.repeat(start[task_of[chosen]], count) + turn
             lane = np.array([lanes[kind].index for lanes in self.layout.by_stage])[self.plan.rank[i]]
-            terms = self.build.works_of(lane, pieces, piece, self.plan.micro_batch[i], i)
+            terms = self.build.works_of(lane, pieces, piece, self.plan.micro_batch[i], i, turn)
             self.first[chosen, kind], self.last[chosen, kind] = terms[ends - count], terms[ends - 1]
             order = np.argsort(lane, kind="stable")
             bounds = np.searchsorted(lane[order], np.arange(len(self.layout.lanes) + 1))

@@ -21,10 +21,12 @@ class Placed:
     Attributes:
         ranks: Of the group that is priced.
         beside: The others.
+        known: Costs that were asked for before.
     """
 
     ranks: Group
     beside: tuple[Group, ...] = ()
+    known: dict[tuple[Collective, float], CollectiveCost] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,8 +58,11 @@ class Wire:
 
 
 def cost(fabric: Fabric, kind: Collective, placed: Placed, size_bytes: float) -> CollectiveCost:
-    """Prices a collective of a placed group; the groups beside it load the same links."""
-    return collective(fabric, kind, placed.ranks, size_bytes, concurrent=placed.beside)
+    """Prices a collective of a group that is placed on this fabric; the groups beside it load the same links."""
+    key = (kind, size_bytes)
+    if key not in placed.known:
+        placed.known[key] = collective(fabric, kind, placed.ranks, size_bytes, concurrent=placed.beside)
+    return placed.known[key]
 
 
 def place(fabric: Fabric, groups: Sequence[Group]) -> Placed:
@@ -68,8 +73,8 @@ def place(fabric: Fabric, groups: Sequence[Group]) -> Placed:
     return Placed(groups[chosen], beside)
 
 
-def stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire:
-    """The groups inside a stage."""
+def stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire | None:
+    """The groups inside a stage; `None` where nobody shares a layer, so that passes of all stages cost the same."""
     groups: dict[str, Placed] = {}
     if grid.tensor > 1:
         groups["tensor"] = place(fabric, grid.tensor_groups(stage))
@@ -77,7 +82,7 @@ def stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire:
         groups["context"] = place(fabric, grid.context_groups(stage))
     if grid.expert > 1:
         groups["expert"] = place(fabric, grid.expert_groups(stage))
-    return Wire(fabric, groups)
+    return Wire(fabric, groups) if groups else None
 
 
 def send(fabric: Fabric, grid: Grid, source: int, target: int, size_bytes: float) -> CollectiveCost:

@@ -16,6 +16,7 @@ import simpy
 
 from simtrain.core.program import Program, TermKind
 from simtrain.cost.sharing import max_min_rates
+from simtrain.step.meeting import Meeting
 
 
 @dataclass(slots=True)
@@ -35,25 +36,30 @@ class FluidPool:
     Args:
         env: The simulation.
         program: Whose terms flow.
+        meeting: What they may meet on.
         done: Called with the number of a flow that has ended.
     """
 
-    def __init__(self, env: simpy.Environment, program: Program, done: Callable[[int], None]) -> None:
+    def __init__(self, env: simpy.Environment, program: Program, meeting: Meeting, done: Callable[[int], None]) -> None:
         self.env, self.program, self.done = env, program, done
-        self.capacity = np.array([r.capacity for r in program.resources])
         self.flows: dict[int, _Flow] = {}
         self.users: dict[int, set[int]] = {}
-        self.shared = shared_terms(program).tolist()
-        pointer = program.demand_pointer.tolist()
-        used, amounts = program.demand_resource.tolist(), program.demand_amount.tolist()
-        self.resources = [used[a:b] for a, b in pairwise(pointer)]
-        self.amounts = [amounts[a:b] for a, b in pairwise(pointer)]
-        alone = program.durations_s() - program.latency_s
-        self.alone: list[float] = alone.tolist()
+        # numbered anew without those that nobody can meet on
+        used, numbers = np.unique(meeting.used, return_inverse=True)
+        self.capacity = np.array([r.capacity for r in program.resources])[used]
+        pointer = np.searchsorted(meeting.user, np.arange(len(program) + 1)).tolist()
+        links, amounts = numbers.tolist(), meeting.amount.tolist()
+        self.resources: list[list[int]] = [links[a:b] for a, b in pairwise(pointer)]
+        self.amounts: list[list[float]] = [amounts[a:b] for a, b in pairwise(pointer)]
+        self.alone: list[float] = (program.durations_s() - program.latency_s).tolist()
+        # fair is what each gets on its busiest link, whether others can be met there or not
+        owner = np.repeat(np.arange(len(program)), np.diff(program.demand_pointer))
+        self.largest = np.zeros(len(program))
+        np.maximum.at(self.largest, owner, program.demand_amount)
 
     def shares(self, term: int) -> bool:
         """Whether a term may meet others."""
-        return bool(self.shared[term])
+        return bool(self.resources[term])
 
     def start(self, number: int) -> None:
         """Begins a flow."""
@@ -109,11 +115,15 @@ class FluidPool:
             return [1.0 / self.alone[term] for term in terms]
         from scipy.sparse import csr_array
 
-        used = [self.resources[term] for term in terms]
+        # beside the shared links, one that is each flow's own: it carries the largest of its demands in the time that it takes alone
+        count, links = len(terms), len(self.capacity)
+        used = [[*self.resources[term], links + i] for i, term in enumerate(terms)]
+        own = self.largest[terms]
+        data = np.concatenate([[*self.amounts[term], most] for term, most in zip(terms, own.tolist(), strict=True)])
         pointer = np.concatenate([[0], np.cumsum([len(u) for u in used])])
-        data, columns = np.concatenate([self.amounts[term] for term in terms]), np.concatenate(used)
-        demand = csr_array((data, columns, pointer), shape=(len(terms), len(self.capacity)))
-        return [float(rate) for rate in max_min_rates(demand, self.capacity, np.full(len(terms), np.inf))]
+        demand = csr_array((data, np.concatenate(used), pointer), shape=(count, links + count))
+        capacity = np.concatenate([self.capacity, own / [self.alone[term] for term in terms]])
+        return [float(rate) for rate in max_min_rates(demand, capacity, np.full(count, np.inf))]
 
 
 @dataclass(slots=True)
@@ -182,14 +192,3 @@ class Engines:
         if work is not None and work.turn == turn:
             del self.running[lane]
             self.done(work.number)
-
-
-def shared_terms(program: Program) -> np.ndarray:
-    """Whether each term demands something that terms of another stream demand too."""
-    owner = np.repeat(np.arange(len(program)), np.diff(program.demand_pointer))
-    pairs = np.unique(np.stack([program.demand_resource, program.stream[owner]], axis=1), axis=0)
-    resources, counts = np.unique(pairs[:, 0], return_counts=True)
-    contended = np.isin(program.demand_resource, resources[counts > 1])
-    shared = np.zeros(len(program), dtype=bool)
-    shared[owner[contended]] = True
-    return shared

@@ -19,7 +19,6 @@ from simtrain.core.runtime import Runtime
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.step.costs import PassCost
 
-
 LAST_TURN = 1 << 20
 """Turn of what leaves when an instruction has ended."""
 
@@ -242,7 +241,7 @@ class Builder:
         """
         terms = self.terms.columns()
         moment, turn = terms[7].astype(np.int64), terms[8].astype(np.int64)
-        order = np.lexsort((moment, turn, level[moment]))
+        order = np.argsort((level[moment] * (LAST_TURN + 1) + turn) * len(level) + moment, kind="stable")
         number = np.empty_like(order)
         number[order] = np.arange(len(order))
         kind, stream, label, micro_batch = terms[:4, order].astype(np.int64)
@@ -253,7 +252,9 @@ class Builder:
         followers = np.flatnonzero(before >= 0)
         owner, source, lag = (
             np.concatenate(parts)
-            for parts in zip((followers, before[followers], np.zeros(len(followers))), *waits, (*explicit, np.zeros(explicit.shape[1])), strict=True)
+            for parts in zip(
+                (followers, before[followers], np.zeros(len(followers))), *waits, (*explicit, np.zeros(explicit.shape[1])), strict=True
+            )
         )
         edge = np.argsort(owner, kind="stable")
         demand_term, demand_resource, amount = self.demands.columns()
@@ -322,7 +323,9 @@ class Builder:
 
 def _before(stream: IntArray) -> IntArray:
     """The term before each on its stream, -1 for none."""
-    order = np.argsort(stream, kind="stable")
+    order = np.argsort(
+        stream.astype(np.uint16) if len(stream) and stream.max() < 2**16 else stream, kind="stable"
+    )  # short ones sort faster
     same = stream[order[1:]] == stream[order[:-1]]
     before = np.full(len(stream), -1)
     before[order[1:][same]] = order[:-1][same]

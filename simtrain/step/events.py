@@ -178,9 +178,7 @@ def _alone(program: Program, factors: FloatArray) -> tuple[FloatArray, FloatArra
     return start_s, end_s
 
 
-def _executed(
-    program: Program, factors: FloatArray, share: float, meeting: Meeting, timed: BoolArray
-) -> tuple[FloatArray, FloatArray]:
+def _executed(program: Program, factors: FloatArray, share: float, meeting: Meeting, timed: BoolArray) -> tuple[FloatArray, FloatArray]:
     run = _Run(program, factors, share, meeting, timed)
     run.go()
     return np.array(run.started).reshape(factors.shape), np.array(run.ended).reshape(factors.shape)

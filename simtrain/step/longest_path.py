@@ -160,5 +160,3 @@ def steady_state(program: Program, durations_s: FloatArray, recursion: Recursion
             grew = growth
         before = end
     raise InternalError(f"the step has not become periodic after {MAX_STEPS} steps")
-
-

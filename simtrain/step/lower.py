@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from simtrain.core.program import IntArray, Program, TermKind
+from simtrain.core.program import IntArray, Program
 from simtrain.core.workload import Workload
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.step.builder import Builder, Piece

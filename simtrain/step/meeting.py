@@ -28,12 +28,14 @@ class Meeting:
     def __init__(self, program: Program, share: float) -> None:
         self.program = program
         owner = np.repeat(np.arange(len(program)), np.diff(program.demand_pointer))
-        counted = np.isin(program.demand_resource, representatives(program)) & (program.demand_amount > 0)
-        used, user, amount = program.demand_resource[counted], owner[counted], program.demand_amount[counted]
-        pairs = np.unique(np.stack([used, program.stream[user]], axis=1), axis=0)
-        resources, streams = np.unique(pairs[:, 0], return_counts=True)
-        several = np.isin(used, resources[streams > 1])
-        self.used, self.user, self.amount = used[several], user[several], amount[several]
+        demanded = program.demand_amount > 0
+        used, stream = program.demand_resource[demanded], program.stream[owner[demanded]]
+        one, several, kept = np.zeros(len(program.resources), dtype=np.int64), *np.zeros((2, len(program.resources)), dtype=bool)
+        one[used] = stream
+        several[used[stream != one[used]]] = True  # the stream that was noted is not the only one
+        kept[representatives(program)] = True
+        shared = demanded & (several & kept)[program.demand_resource]
+        self.used, self.user, self.amount = program.demand_resource[shared], owner[shared], program.demand_amount[shared]
         self.possible = np.zeros(len(program), dtype=bool)
         self.possible[self.user] = True
         self.lanes = self._lanes() if share > 0 and bool(np.any(program.kind == TermKind.COLLECTIVE)) else []

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import IntArray, Program, RankClass, Resource, Stream, TermKind
@@ -24,11 +26,16 @@ LAST_TURN = 1 << 20
 
 
 class Table:
-    """Rows of numbers, added one by one or many at once; the first has number 0."""
+    """Rows of numbers, added one by one or many at once; the first has number 0.
 
-    def __init__(self, width: int) -> None:
-        self.width, self.count = width, 0
-        self.blocks: list[FloatArray] = []
+    Args:
+        kinds: A letter for each column: "i" for whole numbers, "f" for others.
+    """
+
+    def __init__(self, kinds: str) -> None:
+        self.types = [np.int64 if kind == "i" else np.float64 for kind in kinds]
+        self.count = 0
+        self.blocks: list[list[NDArray[Any]]] = [[np.zeros(0, dtype=t) for t in self.types]]
         self.rows: list[tuple[float, ...]] = []
 
     def add(self, *row: float) -> int:
@@ -38,22 +45,22 @@ class Table:
         return self.count - 1
 
     def extend(self, *columns: IntArray | FloatArray | float) -> IntArray:
-        """Adds as many rows as the columns have entries; returns their numbers."""
+        """Adds as many rows as the longest column has entries; single numbers are repeated. Returns the rows' numbers."""
         self._flush()
-        block = np.stack(np.broadcast_arrays(*[np.asarray(c, dtype=np.float64) for c in columns]), axis=1)
-        self.blocks.append(block)
-        self.count += len(block)
-        return np.arange(self.count - len(block), self.count)
+        size = max(np.size(column) for column in columns)
+        self.blocks.append([np.broadcast_to(np.asarray(c, dtype=t), size) for c, t in zip(columns, self.types, strict=True)])
+        self.count += size
+        return np.arange(self.count - size, self.count)
 
     def _flush(self) -> None:
         if self.rows:
-            self.blocks.append(np.array(self.rows, dtype=np.float64))
+            self.blocks.append([np.array(column, dtype=t) for column, t in zip(zip(*self.rows, strict=True), self.types, strict=True)])
             self.rows = []
 
-    def columns(self) -> FloatArray:
-        """All rows, turned."""
+    def columns(self) -> list[NDArray[Any]]:
+        """All rows, column by column."""
         self._flush()
-        return np.ascontiguousarray(np.concatenate([np.zeros((0, self.width)), *self.blocks]).T)
+        return [np.concatenate(parts) for parts in zip(*self.blocks, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +98,10 @@ class Builder:
 
     def __post_init__(self) -> None:
         self.has_host = self.runtime.run_ahead_launches > 0
-        self.terms = Table(9)  # kind, stream, label, micro-batch, latency, recomputed, on the wire, moment, turn
-        self.works = Table(6)  # lane, term that asks, term that issues, term that runs, lead, launches
-        self.demands = Table(3)  # term, resource, amount
-        self.edges = Table(2)  # term, what it waits for
+        self.terms = Table("iiiifffii")  # kind, stream, label, micro-batch, latency, recomputed, on the wire, moment, turn
+        self.works = Table("iiiifi")  # lane, term that asks, term that issues, term that runs, lead, launches
+        self.demands = Table("iif")  # term, resource, amount
+        self.edges = Table("ii")  # term, what it waits for
         self.loads: dict[int, tuple[CollectiveCost, IntArray, FloatArray]] = {}
         self.begin(0)
         self.compute = np.array([self.stream((i,), "compute") for i in range(len(self.classes))])
@@ -240,25 +247,24 @@ class Builder:
             The program, and the number in it of each term that was added.
         """
         terms = self.terms.columns()
-        moment, turn = terms[7].astype(np.int64), terms[8].astype(np.int64)
+        moment, turn = terms[7:]
         order = np.argsort((level[moment] * (LAST_TURN + 1) + turn) * len(level) + moment, kind="stable")
         number = np.empty_like(order)
         number[order] = np.arange(len(order))
-        kind, stream, label, micro_batch = terms[:4, order].astype(np.int64)
-        latency, recompute, wire = terms[4:7, order]
+        kind, stream, label, micro_batch, latency, recompute, wire = (column[order] for column in terms[:7])
         before = _before(stream)
-        explicit = number[self.edges.columns().astype(np.int64)]
+        explicit = [number[column] for column in self.edges.columns()]
         waits, carries = self._launched(number, before)
         followers = np.flatnonzero(before >= 0)
         owner, source, lag = (
             np.concatenate(parts)
             for parts in zip(
-                (followers, before[followers], np.zeros(len(followers))), *waits, (*explicit, np.zeros(explicit.shape[1])), strict=True
+                (followers, before[followers], np.zeros(len(followers))), *waits, (*explicit, np.zeros(len(explicit[0]))), strict=True
             )
         )
         edge = np.argsort(owner, kind="stable")
         demand_term, demand_resource, amount = self.demands.columns()
-        demand_term = number[demand_term.astype(np.int64)]
+        demand_term = number[demand_term]
         demand = np.argsort(demand_term, kind="stable")
         first, last = _ends(stream)
         passed = [(int(number[a]), int(number[b]), lag_s) for a, b, lag_s in self.carries]
@@ -276,7 +282,7 @@ class Builder:
             wire_s=wire,
             latency_s=latency,
             demand_pointer=_pointer(demand_term, len(order)),
-            demand_resource=demand_resource[demand].astype(np.int64),
+            demand_resource=demand_resource[demand],
             demand_amount=amount[demand],
             predecessor_pointer=_pointer(owner, len(order)),
             predecessor=source[edge],
@@ -297,9 +303,9 @@ class Builder:
         if not self.has_host:
             return waits, carries
         rows = self.works.columns()
-        rows = rows[:, np.argsort(number[rows[3].astype(np.int64)], kind="stable")]
-        lanes, lead_s, launches = rows[0].astype(np.int64), rows[4], rows[5].astype(np.int64)
-        asks, issues, runs = (np.where(row >= 0, number[row.astype(np.int64)], -1) for row in rows[1:4])
+        order = np.argsort(number[rows[3]], kind="stable")
+        lanes, asks, issues, runs, lead_s, launches = (row[order] for row in rows)
+        asks, issues, runs = (np.where(row >= 0, number[row], -1) for row in (asks, issues, runs))
         asking = asks >= 0
         waits.append((asks[asking], before[runs[asking]], np.zeros(int(asking.sum()))))
         led = before[issues] >= 0

@@ -27,6 +27,8 @@ BoolArray = NDArray[np.bool_]
 
 ROUNDS = 6
 """Times that those who overlap are found anew; after that all that ever could become events."""
+MANY = 0.25
+"""Share of those who could overlap, of which more make all of them events at once."""
 
 
 class _Run:
@@ -162,7 +164,7 @@ def run_program(program: Program, factors: FloatArray, share: float = 0.0, *, ev
         met = meeting.terms(start_s, end_s)
         if not np.any(met & ~timed):
             return start_s, end_s
-        timed |= met
+        timed = timed | met if met.sum() < MANY * meeting.possible.sum() else meeting.possible
         start_s, end_s = _executed(program, factors, share, meeting, timed)
     return _executed(program, factors, share, meeting, meeting.possible)
 

@@ -110,7 +110,9 @@ class Builder:
 
     def begin(self, moment: int) -> None:
         """Says which instruction the terms belong to that are added one by one from now on."""
-        self.moment, self.turns, self.latest = moment, {}, {}
+        self.moment = moment
+        self.turns: dict[int, int] = {}
+        self.latest: dict[int, int] = {}
 
     def stream(self, rank_classes: Iterable[int], name: str) -> int:
         """Number of a stream, made when first asked for."""

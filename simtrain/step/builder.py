@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,21 @@ from simtrain.step.costs import PassCost
 
 LAST_TURN = 1 << 20
 """Turn of what leaves when an instruction has ended."""
+
+
+class Shares(NamedTuple):
+    """What a term has beside its demands; see `Program`."""
+
+    latency_s: float = 0.0
+    recompute_s: float = 0.0
+    wire_s: float = 0.0
+    memory_s: float = 0.0
+    traffic_bytes: float = 0.0
+
+    @classmethod
+    def of(cls, cost: PassCost) -> Shares:
+        """Those of kernels."""
+        return cls(0.0, cost.recompute_s, cost.wire_s, cost.memory_s)
 
 
 class Table:
@@ -78,6 +93,9 @@ class Piece:
     cost: PassCost
 
 
+NO_SHARES = Shares()
+
+
 @dataclass
 class Builder:
     """Terms as rows; `finish` turns them into a `Program`.
@@ -98,11 +116,11 @@ class Builder:
 
     def __post_init__(self) -> None:
         self.has_host = self.runtime.run_ahead_launches > 0
-        self.terms = Table("iiiifffii")  # kind, stream, label, micro-batch, latency, recomputed, on the wire, moment, turn
+        self.terms = Table("iiiifffffii")  # kind, stream, label, micro-batch, then `Shares`, moment, turn
         self.works = Table("iiiifi")  # lane, term that asks, term that issues, term that runs, lead, launches
         self.demands = Table("iif")  # term, resource, amount
         self.edges = Table("ii")  # term, what it waits for
-        self.loads: dict[int, tuple[CollectiveCost, IntArray, FloatArray]] = {}
+        self.loads: dict[int, tuple[CollectiveCost | PassCost, IntArray, FloatArray]] = {}
         self.begin(0)
         self.compute = np.array([self.stream((i,), "compute") for i in range(len(self.classes))])
         self.hosts = np.array([self.stream((i,), "host") for i in range(len(self.classes))]) if self.has_host else self.compute
@@ -131,10 +149,7 @@ class Builder:
         for other in earlier:
             self.edges.add(term, other)
 
-    def _term(
-        self, kind: TermKind, stream: int, label: str, micro_batch: int, shares: tuple[float, float, float], waits: Sequence[int]
-    ) -> int:
-        """Adds a term: its latency and its shares of recomputation and communication."""
+    def _term(self, kind: TermKind, stream: int, label: str, micro_batch: int, waits: Sequence[int], shares: Shares = NO_SHARES) -> int:
         turn = 1 + max([self.latest.get(stream, -1), *(self.turns.get(w, -1) for w in waits)])
         term = self.terms.add(kind, stream, self.label(label), micro_batch, *shares, self.moment, turn)
         self.turns[term] = self.latest[stream] = turn
@@ -151,12 +166,14 @@ class Builder:
             if sync and self.synchronises:
                 # the scaler asks whether any reduced gradient overflowed, once the device has come so far
                 self.latest[host] = max(self.latest.get(host, -1), self.latest.get(compute, -1))
-                asks = self._term(TermKind.HOST, host, f"wait before {label}", micro_batch, (0.0, 0.0, 0.0), waits)
+                asks = self._term(TermKind.HOST, host, f"wait before {label}", micro_batch, waits)
                 self.wait(asks, waits)
-            issues = [self._term(TermKind.HOST, host, f"issue {label}", micro_batch, (cost.host_s, 0.0, 0.0), ())]
-        run = self._term(kind, compute, label, micro_batch, (0.0, cost.recompute_s, cost.wire_s), [*issues, *waits])
+            issues = [self._term(TermKind.HOST, host, f"issue {label}", micro_batch, (), Shares(cost.host_s))]
+        run = self._term(kind, compute, label, micro_batch, [*issues, *waits], Shares.of(cost))
         self.works.add(lane, asks, issues[0] if issues else -1, run, cost.lead_s, cost.launches)
         self.demands.add(run, int(self.engines[lane]), cost.device_s)
+        if cost.loads:
+            self.demands.extend(run, *self._loads(cost))
         self.wait(run, waits)
         return run
 
@@ -182,32 +199,44 @@ class Builder:
                 *((p.kind, self.label(p.label), self.label(f"issue {p.label}") if self.has_host else 0) for p in pieces), strict=True
             )
         )
-        costs = np.array([(c.host_s, c.recompute_s, c.wire_s, c.lead_s, c.launches, c.device_s) for c in (p.cost for p in pieces)])
-        host_s, recompute_s, wire_s, lead_s, launches, device_s = costs[chosen].T
+        costs = np.array([(c.host_s, c.lead_s, c.launches, c.device_s) for c in (p.cost for p in pieces)])
+        host_s, lead_s, launches, device_s = costs[chosen].T
+        shares = np.array([Shares.of(p.cost) for p in pieces])[chosen].T
         if self.has_host:
             # a host term and its compute term in turn
             both = [(np.full_like(kind, TermKind.HOST), kind), (self.hosts[lane], self.compute[lane]), (issued, label)]
-            both += [(micro_batch, micro_batch), (host_s, 0 * host_s), (0 * host_s, recompute_s), (0 * host_s, wire_s), (moment, moment)]
-            both.append((2 * turn, 2 * turn + 1))
+            both += [(micro_batch, micro_batch), (host_s, shares[0]), *((np.zeros(len(share)), share) for share in shares[1:])]
+            both += [(moment, moment), (2 * turn, 2 * turn + 1)]
             number = self.terms.extend(*(np.stack(pair, axis=1).ravel() for pair in both))
             issues, run = number[::2], number[1::2]
         else:
-            run = self.terms.extend(kind, self.compute[lane], label, micro_batch, 0.0, recompute_s, wire_s, moment, turn)
+            run = self.terms.extend(kind, self.compute[lane], label, micro_batch, *shares, moment, turn)
             issues = np.full(len(run), -1)
         self.works.extend(lane, -1, issues, run, lead_s, launches)
         self.demands.extend(run, self.engines[lane], device_s)
+        if any(p.cost.loads for p in pieces):
+            self._load(run, [p.cost for p in pieces], chosen)
         return run
 
     def transfer(self, kind: TermKind, stream: int, label: str, cost: CollectiveCost, waits: Iterable[int], micro_batch: int = -1) -> int:
         """Adds a collective or a send on a stream."""
         waits = list(waits)
-        term = self._term(kind, stream, label, micro_batch, (cost.latency_s, 0.0, 0.0), waits)
+        term = self._term(kind, stream, label, micro_batch, waits, Shares(cost.latency_s, traffic_bytes=cost.traffic_bytes))
         self.demands.extend(term, *self._loads(cost))
         self.wait(term, waits)
         return term
 
-    def _loads(self, cost: CollectiveCost) -> tuple[IntArray, FloatArray]:
-        """Resources that a transfer demands, and how much of each."""
+    def _load(self, terms: IntArray, costs: Sequence[CollectiveCost | PassCost], chosen: IntArray) -> None:
+        """Adds what terms demand of links."""
+        loads = [self._loads(cost) for cost in costs]
+        first = np.concatenate([[0], np.cumsum([len(load) for load, _ in loads])])
+        resource, amount = (np.concatenate(column) for column in zip(*loads, strict=True))
+        count = np.diff(first)[chosen]
+        row = np.arange(count.sum()) + np.repeat(first[chosen] - (np.cumsum(count) - count), count)
+        self.demands.extend(np.repeat(terms, count), resource[row], amount[row])
+
+    def _loads(self, cost: CollectiveCost | PassCost) -> tuple[IntArray, FloatArray]:
+        """Links that a transfer, or the collectives inside a pass, demand, and how much of each."""
         if id(cost) not in self.loads:  # costs are shared by all transfers that are alike
             resources = np.array([self.resource(r) for r in cost.loads], dtype=np.int64)
             self.loads[id(cost)] = (cost, resources, np.array(list(cost.loads.values()), dtype=np.float64))
@@ -228,15 +257,10 @@ class Builder:
         Returns:
             The terms.
         """
-        head = np.array([(stream, self.label(label), cost.latency_s) for stream, label, cost in sends])[chosen]
-        sent = self.terms.extend(TermKind.SEND, head[:, 0], head[:, 1], micro_batch, head[:, 2], 0.0, 0.0, moment, LAST_TURN)
+        head = np.array([(stream, self.label(label), cost.latency_s, cost.traffic_bytes) for stream, label, cost in sends])[chosen].T
+        sent = self.terms.extend(TermKind.SEND, head[0], head[1], micro_batch, head[2], 0.0, 0.0, 0.0, head[3], moment, LAST_TURN)
         self.edges.extend(sent, waits)
-        loads = [self._loads(cost) for _, _, cost in sends]
-        first = np.concatenate([[0], np.cumsum([len(load) for load, _ in loads])])
-        resource, amount = (np.concatenate(column) for column in zip(*loads, strict=True))
-        count = np.diff(first)[chosen]
-        row = np.arange(count.sum()) + np.repeat(first[chosen] - (np.cumsum(count) - count), count)
-        self.demands.extend(np.repeat(sent, count), resource[row], amount[row])
+        self._load(sent, [cost for _, _, cost in sends], chosen)
         return sent
 
     def finish(self, level: IntArray) -> tuple[Program, IntArray]:
@@ -249,11 +273,11 @@ class Builder:
             The program, and the number in it of each term that was added.
         """
         terms = self.terms.columns()
-        moment, turn = terms[7:]
+        moment, turn = terms[9:]
         order = np.argsort((level[moment] * (LAST_TURN + 1) + turn) * len(level) + moment, kind="stable")
         number = np.empty_like(order)
         number[order] = np.arange(len(order))
-        kind, stream, label, micro_batch, latency, recompute, wire = (column[order] for column in terms[:7])
+        kind, stream, label, micro_batch, latency, recompute, wire, memory, traffic = (column[order] for column in terms[:9])
         before = _before(stream)
         explicit = [number[column] for column in self.edges.columns()]
         waits, carries = self._launched(number, before)
@@ -282,6 +306,8 @@ class Builder:
             micro_batch=micro_batch,
             recompute_s=recompute,
             wire_s=wire,
+            memory_s=memory,
+            traffic_bytes=traffic,
             latency_s=latency,
             demand_pointer=_pointer(demand_term, len(order)),
             demand_resource=demand_resource[demand],

@@ -64,7 +64,7 @@ class _Run:
         self.latencies: list[float] = program.latency_s.tolist()
         self.env = simpy.Environment()
         self.pool = FluidPool(self.env, program, meeting, self._done)
-        self.engines = Engines(self.env, program, share, self._done)
+        self.engines = Engines(self.env, program, share, meeting, self.pool, self._done)
         self.timed: list[bool] = timed.tolist()
 
     def go(self) -> None:
@@ -82,8 +82,7 @@ class _Run:
         """Ends a term that is an event."""
         term = number % self.terms
         self.ended[number] = self.env.now
-        if not self.engines.computes(term):
-            self.engines.meet(term, -1)
+        self.engines.end(term)
         self._pass_on(self._released(number, self.env.now))
 
     def _released(self, number: int, end_s: float) -> list[int]:
@@ -126,7 +125,8 @@ class _Run:
             self.env.timeout(self.durations[number], number).callbacks.append(self._timed)
 
     def _flow(self, event: simpy.Event) -> None:
-        self.pool.start(cast(int, event.value))
+        number = cast(int, event.value)
+        self.pool.start(number, self.durations[number] - self.latencies[number % self.terms])
 
     def _timed(self, event: simpy.Event) -> None:
         self._done(cast(int, event.value))

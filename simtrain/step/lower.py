@@ -10,7 +10,7 @@ beside which something is gathered or reduced are looked at one by one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -134,6 +134,9 @@ class _Lowering:
         pieces = []
         for part in (steps[a:b] for a, b in pairwise(cuts)):
             cost = part[0].cost if len(part) == 1 else chain([s.cost for s in part])
+            if len(lanes) > 1:
+                # the links of a stage are priced once for all its replicas, so that those of several kinds cannot meet on them
+                cost = replace(cost, loads={})
             pieces.append(Piece(TERM_KINDS[part[-1].which.mode], _label(lane, chunk, part, self.coarse), cost))
         return _Task(steps, cuts, tuple(pieces), self.sync.acts(steps))
 

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simtrain.core.polynomial import FloatArray
-from simtrain.core.program import IntArray, Program, TermKind
+from simtrain.core.program import IntArray, Program
+from simtrain.step.contention import rivals
 
 BoolArray = NDArray[np.bool_]
 
@@ -22,6 +23,7 @@ class Meeting:
         used: Resources on which terms may meet, those left out that are as busy as another at any time.
         user: The term of each that demands it.
         amount: How much.
+        rivals: Who competes for devices.
         possible: Terms that could meet others, whenever they run.
     """
 
@@ -38,20 +40,9 @@ class Meeting:
         self.used, self.user, self.amount = program.demand_resource[shared], owner[shared], program.demand_amount[shared]
         self.possible = np.zeros(len(program), dtype=bool)
         self.possible[self.user] = True
-        self.lanes = self._lanes() if share > 0 and bool(np.any(program.kind == TermKind.COLLECTIVE)) else []
-        for moving, working in self.lanes:
-            self.possible[moving] = self.possible[working] = True
-
-    def _lanes(self) -> list[tuple[IntArray, IntArray]]:
-        """Collectives and computation of each class of ranks that has both."""
-        program, lanes = self.program, []
-        for lane in range(len(program.rank_classes)):
-            own = [i for i, s in enumerate(program.streams) if lane in s.rank_classes]
-            compute = [i for i in own if program.streams[i].name == "compute"]
-            moving = np.flatnonzero(np.isin(program.stream, own) & (program.kind == TermKind.COLLECTIVE))
-            if len(moving):
-                lanes.append((moving, np.flatnonzero(np.isin(program.stream, compute))))
-        return lanes
+        self.rivals = rivals(program, share)
+        for own in self.rivals:
+            self.possible[own.moving] = self.possible[own.working] = True
 
     def terms(self, start_s: FloatArray, end_s: FloatArray) -> BoolArray:
         """Whether each term meets another in any step.
@@ -65,9 +56,9 @@ class Meeting:
         begins = (start_s + self.program.latency_s)[steps, self.user]
         flags = _overlapping(np.tile(self.used, len(start_s)), begins.ravel(), end_s[steps, self.user].ravel())
         met[self.user[flags.reshape(begins.shape).any(axis=0)]] = True
-        for moving, working in self.lanes:
-            both = np.concatenate([moving, working])
-            kind = np.repeat([True, False], [len(moving), len(working)])
+        for own in self.rivals:
+            both = np.concatenate([own.moving, own.working])
+            kind = np.repeat([True, False], [len(own.moving), len(own.working)])
             flags = _beside(np.tile(kind, len(start_s)), start_s[steps, both].ravel(), end_s[steps, both].ravel())
             met[both[flags.reshape(len(start_s), -1).any(axis=0)]] = True
         return met

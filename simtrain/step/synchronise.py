@@ -94,7 +94,8 @@ def gathering(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCo
         return cost(layout.fabric, Collective.ALL_GATHER, placed, size_bytes)
     owners = len(placed.ranks)
     one = cost(layout.fabric, Collective.BROADCAST, placed, size_bytes / owners)
-    return CollectiveCost(one.algorithm, owners * one.latency_s, {link: owners * amount for link, amount in one.loads.items()})
+    loads = {link: owners * amount for link, amount in one.loads.items()}
+    return CollectiveCost(one.algorithm, owners * one.latency_s, loads, owners * one.traffic_bytes)
 
 
 def update_cost(setting: Setting, lane: Lane) -> PassCost:

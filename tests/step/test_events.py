@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+import simtrain as st
 from simtrain.core.program import TermKind
+from simtrain.step.contention import rivals
 from simtrain.step.events import run_program
 from simtrain.step.lower import lower
 from simtrain.step.meeting import Meeting, _beside, _overlapping
@@ -58,3 +60,33 @@ def test_intervals_beside_others_are_those_found_pair_by_pair(drawn):
     lasting = end > begin
     pairs = (kind[:, None] != kind) & (begin[:, None] < end) & (begin < end[:, None]) & lasting & lasting[:, None]
     assert np.array_equal(_beside(kind, begin, end), pairs.any(axis=1))
+
+
+@pytest.mark.parametrize("degrees", ["data=16,pipeline=4", "data=4,tensor=4,pipeline=4"])
+def test_vanishing_jitter_changes_nothing(degrees):
+    """Replicas that are simulated one by one share links only where they really meet."""
+    question = ("gpt3-1.3b", "64x a100-sxm-80g", f"{degrees},accumulation=8,precision=bf16-amp")
+    together = st.simulate(*question, runtime="megatron").step_time_s
+    assert st.simulate(*question, runtime="megatron", jitter=1e-9, steps=1).step_time_s == pytest.approx(together, rel=1e-3)
+
+
+def test_collectives_inside_passes_share_links_with_what_else_moves():
+    """Sequences spread over nodes pass keys and values through the adapters that gradients and stages use too."""
+    question = ("llama3-8b", "32x h100-sxm", "context=16,pipeline=2,accumulation=4,precision=bf16,checkpoint=full")
+    alone, shared = (reader(*question, runtime="megatron").step_time_s for reader in (st.schedule, st.simulate))
+    program = lower(resolve(*question, runtime="megatron")).program
+    computes = np.isin(program.stream, [i for i, s in enumerate(program.streams) if s.name == "compute"])
+    assert Meeting(program, 0.0).possible[computes].any()
+    # what is shared takes longer, by no more than everything that moves takes
+    moving = np.isin(program.kind, (TermKind.COLLECTIVE, TermKind.SEND))
+    assert alone < shared < alone + program.durations_s()[moving].sum()
+
+
+def test_a_fast_link_takes_memory_bandwidth_from_computation():
+    """Through NVLink more bytes arrive a second than the share of the multiprocessors is worth; through a slow adapter they do not."""
+    for cluster, found in (("8x a100-sxm-80g", True), ("8x a100-pcie-40g", False)):
+        program = lower(resolve("gpt2-xl", cluster, "data=8,precision=bf16-amp", runtime="megatron")).program
+        (own,) = rivals(program, 0.15)
+        assert bool(len(own.hungry)) == found
+        assert np.all(own.lost >= 0)
+        assert np.all(own.lost < 0.5)

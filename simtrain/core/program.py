@@ -89,6 +89,8 @@ class Program:
         micro_batch: Micro-batch of each term (-1 for none).
         recompute_s: Part of each term's work that recomputes.
         wire_s: Part of each term's work that is communication inside layers.
+        memory_s: Part of each term's work in which the device's memory is the limit.
+        traffic_bytes: What each transfer reads and writes in the memory of every device.
         latency_s: Part of a term's duration that no resource speeds up.
         demand_pointer: CSR pointer into the demands.
         demand_resource: Resource demanded.
@@ -111,6 +113,8 @@ class Program:
     micro_batch: IntArray
     recompute_s: FloatArray
     wire_s: FloatArray
+    memory_s: FloatArray
+    traffic_bytes: FloatArray
     latency_s: FloatArray
     demand_pointer: IntArray
     demand_resource: IntArray

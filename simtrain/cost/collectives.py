@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -34,6 +34,10 @@ CHOOSERS = ("auto", "best", "nccl")
 """Names that stand for a choice among algorithms."""
 
 
+SUMMED, PASSED_ON = 3, 2
+"""Bytes read or written in memory for each byte that arrives, where it is added to what is there, and where it is passed on."""
+
+
 @dataclass(frozen=True, slots=True)
 class CollectiveCost:
     """What a collective asks of the fabric.
@@ -42,11 +46,13 @@ class CollectiveCost:
         algorithm: What carries it out; "none" for a single rank.
         latency_s: Part that no bandwidth shortens; of algorithms whose phases do not overlap also what they lose by that.
         loads: Bytes on each resource that the group uses, those of concurrent groups included.
+        traffic_bytes: What it reads and writes in the memory of every device of the group; see `memory_traffic_bytes`.
     """
 
     algorithm: str
     latency_s: float
     loads: Mapping[Resource, float]
+    traffic_bytes: float = 0.0
 
     @property
     def time_s(self) -> float:
@@ -110,13 +116,29 @@ def collective(
     if chooser == "nccl":
         chooser = _nccl(fabric, groups[0], size_bytes) if kind is Collective.ALL_REDUCE else "auto"
     names = _candidates(fabric, kind, chooser)
+    traffic = memory_traffic_bytes(kind, len(ranks), size_bytes)
     if len(names) == 1:
-        return _unit_cost(fabric, kind, names[0], groups).of(size_bytes)
+        return replace(_unit_cost(fabric, kind, names[0], groups).of(size_bytes), traffic_bytes=traffic)
     found: list[_UnitCost] = []
     for name in names:
         with suppress(UnsupportedError):  # what a group does not allow is no candidate; rings and direct messages always are
             found.append(_unit_cost(fabric, kind, name, groups))
-    return min(found, key=lambda unit: unit.time_s(size_bytes)).of(size_bytes)
+    return replace(min(found, key=lambda unit: unit.time_s(size_bytes)).of(size_bytes), traffic_bytes=traffic)
+
+
+def memory_traffic_bytes(kind: Collective, ranks: int, size_bytes: float) -> float:
+    """What a collective reads and writes in the memory of each of its devices.
+
+    Every byte that arrives is written by the neighbour and read again, to be sent on or added; where it is added, what stands there is
+    read too. Source: NCCL, `src/collectives/device/all_reduce.h`, the steps of the ring (`recvReduceSend`, `directRecvCopySend`); other
+    algorithms are taken to move as much (assumption).
+    """
+    arriving = size_bytes * (ranks - 1) / ranks
+    if kind is Collective.ALL_REDUCE:
+        return arriving * (SUMMED + PASSED_ON)
+    if kind is Collective.POINT_TO_POINT:
+        return size_bytes
+    return arriving * (SUMMED if kind is Collective.REDUCE_SCATTER else PASSED_ON)
 
 
 def point_to_point(

@@ -29,7 +29,7 @@ def breakdown(program: Program, start_s: FloatArray, end_s: FloatArray, period_s
         period_s: The step time.
         rank_class: Whose compute stream.
     """
-    parts = dict.fromkeys(PARTS, 0.0)
+    parts, alone_s = dict.fromkeys(PARTS, 0.0), program.durations_s()
     stream = next(i for i, s in enumerate(program.streams) if s.rank_classes == (rank_class,) and s.name == "compute")
     terms = np.flatnonzero(program.stream == stream)
     own = [i for i, s in enumerate(program.streams) if rank_class in s.rank_classes]
@@ -37,7 +37,7 @@ def breakdown(program: Program, start_s: FloatArray, end_s: FloatArray, period_s
     # one period: from the end of the last term of the step before to the end of the last term of this one
     previous_end = float(end_s[terms[-1]]) - period_s
     for term in terms:
-        _work(parts, program, int(term), float(end_s[term] - start_s[term]))
+        _work(parts, program, int(term), float(end_s[term] - start_s[term]), float(alone_s[term]))
         gap = float(start_s[term]) - previous_end
         if gap > 0:
             _attribute(parts, program, int(term), previous_end, gap, start_s, end_s, period_s, collectives)
@@ -45,10 +45,9 @@ def breakdown(program: Program, start_s: FloatArray, end_s: FloatArray, period_s
     return parts
 
 
-def _work(parts: dict[str, float], program: Program, term: int, duration_s: float) -> None:
+def _work(parts: dict[str, float], program: Program, term: int, duration_s: float, alone_s: float) -> None:
     """Splits a term's work; slowed down, all its parts take longer alike."""
-    asked = float(program.demand_amount[program.demand_pointer[term] : program.demand_pointer[term + 1]].sum())
-    pace = duration_s / asked if asked else 1.0
+    pace = duration_s / alone_s if alone_s else 1.0
     recompute, wire = pace * float(program.recompute_s[term]), pace * float(program.wire_s[term])
     parts["recompute"] += recompute
     parts["communication"] += wire

@@ -1,19 +1,66 @@
-"""What collectives take from the computation that they run beside: multiprocessors.
+"""What collectives take from the computation that they run beside: multiprocessors and memory bandwidth.
 
 While a collective runs, its kernels occupy a share of the device's multiprocessors (`Runtime.communication_share`), so that everything
-computed meanwhile goes on at what is left.
+computed meanwhile goes on at what is left. They also read and write memory (`memory_traffic_bytes` in `simtrain.cost.collectives`):
+kernels that memory limits lose that share of its bandwidth instead where it is larger.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from simtrain.core.polynomial import FloatArray
-from simtrain.core.program import Program, TermKind
-from simtrain.step.longest_path import Steady, steady_state
+from simtrain.core.program import IntArray, Program, TermKind
+from simtrain.step.longest_path import Recursion, Steady, steady_state
 
 ROUNDS = 2
 """Times that overlaps are found and priced anew; slower computation hardly moves what overlaps."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rivals:
+    """Computation of a class of ranks and the collectives beside it.
+
+    Attributes:
+        lane: The class.
+        working: Terms that compute.
+        moving: Collectives.
+        hungry: Those of them that take more of the memory's bandwidth than of the multiprocessors.
+        lost: For each computing term, what it loses beside a hungry one more than beside others.
+    """
+
+    lane: int
+    working: IntArray
+    moving: IntArray
+    hungry: IntArray
+    lost: FloatArray
+
+
+def rivals(program: Program, share: float) -> list[Rivals]:
+    """Who competes for the devices of each class of ranks; nobody where collectives take nothing.
+
+    Args:
+        program: What is executed.
+        share: Of the multiprocessors that a collective takes.
+    """
+    found: list[Rivals] = []
+    if share == 0 or not np.any(program.kind == TermKind.COLLECTIVE):
+        return found
+    alone_s = program.durations_s()
+    for lane, rank_class in enumerate(program.rank_classes):
+        own = [i for i, s in enumerate(program.streams) if lane in s.rank_classes]
+        moving = np.flatnonzero(np.isin(program.stream, own) & (program.kind == TermKind.COLLECTIVE))
+        if not len(moving):
+            continue
+        working = np.flatnonzero(np.isin(program.stream, [i for i in own if program.streams[i].name == "compute"]))
+        full = program.traffic_bytes[moving] / rank_class.device.memory.bandwidth_bytes_per_s
+        hungry = moving[full > share * alone_s[moving]]
+        taken = min(float(full[np.isin(moving, hungry)].sum() / alone_s[hungry].sum()), 1.0) if len(hungry) else share
+        bound = program.memory_s[working] / np.maximum(alone_s[working], np.finfo(float).tiny)
+        found.append(Rivals(lane, working, moving, hungry, np.minimum(bound, 1.0) * (taken - share)))
+    return found
 
 
 def contended_state(program: Program, share: float) -> tuple[Steady, FloatArray]:
@@ -23,30 +70,22 @@ def contended_state(program: Program, share: float) -> tuple[Steady, FloatArray]
         program: What is executed.
         share: Of the multiprocessors that a collective takes.
     """
-    alone = program.durations_s()
+    alone, recursion, competing = program.durations_s(), Recursion(program), rivals(program, share)
     durations = alone
-    steady = steady_state(program, durations)
-    if share == 0 or not np.any(program.kind == TermKind.COLLECTIVE):
-        return steady, durations
-    for _ in range(ROUNDS):
-        durations = alone + share * overlaps_s(program, steady)
-        steady = steady_state(program, durations)
+    steady = steady_state(program, durations, recursion)
+    for _ in range(ROUNDS if competing else 0):
+        durations = alone.copy()
+        for own in competing:
+            durations[own.working] += share * _beside_s(steady, own.working, own.moving)
+            if len(own.hungry):
+                durations[own.working] += own.lost * _beside_s(steady, own.working, own.hungry)
+        steady = steady_state(program, durations, recursion)
     return steady, durations
 
 
-def overlaps_s(program: Program, steady: Steady) -> FloatArray:
-    """For each computing term, how long collectives of its ranks run beside it."""
-    result = np.zeros(len(program))
-    for lane in range(len(program.rank_classes)):
-        own = [i for i, s in enumerate(program.streams) if lane in s.rank_classes]
-        moving = np.flatnonzero(np.isin(program.stream, own) & (program.kind == TermKind.COLLECTIVE))
-        compute = [i for i in own if program.streams[i].name == "compute"]
-        working = np.flatnonzero(np.isin(program.stream, compute))
-        if len(moving):
-            result[working] = overlap_s(
-                steady.start_s[working], steady.end_s[working], steady.start_s[moving], steady.end_s[moving], steady.period_s
-            )
-    return result
+def _beside_s(steady: Steady, working: IntArray, moving: IntArray) -> FloatArray:
+    start, end = steady.start_s, steady.end_s
+    return overlap_s(start[working], end[working], start[moving], end[moving], steady.period_s)
 
 
 def overlap_s(start_s: FloatArray, end_s: FloatArray, other_start_s: FloatArray, other_end_s: FloatArray, period_s: float) -> FloatArray:

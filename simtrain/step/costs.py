@@ -5,8 +5,9 @@ All three readers use these arrays; they differ only in how they compose them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -15,7 +16,7 @@ from simtrain.core.catalog import compute_model
 from simtrain.core.errors import InternalError
 from simtrain.core.hardware import Device
 from simtrain.core.kernels import KernelBatch
-from simtrain.core.program import TermKind
+from simtrain.core.program import Resource, TermKind
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Operator, OperatorKind
 from simtrain.step.fuse import fused_operators
@@ -51,6 +52,8 @@ class PassCost:
         launches: Kernels issued.
         wire_s: Part of the device time that is communication inside the layer.
         recompute_s: Part of the device time that recomputes.
+        memory_s: Part of the device time in which memory is the limit.
+        loads: Bytes that collectives inside the layer put on links.
     """
 
     device_s: float
@@ -59,6 +62,8 @@ class PassCost:
     launches: int
     wire_s: float = 0.0
     recompute_s: float = 0.0
+    memory_s: float = 0.0
+    loads: Mapping[Resource, float] = field(default_factory=dict, compare=False)
 
 
 def pass_cost(device: Device, kernels: KernelBatch, runtime: Runtime) -> PassCost:
@@ -66,7 +71,14 @@ def pass_cost(device: Device, kernels: KernelBatch, runtime: Runtime) -> PassCos
     if len(kernels) == 0:
         return PassCost(0.0, 0.0, 0.0, 0)
     times = compute_model(device.compute_model).kernel_times_s(device, kernels)
-    return interlock(times, kernels.launches * runtime.launch_s, int(kernels.launches.sum()))
+    cost = interlock(times, kernels.launches * runtime.launch_s, int(kernels.launches.sum()))
+    return replace(cost, memory_s=_memory_bound_s(device, kernels, times))
+
+
+def _memory_bound_s(device: Device, kernels: KernelBatch, times_s: np.ndarray) -> float:
+    """Time of the kernels that need more than half of the memory's peak: they are what memory limits."""
+    needed = kernels.bytes_moved / device.memory.bandwidth_bytes_per_s
+    return float(times_s[needed > times_s / 2].sum())
 
 
 def interlock(device_times_s: np.ndarray, host_times_s: np.ndarray, launches: int) -> PassCost:
@@ -112,22 +124,27 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     kernels = operator_kernels(local, concrete, place.batch, place.sequence)
     local_s = compute_model(place.device.compute_model).kernel_times_s(place.device, kernels)
     local_s = np.where(_attention(local), local_s / place.runtime.attention_speed, local_s)
+    memory_s = _memory_bound_s(place.device, kernels, local_s)
     if len(local) == len(operators):
-        return interlock(local_s, kernels.launches * place.runtime.launch_s, int(kernels.launches.sum()))
+        alone = interlock(local_s, kernels.launches * place.runtime.launch_s, int(kernels.launches.sum()))
+        return replace(alone, memory_s=memory_s)
     if place.wire is None:
         raise InternalError(f"layer {concrete.layer.name!r} communicates, but nobody shares it")
     times, launches, wired = np.zeros(len(operators)), np.ones(len(operators), dtype=np.int64), np.zeros(len(operators), dtype=bool)
     wired[:] = [op.kind is OperatorKind.COLLECTIVE for op in operators]
     times[~wired], launches[~wired] = local_s, kernels.launches
+    loads: Counter[Resource] = Counter()
     for i in np.flatnonzero(wired).tolist():
         op = operators[i]
         if op.collective is None:
             raise InternalError(f"operator {op.name!r} does not say which collective it is")
-        times[i] = place.wire.time_s(op.collective, op.group, payload_bytes(op, concrete, place.batch, place.sequence))
+        price = place.wire.cost(op.collective, op.group, payload_bytes(op, concrete, place.batch, place.sequence))
+        times[i] = price.time_s
+        loads.update(price.loads)
         if op.overlaps and i + 1 < len(operators) and not wired[i + 1]:
             times[i] = max(times[i] - times[i + 1], 0.0)
     cost = interlock(times, launches * place.runtime.launch_s, int(launches.sum()))
-    return replace(cost, wire_s=float(times[wired].sum()))
+    return replace(cost, wire_s=float(times[wired].sum()), memory_s=memory_s, loads=dict(loads))
 
 
 def _attention(operators: Sequence[Operator]) -> list[bool]:
@@ -172,8 +189,8 @@ def _hooks(device: Device, saved: int, runtime: Runtime) -> PassCost:
 
 def chain(costs: Sequence[PassCost]) -> PassCost:
     """Composes passes that follow each other on the same host and device."""
-    device_s = host_s = lead_s = wire_s = recompute_s = 0.0
-    launches = 0
+    device_s = host_s = lead_s = wire_s = recompute_s = memory_s = 0.0
+    launches, loads = 0, Counter[Resource]()
     for cost in costs:
         # the device must start late enough for the passes before and for this one
         lead_s = max(lead_s, host_s + cost.lead_s - device_s)
@@ -182,4 +199,6 @@ def chain(costs: Sequence[PassCost]) -> PassCost:
         launches += cost.launches
         wire_s += cost.wire_s
         recompute_s += cost.recompute_s
-    return PassCost(device_s, host_s, max(lead_s, 0.0), launches, wire_s, recompute_s)
+        memory_s += cost.memory_s
+        loads.update(cost.loads)
+    return PassCost(device_s, host_s, max(lead_s, 0.0), launches, wire_s, recompute_s, memory_s, dict(loads))

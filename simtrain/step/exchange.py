@@ -101,7 +101,8 @@ def averaging(layout: Layout, stage: int) -> CollectiveCost | None:
         return None
     placed = place(layout.fabric, layout.grid.holder_groups(stage))
     whole, share = cost(layout.fabric, low.message.collective, placed, low.message.size_bytes), 1 / low.steps_between
-    return CollectiveCost(whole.algorithm, whole.latency_s * share, {r: amount * share for r, amount in whole.loads.items()})
+    loads = {r: amount * share for r, amount in whole.loads.items()}
+    return CollectiveCost(whole.algorithm, whole.latency_s * share, loads, whole.traffic_bytes * share)
 
 
 def outer_cost(setting: Setting, lane: Lane) -> PassCost | None:

@@ -100,6 +100,10 @@ class FullySharded:
         """Passes are terms of their own."""
         return frozenset()
 
+    def acts(self, steps: Sequence[Step]) -> bool:  # noqa: ARG002
+        """Every pass needs its parameters."""
+        return True
+
     def before(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], micro_batch: int) -> Sequence[int]:  # noqa: ARG002
         """Gathers the layer's parameters, and those of the layers ahead."""
         stage = lanes[0].stage

@@ -52,6 +52,7 @@ class Layout:
         local: The workload as one rank runs it.
         plan: What each stage does, in an order in which everything can run.
         lanes: Classes of ranks, those of stage 0 first.
+        split: Whether every replica has classes of its own.
     """
 
     setting: Setting
@@ -60,6 +61,7 @@ class Layout:
     local: Workload
     plan: SchedulePlan
     lanes: tuple[Lane, ...]
+    split: bool = False
 
     @cached_property
     def by_stage(self) -> tuple[tuple[Lane, ...], ...]:
@@ -75,9 +77,11 @@ class Layout:
         held = lane.chunks[chunk]
         edge = held.concrete[-1].layer if forward else held.concrete[0].before
         size = edge.cut(lane.place.batch, lane.place.sequence) * self.setting.precision.dtype(edge.cut_role).size_bytes
-        key = (lane.stage, target, size)
+        # replicas that go their own ways do not send at the same time; where they meet, they share links as transfers do
+        key = (lane.index if self.split else lane.stage, target, size)
         if key not in self._sends:
-            self._sends[key] = send(self.fabric, self.grid, lane.stage, target, size)
+            ranks = lane.rank_class.ranks if self.split else self.grid.stage(lane.stage)
+            self._sends[key] = send(self.fabric, ranks, self.grid.rank(target) - self.grid.rank(lane.stage), size)
         return self._sends[key]
 
     @property
@@ -124,7 +128,7 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
             name = _name(grid, stage, device, ranks, split)
             place = Place(device, strategy.micro_batch, local.sequence, setting.runtime, wire)
             lanes.append(Lane(len(lanes), RankClass(name, ranks, device), stage, kind, place, held))
-    return Layout(setting, grid, fabric, local, order, tuple(lanes))
+    return Layout(setting, grid, fabric, local, order, tuple(lanes), split)
 
 
 def _refuse_copies(strategy: Strategy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ PATIENCE = 8
 """Steps after which steps that are alike are skipped."""
 TOLERANCE = 1e-11
 """Relative difference between the growth of any two terms below which the step counts as periodic."""
+WIDE = 10
+"""Terms that can be looked at together from which on arrays are faster than a loop (measured)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +35,98 @@ class Steady:
     end_s: FloatArray
 
 
-def steady_state(program: Program, durations_s: FloatArray) -> Steady:
+class Recursion:
+    """When each term of a program starts and ends at the earliest, from step to step.
+
+    Terms that follow each other and do not wait for one another are a wave. Where waves are wide, as in a pipeline of many stages, each is
+    one operation on arrays.
+
+    Args:
+        program: What is executed.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.count = program, len(program)
+        self.targets = np.unique(program.carry_target)
+        self.slot = np.searchsorted(self.targets, program.carry_target)
+        bounds = _waves(program)
+        self.wide = self.count >= WIDE * (len(bounds) - 1)
+        if self.wide:
+            self._prepare(bounds)
+        else:
+            self.pointer, self.predecessor = program.predecessor_pointer.tolist(), program.predecessor.tolist()
+            self.lags: list[float] = program.predecessor_lag_s.tolist()
+
+    def _prepare(self, bounds: list[int]) -> None:
+        """What each wave reads: ends of predecessors, and for terms that have none or wait for the step before one more entry."""
+        program, count = self.program, self.count
+        needed = np.diff(program.predecessor_pointer)
+        extra = np.where(needed == 0, count + len(self.targets), -1)
+        extra[self.targets] = count + np.arange(len(self.targets))
+        more = np.flatnonzero(extra >= 0)
+        at = program.predecessor_pointer[more]
+        predecessor = np.insert(program.predecessor, at, extra[more])
+        lag_s = np.insert(program.predecessor_lag_s, at, 0.0)
+        pointer = np.concatenate([[0], np.cumsum(needed + (extra >= 0))])
+        begins = np.array(bounds[:-1])
+        inside = pointer[:-1] - np.repeat(pointer[begins], np.diff(bounds))
+        edges = pointer[bounds].tolist()
+        self.views = [
+            (a, b, predecessor[p:q], lag_s[p:q], inside[a:b])
+            for a, b, p, q in zip(bounds[:-1], bounds[1:], edges[:-1], edges[1:], strict=True)
+        ]
+
+    def step(self, durations_s: FloatArray, before_s: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
+        """Starts and ends of the terms of a step.
+
+        Args:
+            durations_s: Of each term.
+            before_s: Their ends in the step before; `None` for the first.
+        """
+        ready = np.zeros(len(self.targets))
+        if before_s is not None:
+            np.maximum.at(ready, self.slot, before_s[self.program.carry_source] + self.program.carry_lag_s)
+        return self._by_waves(durations_s, ready) if self.wide else self._by_terms(durations_s, ready)
+
+    def _by_waves(self, durations_s: FloatArray, ready_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+        start, end = np.empty(self.count), np.zeros(self.count + len(ready_s) + 1)
+        end[self.count : -1] = ready_s
+        latest = np.maximum.reduceat
+        for a, b, predecessor, lag_s, inside in self.views:
+            begin = start[a:b] = latest(end[predecessor] + lag_s, inside)
+            end[a:b] = begin + durations_s[a:b]
+        return start, end[: self.count]
+
+    def _by_terms(self, durations_s: FloatArray, ready_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+        begins = np.zeros(self.count)
+        begins[self.targets] = ready_s
+        start: list[float] = begins.tolist()
+        end = [0.0] * self.count
+        pointer, predecessor, lags = self.pointer, self.predecessor, self.lags
+        for i, duration in enumerate(durations_s.tolist()):
+            begin = start[i]
+            for j in range(pointer[i], pointer[i + 1]):
+                earliest = end[predecessor[j]] + lags[j]
+                begin = max(begin, earliest)
+            start[i] = begin
+            end[i] = begin + duration
+        return np.array(start), np.array(end)
+
+
+def _waves(program: Program) -> list[int]:
+    """Bounds of the longest runs of terms that do not wait for each other."""
+    last = np.full(len(program), -1)
+    owner = np.flatnonzero(np.diff(program.predecessor_pointer))
+    if len(owner):
+        last[owner] = np.maximum.reduceat(program.predecessor, program.predecessor_pointer[owner])
+    latest: list[int] = np.maximum.accumulate(last).tolist()
+    bounds = [0]
+    while bounds[-1] < len(program):
+        bounds.append(bisect_left(latest, bounds[-1], lo=bounds[-1]))
+    return bounds
+
+
+def steady_state(program: Program, durations_s: FloatArray, recursion: Recursion | None = None) -> Steady:
     """Repeats the step until its period no longer changes.
 
     A program without cycles but with carried edges is a max-plus linear system: its state grows by a constant per step after finitely
@@ -44,47 +138,25 @@ def steady_state(program: Program, durations_s: FloatArray) -> Steady:
     Args:
         program: What is executed.
         durations_s: Of each term.
+        recursion: That of the program, if it is there already.
 
     Raises:
         InternalError: The period has not settled after `MAX_STEPS` steps.
     """
-    durations = durations_s.tolist()
-    pointer, predecessor = program.predecessor_pointer.tolist(), program.predecessor.tolist()
-    lags = program.predecessor_lag_s.tolist()
-    carries = list(zip(program.carry_source.tolist(), program.carry_target.tolist(), program.carry_lag_s.tolist(), strict=True))
-    ready = [0.0] * len(program)
+    recursion = recursion or Recursion(program)
     before: FloatArray | None = None
     grew: FloatArray | None = None
     working = program.kind != TermKind.HOST
     for step in range(MAX_STEPS):
-        start, end = _pass(durations, pointer, predecessor, lags, ready)
-        ends = np.array(end)
+        start, end = recursion.step(durations_s, before)
         if before is not None:
-            growth = ends - before
+            growth = end - before
             period = float(growth.max())
-            if period - float(growth[working].min()) <= TOLERANCE * float(ends.max()):
-                return Steady(period, np.array(start), ends)
-            if step > PATIENCE and grew is not None and float(np.abs(growth - grew).max()) <= TOLERANCE * float(ends.max()):
-                ends = ends + step * growth
-                end, growth = ends.tolist(), np.full(len(ends), np.inf)
+            if period - float(growth[working].min()) <= TOLERANCE * float(end.max()):
+                return Steady(period, start, end)
+            if step > PATIENCE and grew is not None and float(np.abs(growth - grew).max()) <= TOLERANCE * float(end.max()):
+                end = end + step * growth
+                growth = np.full(len(end), np.inf)
             grew = growth
-        before = ends
-        ready = [0.0] * len(program)
-        for source, target, lag in carries:
-            ready[target] = max(ready[target], end[source] + lag)
+        before = end
     raise InternalError(f"the step has not become periodic after {MAX_STEPS} steps")
-
-
-def _pass(
-    durations: list[float], pointer: list[int], predecessor: list[int], lags: list[float], ready: list[float]
-) -> tuple[list[float], list[float]]:
-    start = [0.0] * len(durations)
-    end = [0.0] * len(durations)
-    for i, duration in enumerate(durations):
-        begin = ready[i]
-        for j in range(pointer[i], pointer[i + 1]):
-            earliest = end[predecessor[j]] + lags[j]
-            begin = max(begin, earliest)
-        start[i] = begin
-        end[i] = begin + duration
-    return start, end

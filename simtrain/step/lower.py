@@ -2,20 +2,24 @@
 
 Every rank class works off its instructions; what crosses to another stage is sent, gradients are reduced as they become ready
 (`simtrain.step.synchronise`), then the optimizer runs.
+
+Most instructions repeat what another micro-batch does: they are added all at once, with arithmetic on the arrays of the plan. Only those
+beside which something is gathered or reduced are looked at one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
-from simtrain.core.program import IntArray, Program, TermKind
+from simtrain.core.program import IntArray, Program
 from simtrain.core.workload import Workload
-from simtrain.step.builder import Builder
-from simtrain.step.costs import TERM_KINDS, PassCost, chain
+from simtrain.cost.collectives import CollectiveCost
+from simtrain.step.builder import Builder, Piece
+from simtrain.step.costs import TERM_KINDS, chain
 from simtrain.step.fully_sharded import FullySharded
 from simtrain.step.instructions import Step, chunk_costs
 from simtrain.step.layout import Lane, Layout, lay_out
@@ -51,102 +55,170 @@ def lower(setting: Setting, *, split: bool = False) -> Lowered:
     return _Lowering(lay_out(setting, split=split)).run()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """An instruction as a lane carries it out, whatever the micro-batch.
+
+    Attributes:
+        steps: Its passes.
+        cuts: Where they are cut into terms.
+        pieces: The terms.
+        acts: Whether something is gathered or reduced beside it.
+    """
+
+    steps: tuple[Step, ...]
+    cuts: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    acts: bool
+
+
 class _Lowering:
-    """One pass over the instructions of all stages, in an order in which everything that is waited for comes first."""
+    """The instructions of all stages; terms get the number of their instruction as moment, so that what is waited for comes first."""
 
     def __init__(self, layout: Layout) -> None:
         setting = layout.setting
-        self.layout = layout
+        self.layout, self.plan = layout, layout.plan
         self.build = Builder(setting.runtime, layout.classes, setting.precision.loss_scaling)
         sharded = setting.strategy.zero == 3 and layout.grid.holders > 1
         self.sync: Synchroniser = FullySharded(layout, self.build) if sharded else Replicated(layout, self.build)
         self.costs = {(lane.index, c): chunk_costs(setting, lane, chunk) for lane in layout.lanes for c, chunk in enumerate(lane.chunks)}
         self.coarse = layout.grid.pipeline > 1 and not self.sync.gathers
-        self.steps: list[list[int]] = [[] for _ in layout.lanes]
-        self.arrivals: dict[tuple[int, int], list[int]] = {}
-        self.held: dict[int, list[int]] = {}
-        self.known: dict[tuple[int, int, tuple[int, int]], tuple[str, TermKind, PassCost]] = {}
+        kinds = len(layout.by_stage[0])
+        # first and last compute term of each instruction, on each kind of replica
+        self.first, self.last = (np.full((len(self.plan), kinds), -1) for _ in range(2))
+        self.passes: list[tuple[int, IntArray, IntArray]] = []
 
     def run(self) -> Lowered:
-        layout, plan = self.layout, self.layout.plan
-        targets = _targets(layout)
-        done: dict[tuple[int, int], int] = {}
-        for i in range(len(plan)):
-            lanes = layout.by_stage[plan.rank[i]]
-            terms = self._instruction(i, lanes)
-            for lane, term in zip(lanes, terms, strict=True):
-                done[i, lane.kind] = term
-            for target in targets[i]:
-                self._send(i, target, lanes, terms)
-        updates = self.sync.finish([terms[-1] for terms in self.steps])
-        program = self.build.finish()
-        return Lowered(layout, program, tuple(np.array([*t, u], dtype=np.int64) for t, u in zip(self.steps, updates, strict=True)))
+        plan, layout = self.plan, self.layout
+        tasks, task_of = self._tasks()
+        opens = (plan.action == Action.FORWARD) & (plan.micro_batch == 0)
+        alone = np.array([any(lane_task.acts for lane_task in task) for task in tasks])[task_of] | opens
+        self._together(np.flatnonzero(~alone), tasks, task_of)
+        for i in np.flatnonzero(alone).tolist():
+            self.build.begin(i)
+            self._instruction(i, tasks[task_of[i]])
+        self._send()
+        self.build.begin(len(plan))
+        final = plan.rank_order[plan.rank_pointer[1:] - 1]
+        updates = self.sync.finish([int(self.last[final[lane.stage], lane.kind]) for lane in layout.lanes])
+        program, number = self.build.finish(np.append(plan.level, plan.level.max() + 1))
+        own: list[list[IntArray]] = [[np.array([number[update]])] for update in updates]
+        for lane, terms, times in self.passes:
+            own[lane].append(np.repeat(number[terms], times))
+        return Lowered(layout, program, tuple(np.sort(np.concatenate(terms)) for terms in own))
 
-    def _instruction(self, i: int, lanes: Sequence[Lane]) -> list[int]:
-        """Adds the passes of an instruction on every kind of replica; returns the last term on each."""
-        plan = self.layout.plan
-        action, chunk, micro_batch = Action(int(plan.action[i])), int(plan.chunk[i]), int(plan.micro_batch[i])
-        steps = [self.costs[lane.index, chunk].steps(action, micro_batch, plan, lane.stage, chunk) for lane in lanes]
-        cuts = self._cuts(steps[0], lanes[0], chunk)
-        terms: list[int] = []
-        for start, end in pairwise(cuts):
-            part = steps[0][start:end]
-            gathered = self.sync.before(lanes, chunk, part, micro_batch)
-            terms = [self._piece(i, lane, whole, (start, end), gathered) for lane, whole in zip(lanes, steps, strict=True)]
-            self.sync.after(lanes, chunk, part, terms, micro_batch)
-        return terms
+    def _tasks(self) -> tuple[list[tuple[_Task, ...]], IntArray]:
+        """Distinct instructions, on each kind of replica, and which of them each instruction of the plan is."""
+        plan = self.plan
+        gradients = np.isin(plan.action, (Action.BACKWARD, Action.WEIGHT_GRADIENT))
+        cell = plan.rank * plan.chunks + plan.chunk
+        made = plan.rank_order[gradients[plan.rank_order]]
+        ends = np.zeros((2, plan.stages * plan.chunks), dtype=np.int64)
+        ends[0, cell[made[::-1]]], ends[1, cell[made]] = plan.micro_batch[made[::-1]], plan.micro_batch[made]
+        backward = plan.action != Action.FORWARD
+        adding, last = backward & (plan.micro_batch != ends[0, cell]), backward & (plan.micro_batch == ends[1, cell])
+        key = np.ravel_multi_index((cell, plan.action, adding, last), (plan.stages * plan.chunks, len(Action), 2, 2))
+        distinct, task_of = np.unique(key, return_inverse=True)
+        tasks = []
+        for one in distinct.tolist():
+            where, action, adds, ends_here = (int(x) for x in np.unravel_index(one, (plan.stages * plan.chunks, len(Action), 2, 2)))
+            stage, chunk = divmod(where, plan.chunks)
+            lanes = self.layout.by_stage[stage]
+            tasks.append(tuple(self._task(lanes, lane, chunk, Action(action), adding=bool(adds), last=bool(ends_here)) for lane in lanes))
+        return tasks, task_of
 
-    def _cuts(self, steps: Sequence[Step], lane: Lane, chunk: int) -> list[int]:
+    def _task(self, lanes: Sequence[Lane], lane: Lane, chunk: int, action: Action, *, adding: bool, last: bool) -> _Task:
+        steps = self.costs[lane.index, chunk].listed(action, adding=adding, last=last)
+        # all kinds of replicas are cut alike
+        cuts = self._cuts(self.costs[lanes[0].index, chunk].listed(action, adding=adding, last=last), lanes[0], chunk)
+        pieces = []
+        for part in (steps[a:b] for a, b in pairwise(cuts)):
+            cost = part[0].cost if len(part) == 1 else chain([s.cost for s in part])
+            if len(lanes) > 1:
+                # the links of a stage are priced once for all its replicas, so that those of several kinds cannot meet on them
+                cost = replace(cost, loads={})
+            pieces.append(Piece(TERM_KINDS[part[-1].which.mode], _label(lane, chunk, part, self.coarse), cost))
+        return _Task(steps, cuts, tuple(pieces), self.sync.acts(steps))
+
+    def _cuts(self, steps: Sequence[Step], lane: Lane, chunk: int) -> tuple[int, ...]:
         """Where an instruction is cut into terms: at every pass, or only where gradients are reduced meanwhile."""
         if not self.coarse:
-            return list(range(len(steps) + 1))
+            return tuple(range(len(steps) + 1))
         if not steps[0].last:
-            return [0, len(steps)]
+            return (0, len(steps))
         ready = self.sync.ready_after(lane, chunk)
         inner = [k + 1 for k, s in enumerate(steps) if s.ends_gradients and s.which.layer in ready]
-        return sorted({0, *inner, len(steps)})
+        return tuple(sorted({0, *inner, len(steps)}))
 
-    def _piece(self, i: int, lane: Lane, whole: Sequence[Step], part: tuple[int, int], gathered: Sequence[int]) -> int:
-        micro_batch = int(self.layout.plan.micro_batch[i])
-        waits = [*self.arrivals.pop((i, lane.kind), ()), *self.held.pop(lane.index, ()), *gathered]
-        key = (lane.index, id(whole), part)
-        if key not in self.known:  # instructions are listed once, and their costs keep the lists
-            steps = whole[slice(*part)]
-            cost = steps[0].cost if len(steps) == 1 else chain([s.cost for s in steps])
-            label = _label(lane, int(self.layout.plan.chunk[i]), steps, self.coarse)
-            self.known[key] = (label, TERM_KINDS[steps[-1].which.mode], cost)
-        label, kind, cost = self.known[key]
-        term = self.build.work(lane.index, kind, label, cost, micro_batch, waits)
-        self.steps[lane.index] += [term] * (part[1] - part[0])
-        return term
+    def _together(self, chosen: IntArray, tasks: Sequence[tuple[_Task, ...]], task_of: IntArray) -> None:
+        """Adds the passes of instructions beside which nothing else happens."""
+        if not len(chosen):
+            return
+        for kind in range(self.first.shape[1]):
+            own = [task[kind] for task in tasks]
+            pieces = [piece for task in own for piece in task.pieces]
+            times = np.array([b - a for task in own for a, b in pairwise(task.cuts)])
+            start = np.cumsum([0, *(len(task.pieces) for task in own)])
+            count = np.diff(start)[task_of[chosen]]
+            ends = np.cumsum(count)
+            i = np.repeat(chosen, count)
+            turn = np.arange(len(i)) - np.repeat(ends - count, count)
+            piece = np.repeat(start[task_of[chosen]], count) + turn
+            lane = np.array([lanes[kind].index for lanes in self.layout.by_stage])[self.plan.rank[i]]
+            terms = self.build.works_of(lane, pieces, piece, self.plan.micro_batch[i], i, turn)
+            self.first[chosen, kind], self.last[chosen, kind] = terms[ends - count], terms[ends - 1]
+            order = np.argsort(lane, kind="stable")
+            bounds = np.searchsorted(lane[order], np.arange(len(self.layout.lanes) + 1))
+            for index, (a, b) in enumerate(pairwise(bounds.tolist())):
+                if a < b:
+                    self.passes.append((index, terms[order[a:b]], times[piece[order[a:b]]]))
 
-    def _send(self, i: int, target: int, lanes: Sequence[Lane], terms: Sequence[int]) -> None:
-        """Sends what another stage waits for; on the same stage it is there already."""
-        layout, plan = self.layout, self.layout.plan
-        source, to = int(plan.rank[i]), int(plan.rank[target])
-        for lane, term in zip(lanes, terms, strict=True):
-            if source == to:
-                continue
-            forward = bool(plan.action[i] == Action.FORWARD)
-            cost = layout.send(lane, int(plan.chunk[i]), to, forward=forward)
-            stream = self.build.stream((lane.index,), "send forward" if forward else "send backward")
-            label = f"send to stage {to}"
-            sent = self.build.transfer(TermKind.SEND, stream, label, cost, [term], int(plan.micro_batch[i]))
-            self.arrivals.setdefault((target, lane.kind), []).append(sent)
+    def _instruction(self, i: int, own: Sequence[_Task]) -> None:
+        """Adds the passes of an instruction on every kind of replica, and what happens beside them."""
+        plan = self.plan
+        chunk, micro_batch, lanes = int(plan.chunk[i]), int(plan.micro_batch[i]), self.layout.by_stage[plan.rank[i]]
+        for k, (start, end) in enumerate(pairwise(own[0].cuts)):
+            part = own[0].steps[start:end]
+            gathered = self.sync.before(lanes, chunk, part, micro_batch)
+            terms = []
+            for lane, task in zip(lanes, own, strict=True):
+                piece = task.pieces[k]
+                term = self.build.work(lane.index, piece.kind, piece.label, piece.cost, micro_batch, gathered)
+                self.passes.append((lane.index, np.array([term]), np.array([end - start])))
+                terms.append(term)
+            if k == 0:
+                self.first[i] = terms
+            self.sync.after(lanes, chunk, part, terms, micro_batch)
+        self.last[i] = terms
+
+    def _send(self) -> None:
+        """Sends what other stages wait for; on the same stage it is there already."""
+        plan, layout = self.plan, self.layout
+        pointer, predecessor = plan.gates
+        target = np.repeat(np.arange(len(plan)), np.diff(pointer))
+        across = plan.rank[target] != plan.rank[predecessor]
+        target, source = target[across], predecessor[across]
+        order = np.lexsort((target, source))
+        target, source = target[order], source[order]
+        if not len(target):
+            return
+        shape = (plan.stages, plan.chunks, plan.stages, 2)
+        key = np.ravel_multi_index((plan.rank[source], plan.chunk[source], plan.rank[target], plan.action[source] == Action.FORWARD), shape)
+        distinct, chosen = np.unique(key, return_inverse=True)
+        routes = np.stack(np.unravel_index(distinct, shape), axis=1).tolist()
+        after = np.full(len(plan), -1)
+        after[plan.before[plan.before >= 0]] = np.flatnonzero(plan.before >= 0)
+        for kind in range(self.first.shape[1]):
+            sends = [self._route(layout.by_stage[stage][kind], chunk, to, forward=bool(ahead)) for stage, chunk, to, ahead in routes]
+            sent = self.build.sends_of(sends, chosen, self.last[source, kind], plan.micro_batch[source], source)
+            self.build.edges.extend(self.first[target, kind], sent)
             if layout.setting.runtime.blocking_sends:
-                self.held.setdefault(lane.index, []).append(sent)
+                held = after[source] >= 0
+                self.build.edges.extend(self.first[after[source[held]], kind], sent[held])
 
-
-def _targets(layout: Layout) -> list[list[int]]:
-    """Instructions on other stages that wait for each instruction."""
-    plan = layout.plan
-    pointer, predecessor = plan.gates
-    waiting: list[list[int]] = [[] for _ in range(len(plan))]
-    owner = np.repeat(np.arange(len(plan)), np.diff(pointer))
-    across = plan.rank[owner] != plan.rank[predecessor]
-    for target, source in zip(owner[across].tolist(), predecessor[across].tolist(), strict=True):
-        waiting[source].append(target)
-    return waiting
+    def _route(self, lane: Lane, chunk: int, to: int, *, forward: bool) -> tuple[int, str, CollectiveCost]:
+        stream = self.build.stream((lane.index,), "send forward" if forward else "send backward")
+        return stream, f"send to stage {to}", self.layout.send(lane, chunk, to, forward=forward)
 
 
 def _label(lane: Lane, chunk: int, steps: Sequence[Step], coarse: bool) -> str:

@@ -21,10 +21,12 @@ class Placed:
     Attributes:
         ranks: Of the group that is priced.
         beside: The others.
+        known: Costs that were asked for before.
     """
 
     ranks: Group
     beside: tuple[Group, ...] = ()
+    known: dict[tuple[Collective, float], CollectiveCost] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,30 +36,28 @@ class Wire:
     Attributes:
         fabric: Routes.
         groups: By name: "tensor", "context", "expert".
-        known_s: Times that were asked for before.
     """
 
     fabric: Fabric
     groups: Mapping[str, Placed]
-    known_s: dict[tuple[Collective, str, float], float] = field(default_factory=dict)
 
-    def time_s(self, kind: Collective, group: str, size_bytes: float) -> float:
-        """Duration of a collective, all groups of the stage running it at once.
+    def cost(self, kind: Collective, group: str, size_bytes: float) -> CollectiveCost:
+        """Cost of a collective, all groups of the stage running it at once.
 
         Raises:
             InternalError: The stage has no such group.
         """
-        key = (kind, group, size_bytes)
-        if key not in self.known_s:
-            if group not in self.groups:
-                raise InternalError(f"a layer runs {kind.value} over a group {group!r} that its stage does not have")
-            self.known_s[key] = cost(self.fabric, kind, self.groups[group], size_bytes).time_s
-        return self.known_s[key]
+        if group not in self.groups:
+            raise InternalError(f"a layer runs {kind.value} over a group {group!r} that its stage does not have")
+        return cost(self.fabric, kind, self.groups[group], size_bytes)
 
 
 def cost(fabric: Fabric, kind: Collective, placed: Placed, size_bytes: float) -> CollectiveCost:
-    """Prices a collective of a placed group; the groups beside it load the same links."""
-    return collective(fabric, kind, placed.ranks, size_bytes, concurrent=placed.beside)
+    """Prices a collective of a group that is placed on this fabric; the groups beside it load the same links."""
+    key = (kind, size_bytes)
+    if key not in placed.known:
+        placed.known[key] = collective(fabric, kind, placed.ranks, size_bytes, concurrent=placed.beside)
+    return placed.known[key]
 
 
 def place(fabric: Fabric, groups: Sequence[Group]) -> Placed:
@@ -68,8 +68,8 @@ def place(fabric: Fabric, groups: Sequence[Group]) -> Placed:
     return Placed(groups[chosen], beside)
 
 
-def stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire:
-    """The groups inside a stage."""
+def stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire | None:
+    """The groups inside a stage; `None` where nobody shares a layer, so that passes of all stages cost the same."""
     groups: dict[str, Placed] = {}
     if grid.tensor > 1:
         groups["tensor"] = place(fabric, grid.tensor_groups(stage))
@@ -77,13 +77,19 @@ def stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire:
         groups["context"] = place(fabric, grid.context_groups(stage))
     if grid.expert > 1:
         groups["expert"] = place(fabric, grid.expert_groups(stage))
-    return Wire(fabric, groups)
+    return Wire(fabric, groups) if groups else None
 
 
-def send(fabric: Fabric, grid: Grid, source: int, target: int, size_bytes: float) -> CollectiveCost:
-    """What one rank of a stage sends to the same place in another, while all its neighbours do so too."""
-    first = grid.rank(source)
-    offset = grid.rank(target) - first
+def send(fabric: Fabric, ranks: Sequence[int], offset: int, size_bytes: float) -> CollectiveCost:
+    """What one rank sends to another, while others do so too.
+
+    Args:
+        fabric: Routes.
+        ranks: The rank, and those that send at the same time.
+        offset: From each rank to the one that it sends to.
+        size_bytes: Of the message.
+    """
+    first, *others = ranks
     domain = fabric.domain_of
-    beside = tuple((rank, rank + offset) for rank in grid.stage(source) if rank != first and domain[rank] == domain[first])
+    beside = tuple((rank, rank + offset) for rank in others if domain[rank] == domain[first])
     return point_to_point(fabric, first, first + offset, size_bytes, concurrent=beside)

@@ -41,6 +41,10 @@ class Synchroniser(Protocol):
         """Layers of a chunk whose last backward pass makes something ready to be reduced."""
         ...
 
+    def acts(self, steps: Sequence[Step]) -> bool:
+        """Whether anything happens beside these passes in micro-batches after the first."""
+        ...
+
     def before(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], micro_batch: int) -> Sequence[int]:
         """Adds what passes of a stage need first; returns terms that they wait for."""
         ...
@@ -90,7 +94,8 @@ def gathering(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCo
         return cost(layout.fabric, Collective.ALL_GATHER, placed, size_bytes)
     owners = len(placed.ranks)
     one = cost(layout.fabric, Collective.BROADCAST, placed, size_bytes / owners)
-    return CollectiveCost(one.algorithm, owners * one.latency_s, {link: owners * amount for link, amount in one.loads.items()})
+    loads = {link: owners * amount for link, amount in one.loads.items()}
+    return CollectiveCost(one.algorithm, owners * one.latency_s, loads, owners * one.traffic_bytes)
 
 
 def update_cost(setting: Setting, lane: Lane) -> PassCost:
@@ -141,6 +146,10 @@ class Replicated:
         if not self.setting.runtime.overlap_communication:
             return frozenset()
         return frozenset(b.ready_after_layer for b, _ in self.buckets[lane.stage, chunk])
+
+    def acts(self, steps: Sequence[Step]) -> bool:
+        """See `Synchroniser`."""
+        return any(s.ends_gradients and (s.last or self._every_time) for s in steps)
 
     def before(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], micro_batch: int) -> Sequence[int]:  # noqa: ARG002
         """See `Synchroniser`."""

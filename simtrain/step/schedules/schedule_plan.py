@@ -39,6 +39,7 @@ class SchedulePlan:
         micro_batch: Its micro-batch.
         with_next: Whether it runs together with the instruction after it.
         before: The instruction before it on its rank, -1 for the first.
+        level: When it ends if each instruction takes one unit of time; what has the same level is independent.
         pointer: CSR pointer into `predecessor`.
         predecessor: What it waits for.
         rank_pointer: CSR pointer into `rank_order`.
@@ -58,6 +59,7 @@ class SchedulePlan:
     micro_batch: IntArray
     with_next: BoolArray
     before: IntArray
+    level: IntArray
     pointer: IntArray
     predecessor: IntArray
     rank_pointer: IntArray
@@ -161,8 +163,7 @@ def _plan(schedule: Schedule, stages: int, chunks: int, micro_batches: int) -> S
     waits = _dependencies(listed, positions, micro_batches)
     partner = np.where(listed.with_next, np.arange(1, 1 + len(waits)), -1)
     level = _levels(listed, _gated(waits, partner, listed.rank), np.cumsum([0, *map(len, orders)]).tolist())
-    order = np.lexsort((listed.rank, level))
-    return _renumbered(listed, waits, order, (schedule.name, stages, chunks, micro_batches, placement))
+    return _renumbered(listed, waits, level, (schedule.name, stages, chunks, micro_batches, placement))
 
 
 def _checked_placement(schedule: Schedule, stages: int, chunks: int) -> Placement:
@@ -317,7 +318,8 @@ def _cycle(listed: _Listed, blocked: dict[int, int]) -> str:
     return text + (f"; and so on through {len(circle)} ranks" if len(circle) > 4 else "")
 
 
-def _renumbered(listed: _Listed, waits: IntArray, order: IntArray, head: tuple[str, int, int, int, Placement]) -> SchedulePlan:
+def _renumbered(listed: _Listed, waits: IntArray, level: IntArray, head: tuple[str, int, int, int, Placement]) -> SchedulePlan:
+    order = np.lexsort((listed.rank, level))
     count, stages = len(order), head[1]
     number = np.empty(count + 1, dtype=np.int64)
     number[order], number[-1] = np.arange(count), -1  # so that -1 stays -1
@@ -337,6 +339,7 @@ def _renumbered(listed: _Listed, waits: IntArray, order: IntArray, head: tuple[s
         micro_batch=listed.micro_batch[order],
         with_next=listed.with_next[order],
         before=before,
+        level=level[order],
         pointer=pointer,
         predecessor=predecessor,
         rank_pointer=rank_pointer,

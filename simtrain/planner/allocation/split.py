@@ -1,0 +1,70 @@
+"""The exact cut of a pipeline: which layers each of its units runs, so that the slowest stage is as fast as can be.
+
+Dynamic program over (stage, last layer), under the memory that each stage has with as many micro-batches in flight as its place in the
+pipeline asks for, and under a cap on the gradients that a device holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from simtrain.core.polynomial import FloatArray
+from simtrain.planner.allocation.prices import Market, StageUse, Template, Unit
+
+
+def splits(market: Market, units: Sequence[Unit], micro_batch: int, caps: FloatArray) -> list[Template | None]:
+    """Cuts the model over units in order; one answer for each cap, `None` where nothing fits.
+
+    Args:
+        market: Prices.
+        units: Of the stages.
+        micro_batch: Samples.
+        caps: Most gradient bytes on a device.
+    """
+    stages = len(units)
+    reach: list[FloatArray] = []
+    for s, unit in enumerate(units):
+        own = stage_costs(market, units, s, micro_batch)
+        cost = np.where(market.gradients(unit, micro_batch)[None] <= caps[:, None, None], own[None], np.inf)
+        if s == 0:
+            reach.append(cost[:, 0, :])
+        else:
+            # ending at layer j, this stage beginning behind layer i
+            both = np.maximum(reach[-1][:, :-1, None], cost[:, 1:, :])
+            reach.append(both.min(axis=1))
+    return [_traced(market, units, micro_batch, cap, [r[k] for r in reach]) for k, cap in enumerate(caps.tolist())] if stages else []
+
+
+def stage_costs(market: Market, units: Sequence[Unit], stage: int, micro_batch: int) -> FloatArray:
+    """What a micro-batch takes a stage, transfers that it waits for included, for every range of layers; infinite where it does not fit."""
+    unit = units[stage]
+    key = ("fitting", unit, micro_batch, len(units) - stage)
+    if key not in market.known:
+        fits = market.memory_bytes(unit, micro_batch, len(units) - stage) <= market.spare_bytes(unit, micro_batch)
+        market.known[key] = np.where(fits, market.stage_s(unit, micro_batch), np.inf)
+    return market.known[key] + _sending(market, units, stage, micro_batch)
+
+
+def _sending(market: Market, units: Sequence[Unit], stage: int, micro_batch: int) -> float:
+    if market.transfers == "asynchronous":
+        return 0.0
+    sends = market.sends_s(units, micro_batch)
+    ends = 2 if market.transfers == "rendezvous" else 1
+    return ends * sum(sends[max(stage - 1, 0) : stage + 1])
+
+
+def _traced(market: Market, units: Sequence[Unit], micro_batch: int, cap: float, reach: list[FloatArray]) -> Template | None:
+    if not np.isfinite(reach[-1][-1]):
+        return None
+    end, found = market.layers, []
+    for s in range(len(units) - 1, -1, -1):
+        start = 0
+        if s:
+            cost = stage_costs(market, units, s, micro_batch)[1:, end - 1]
+            cost = np.where(market.gradients(units[s], micro_batch)[1:, end - 1] <= cap, cost, np.inf)
+            start = int(np.argmin(np.maximum(reach[s - 1][:-1], cost))) + 1
+        found.append(StageUse(units[s], start, end))
+        end = start
+    return Template(tuple(reversed(found)), micro_batch)

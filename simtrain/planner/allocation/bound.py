@@ -23,7 +23,7 @@ def layer_bound_s(market: Market) -> float:
     for (unit, size), price in market.prices.items():
         if unit.kind in kinds:
             k = kinds.index(unit.kind)
-            least[k] = np.minimum(least[k], unit.tensor * (price.forward_s + price.backward_s) / size)
+            least[k] = np.minimum(least[k], unit.tensor * price.least_s / size)
     # equal layers are one column
     columns, times = np.unique(least, axis=1, return_counts=True)
     n, m = columns.shape

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simtrain.core.polynomial import FloatArray
 from simtrain.planner.allocation.events import affine
@@ -40,7 +41,11 @@ class Family:
 
     def under(self, cap: float) -> Family:
         """Those that keep to a cap on gradients."""
-        kept = np.flatnonzero(self.load_bytes <= cap * (1 + 1e-9))
+        return self.chosen(self.load_bytes <= cap * (1 + 1e-9))
+
+    def chosen(self, which: Sequence[bool] | NDArray[np.bool_]) -> Family:
+        """Some of them."""
+        kept = np.flatnonzero(which)
         templates = tuple(self.templates[i] for i in kept.tolist())
         return Family(templates, self.fill_s[kept], self.period_s[kept], self.load_bytes[kept])
 
@@ -55,7 +60,7 @@ def family(market: Market) -> Family:
             continue
         best = sum(u.tensor * rate[u.kind] for u in units)
         for size in market.micro_batches:
-            if any((u, size) not in market.prices for u in units):
+            if not all(market.variants(u, size) for u in set(units)):
                 continue
             for template in splits(market, units, size, caps):
                 if template is not None and template not in found and _slowest_s(market, template) * POOR * best <= size:
@@ -69,12 +74,13 @@ def family(market: Market) -> Family:
 
 def structures(market: Market) -> Iterator[tuple[Unit, ...]]:
     """Sequences of units: up to `most_stages` equal ones, or some of one type and then some of another."""
-    for unit in market.units:
+    units = tuple(dict.fromkeys(Unit(*u[:2], _plainest(market, u)) for u in market.units))
+    for unit in units:
         for stages in range(1, min(market.most_stages, market.layers) + 1):
             yield (unit,) * stages
     most = min(MIXED_STAGES, market.most_stages - 1)
-    for first in market.units:
-        for second in market.units:
+    for first in units:
+        for second in units:
             if first.kind == second.kind:
                 continue
             for a in range(1, most + 1):
@@ -82,11 +88,16 @@ def structures(market: Market) -> Iterator[tuple[Unit, ...]]:
                     yield (first,) * a + (second,) * b
 
 
+def _plainest(market: Market, unit: Unit) -> str:
+    """Checkpointing that stands for all of a unit's; the cut chooses among them stage by stage."""
+    return next(u.checkpoint for u in market.units if u[:2] == unit[:2])
+
+
 def best_rates(market: Market) -> dict[str, float]:
     """Most samples per second of a device of each type, with all layers on it and nothing but passes."""
     rates = dict.fromkeys(market.counts, 0.0)
     for (unit, size), price in market.prices.items():
-        seconds = float((price.forward_s + price.backward_s).sum())
+        seconds = float(price.least_s.sum())
         rates[unit.kind] = max(rates[unit.kind], size / (unit.tensor * seconds))
     return rates
 

@@ -22,10 +22,12 @@ class Unit(NamedTuple):
     Attributes:
         kind: Device type, as the question names it.
         tensor: Devices.
+        checkpoint: Activation checkpointing.
     """
 
     kind: str
     tensor: int
+    checkpoint: str = "none"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +37,7 @@ class LayerPrices:
     Attributes:
         forward_s: Forward pass of a micro-batch.
         backward_s: Backward pass of a micro-batch, recomputation included.
+        least_s: What no order of work can take less than: both passes on the device alone.
         update_s: Optimizer.
         gradient_bytes: Gradients on each device that replicas exchange.
         fixed_bytes: Persistent memory on each device.
@@ -44,6 +47,7 @@ class LayerPrices:
 
     forward_s: FloatArray
     backward_s: FloatArray
+    least_s: FloatArray
     update_s: FloatArray
     gradient_bytes: FloatArray
     fixed_bytes: FloatArray
@@ -97,6 +101,10 @@ class Market:
         """Units that have a price, in order of kinds."""
         order = list(self.counts)
         return tuple(sorted({unit for unit, _ in self.prices}, key=lambda u: (order.index(u.kind), u.tensor)))
+
+    def variants(self, unit: Unit, micro_batch: int) -> tuple[Unit, ...]:
+        """The same devices with every checkpointing that has a price."""
+        return tuple(u for u in self.units if u[:2] == unit[:2] and (u, micro_batch) in self.prices)
 
     @property
     def micro_batches(self) -> tuple[int, ...]:
@@ -175,7 +183,9 @@ class StageUse:
     end: int
 
     def __str__(self) -> str:
-        return f"{self.unit.kind}{f' x{self.unit.tensor}' if self.unit.tensor > 1 else ''}[{self.start}:{self.end}]"
+        width = f" x{self.unit.tensor}" if self.unit.tensor > 1 else ""
+        kept = f" {self.unit.checkpoint} checkpoint" if self.unit.checkpoint != "none" else ""
+        return f"{self.unit.kind}{width}[{self.start}:{self.end}]{kept}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ relaxation and reduction together cannot beat what is known is passed over.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 
@@ -58,38 +59,53 @@ class Found:
     templates: int
 
 
-def search(market: Market) -> Found:
-    """Searches copies and shares.
+def search(market: Market, templates: Family | None = None) -> Found:
+    """Searches copies and shares, over all device types and over every part of them.
+
+    Args:
+        market: The question with its prices.
+        templates: Of this market or of one with more devices; made anew by default.
 
     Raises:
         InputError: Nothing fits; the message says which layer is in the way, if one is.
     """
-    templates = family(market)
-    bound = layer_bound_s(market)
-    if not templates.templates:
+    known = family(market) if templates is None else templates
+    known = known.chosen([all(t.devices(k) <= market.counts.get(k, 0) for k in t.kinds) for t in known.templates])
+    if not known.templates:
         raise InputError(nothing_fits(market))
+    bound = layer_bound_s(market)
     proposals: list[Proposal] = []
-    best = np.inf
-    for cap in _levels(templates.load_bytes):
-        part = templates.under(cap)
-        # what is left for passes under this cap, if two replicas at least reduce
-        room = best - (market.synchronise_s(_below(templates.load_bytes, cap), 2, frozenset(market.counts)) if proposals else 0.0)
-        limit = room if np.isfinite(room) else float(np.max(part.fill_s + part.period_s * market.global_batch)) * 2
-        found = least_time(market, part, limit) if limit > bound else None
-        if found is None:
-            continue
-        divided = shares(market, part, found[1])
-        if divided is None:
-            continue
-        proposals.append(evaluate(market, divided))
-        best = min(best, proposals[-1].step_time_s)
+    present = [k for k, n in market.counts.items() if n > 0]
+    for size in range(len(present), 0, -1):
+        for kinds in combinations(present, size):
+            part = replace(market, counts={k: market.counts[k] for k in kinds})
+            own = known.chosen([set(t.kinds) <= set(kinds) for t in known.templates])
+            if own.templates:
+                proposals += _searched(part, own, bound, min((p.step_time_s for p in proposals), default=np.inf))
     if not proposals:
         raise InputError(
             f"no combination of micro-batches of {', '.join(map(str, market.micro_batches))} gives a global batch of "
             f"{market.global_batch}: use a multiple of {min(market.micro_batches)}"
         )
     proposals.sort(key=lambda p: p.step_time_s)
-    return Found(tuple(proposals), bound, len(templates.templates))
+    return Found(tuple(proposals), bound, len(known.templates))
+
+
+def _searched(market: Market, templates: Family, bound_s: float, best_s: float) -> list[Proposal]:
+    """Searches with some device types, level by level, for what may beat the best known."""
+    proposals: list[Proposal] = []
+    kinds = frozenset(market.counts)
+    for cap in _levels(templates.load_bytes):
+        part = templates.under(cap)
+        # what is left for passes under this cap, if two replicas at least reduce
+        room = best_s - (market.synchronise_s(_below(templates.load_bytes, cap), 2, kinds) if np.isfinite(best_s) else 0.0)
+        limit = room if np.isfinite(room) else float(np.max(part.fill_s + part.period_s * market.global_batch)) * 2
+        found = least_time(market, part, limit) if limit > bound_s else None
+        divided = shares(market, part, found[1]) if found else None
+        if divided:
+            proposals.append(evaluate(market, divided))
+            best_s = min(best_s, proposals[-1].step_time_s)
+    return proposals
 
 
 def evaluate(market: Market, plan: Sequence[Share], replica: Callable[..., float] = replica_s) -> Proposal:

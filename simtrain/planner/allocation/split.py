@@ -27,7 +27,8 @@ def splits(market: Market, units: Sequence[Unit], micro_batch: int, caps: FloatA
     reach: list[FloatArray] = []
     for s, unit in enumerate(units):
         own = stage_costs(market, units, s, micro_batch)
-        cost = np.where(market.gradients(unit, micro_batch)[None] <= caps[:, None, None], own[None], np.inf)
+        held = market.gradients(market.variants(unit, micro_batch)[0], micro_batch)
+        cost = np.where(held[None] <= caps[:, None, None], own[None], np.inf)
         if s == 0:
             reach.append(cost[:, 0, :])
         else:
@@ -40,11 +41,17 @@ def splits(market: Market, units: Sequence[Unit], micro_batch: int, caps: FloatA
 def stage_costs(market: Market, units: Sequence[Unit], stage: int, micro_batch: int) -> FloatArray:
     """What a micro-batch takes a stage, transfers that it waits for included, for every range of layers; infinite where it does not fit."""
     unit = units[stage]
-    key = ("fitting", unit, micro_batch, len(units) - stage)
+    key = ("fitting", unit[:2], micro_batch, len(units) - stage)
     if key not in market.known:
-        fits = market.memory_bytes(unit, micro_batch, len(units) - stage) <= market.spare_bytes(unit, micro_batch)
-        market.known[key] = np.where(fits, market.stage_s(unit, micro_batch), np.inf)
+        variants = market.variants(unit, micro_batch)
+        market.known[key] = np.min([_fitting(market, v, micro_batch, len(units) - stage) for v in variants], axis=0)
     return market.known[key] + _sending(market, units, stage, micro_batch)
+
+
+def _fitting(market: Market, unit: Unit, micro_batch: int, in_flight: int) -> FloatArray:
+    """Times of one kind of checkpointing, infinite where memory does not suffice."""
+    fits = market.memory_bytes(unit, micro_batch, in_flight) <= market.spare_bytes(unit, micro_batch)
+    return np.where(fits, market.stage_s(unit, micro_batch), np.inf)
 
 
 def _sending(market: Market, units: Sequence[Unit], stage: int, micro_batch: int) -> float:
@@ -58,13 +65,16 @@ def _sending(market: Market, units: Sequence[Unit], stage: int, micro_batch: int
 def _traced(market: Market, units: Sequence[Unit], micro_batch: int, cap: float, reach: list[FloatArray]) -> Template | None:
     if not np.isfinite(reach[-1][-1]):
         return None
-    end, found = market.layers, []
-    for s in range(len(units) - 1, -1, -1):
+    end, found, stages = market.layers, [], len(units)
+    for s in range(stages - 1, -1, -1):
         start = 0
         if s:
             cost = stage_costs(market, units, s, micro_batch)[1:, end - 1]
-            cost = np.where(market.gradients(units[s], micro_batch)[1:, end - 1] <= cap, cost, np.inf)
+            held = market.gradients(market.variants(units[s], micro_batch)[0], micro_batch)
+            cost = np.where(held[1:, end - 1] <= cap, cost, np.inf)
             start = int(np.argmin(np.maximum(reach[s - 1][:-1], cost))) + 1
-        found.append(StageUse(units[s], start, end))
+        variants = market.variants(units[s], micro_batch)
+        unit = min(variants, key=lambda v: _fitting(market, v, micro_batch, stages - s)[start, end - 1])
+        found.append(StageUse(unit, start, end))
         end = start
     return Template(tuple(reversed(found)), micro_batch)

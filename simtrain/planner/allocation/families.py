@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from simtrain.core.polynomial import FloatArray
 from simtrain.planner.allocation.events import affine
 from simtrain.planner.allocation.prices import Market, Template, Unit
-from simtrain.planner.allocation.split import splits
+from simtrain.planner.allocation.split import load_bytes, splits
 
 MIXED_STAGES = 4
 """Most stages of each type in a pipeline of two types."""
@@ -100,12 +100,6 @@ def best_rates(market: Market) -> dict[str, float]:
         seconds = float(price.least_s.sum())
         rates[unit.kind] = max(rates[unit.kind], size / (unit.tensor * seconds))
     return rates
-
-
-def load_bytes(market: Market, template: Template) -> float:
-    """Most gradient bytes on a device of a replica."""
-    size = template.micro_batch
-    return max(float(market.prices[s.unit, size].gradient_bytes[s.start : s.end].sum()) for s in template.stages)
 
 
 def _caps(market: Market) -> FloatArray:

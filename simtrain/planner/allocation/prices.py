@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -55,7 +56,7 @@ class LayerPrices:
     spare_bytes: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Market:
     """A question with its prices.
 
@@ -71,6 +72,8 @@ class Market:
         transfers: Who waits for what is sent.
         most_stages: Longest pipeline to consider.
         memory_margin: Share of the memory that stays free.
+        known: Sums over ranges of layers that were asked for before.
+        known_sends: Transfers that were.
     """
 
     counts: Mapping[str, int]
@@ -82,8 +85,8 @@ class Market:
     transfers: Transfers = "rendezvous"
     most_stages: int = 8
     memory_margin: float = 0.0
-    known: dict[object, FloatArray] = field(default_factory=dict)
-    known_sends: dict[object, tuple[float, ...]] = field(default_factory=dict)
+    known: dict[object, FloatArray] = field(default_factory=dict, repr=False)
+    known_sends: dict[object, tuple[float, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:
@@ -96,17 +99,27 @@ class Market:
         """Layers of the model."""
         return len(next(iter(self.prices.values())).forward_s)
 
-    @property
+    @cached_property
     def units(self) -> tuple[Unit, ...]:
         """Units that have a price, in order of kinds."""
-        order = list(self.counts)
+        order = list(dict.fromkeys([*self.counts, *(unit.kind for unit, _ in self.prices)]))
         return tuple(sorted({unit for unit, _ in self.prices}, key=lambda u: (order.index(u.kind), u.tensor)))
+
+    @cached_property
+    def _variants(self) -> dict[tuple[str, int, int], tuple[Unit, ...]]:
+        found: dict[tuple[str, int, int], tuple[Unit, ...]] = {}
+        for unit in self.units:
+            for size in self.micro_batches:
+                if (unit, size) in self.prices:
+                    key = (unit.kind, unit.tensor, size)
+                    found[key] = (*found.get(key, ()), unit)
+        return found
 
     def variants(self, unit: Unit, micro_batch: int) -> tuple[Unit, ...]:
         """The same devices with every checkpointing that has a price."""
-        return tuple(u for u in self.units if u[:2] == unit[:2] and (u, micro_batch) in self.prices)
+        return self._variants.get((unit.kind, unit.tensor, micro_batch), ())
 
-    @property
+    @cached_property
     def micro_batches(self) -> tuple[int, ...]:
         """Micro-batch sizes that have a price."""
         return tuple(sorted({size for _, size in self.prices}))

@@ -17,7 +17,7 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.planner.allocation.bound import layer_bound_s
 from simtrain.planner.allocation.counts import least_time, shares
 from simtrain.planner.allocation.events import replica_s
-from simtrain.planner.allocation.families import Family, family, load_bytes
+from simtrain.planner.allocation.families import Family, family
 from simtrain.planner.allocation.prices import Market, Share
 
 LEVEL_STEP = 1.06

@@ -21,9 +21,8 @@ def splits(market: Market, units: Sequence[Unit], micro_batch: int, caps: FloatA
         market: Prices.
         units: Of the stages.
         micro_batch: Samples.
-        caps: Most gradient bytes on a device.
+        caps: Most gradient bytes on a device, falling.
     """
-    stages = len(units)
     reach: list[FloatArray] = []
     for s, unit in enumerate(units):
         own = stage_costs(market, units, s, micro_batch)
@@ -35,7 +34,18 @@ def splits(market: Market, units: Sequence[Unit], micro_batch: int, caps: FloatA
             # ending at layer j, this stage beginning behind layer i
             both = np.maximum(reach[-1][:, :-1, None], cost[:, 1:, :])
             reach.append(both.min(axis=1))
-    return [_traced(market, units, micro_batch, cap, [r[k] for r in reach]) for k, cap in enumerate(caps.tolist())] if stages else []
+    found: list[Template | None] = []
+    for k, cap in enumerate(caps.tolist()):
+        before = found[-1] if found else None
+        # under a tighter cap that changes nothing the answer stays
+        same = before is not None and reach[-1][k, -1] == reach[-1][k - 1, -1] and load_bytes(market, before) <= cap
+        found.append(before if same else _traced(market, units, micro_batch, cap, [r[k] for r in reach]))
+    return found
+
+
+def load_bytes(market: Market, template: Template) -> float:
+    """Most gradient bytes on a device of a replica."""
+    return max(float(market.gradients(s.unit, template.micro_batch)[s.start, s.end - 1]) for s in template.stages)
 
 
 def stage_costs(market: Market, units: Sequence[Unit], stage: int, micro_batch: int) -> FloatArray:
@@ -50,8 +60,11 @@ def stage_costs(market: Market, units: Sequence[Unit], stage: int, micro_batch: 
 
 def _fitting(market: Market, unit: Unit, micro_batch: int, in_flight: int) -> FloatArray:
     """Times of one kind of checkpointing, infinite where memory does not suffice."""
-    fits = market.memory_bytes(unit, micro_batch, in_flight) <= market.spare_bytes(unit, micro_batch)
-    return np.where(fits, market.stage_s(unit, micro_batch), np.inf)
+    key = ("variant", unit, micro_batch, in_flight)
+    if key not in market.known:
+        fits = market.memory_bytes(unit, micro_batch, in_flight) <= market.spare_bytes(unit, micro_batch)
+        market.known[key] = np.where(fits, market.stage_s(unit, micro_batch), np.inf)
+    return market.known[key]
 
 
 def _sending(market: Market, units: Sequence[Unit], stage: int, micro_batch: int) -> float:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from simtrain.core.runtime import Runtime, runtime
     from simtrain.core.strategy import Strategy
     from simtrain.core.workload import Workload
+    from simtrain.planner.allocation.allocate import Allocator, allocate
+    from simtrain.planner.allocation.result import Allocation
     from simtrain.planner.objectives import Limits
     from simtrain.planner.search import Plan, plan
     from simtrain.planner.sweep import sweep
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from simtrain.step.predict import estimate, schedule, simulate
 
 _HOME = {
+    "Allocation": "simtrain.planner.allocation.result",
+    "Allocator": "simtrain.planner.allocation.allocate",
     "BatchLaw": "simtrain.run.batch_law",
     "ChinchillaLaw": "simtrain.run.loss_laws",
     "Cluster": "simtrain.core.hardware",
@@ -61,6 +65,7 @@ _HOME = {
     "Target": "simtrain.run.course",
     "Units": "simtrain.run.faults",
     "Workload": "simtrain.core.workload",
+    "allocate": "simtrain.planner.allocation.allocate",
     "checkpoint_curve": "simtrain.step.checkpoint_curve",
     "choose_checkpoint": "simtrain.step.checkpoint_curve",
     "cluster": "simtrain.core.catalog",
@@ -86,6 +91,8 @@ _HOME = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "Allocation",
+    "Allocator",
     "BatchLaw",
     "ChinchillaLaw",
     "Cluster",
@@ -112,6 +119,7 @@ __all__ = [
     "Target",
     "Units",
     "Workload",
+    "allocate",
     "checkpoint_curve",
     "choose_checkpoint",
     "cluster",

@@ -31,6 +31,7 @@ def register(app: typer.Typer) -> None:
     validate.command("collectives")(validate_collectives)
     validate.command("kernels")(validate_kernels)
     validate.command("decisions")(validate_decisions)
+    validate.command("allocation")(validate_allocation)
     validate.command("data")(validate_data)
     validate.command("batch")(validate_batch)
     validate.command("quality")(validate_quality)
@@ -128,6 +129,17 @@ def validate_published(
 def validate_collectives(as_json: Json = False) -> None:
     """Compare predicted collectives with published measurements on NVLink and over a network, held out by group."""
     from validation.collective_runs import compare
+
+    report = compare()
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def validate_allocation(as_json: Json = False) -> None:
+    """Compare allocations for mixed clusters with the plans of Sailor, in one event evaluator."""
+    from validation.allocation import compare
 
     report = compare()
     if as_json:

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from simtrain import __version__
-from simtrain.cli import capture, catalogs, compare, devices, environment, plan, predict, run, sweep
+from simtrain.cli import allocate, capture, catalogs, compare, devices, environment, plan, predict, run, sweep
 from simtrain.cli.output import note, write_json
 from simtrain.core.errors import SimtrainError
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "predict": predict.predict,
     "plan": plan.plan,
+    "allocate": allocate.allocate,
     "run": run.run,
     "compare": compare.compare,
     "sweep": sweep.sweep,

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from simtrain.report.allocation import allocation_table, plot_allocation, plot_shares
     from simtrain.report.catalog_tables import (
         cluster_details,
         clusters_table,
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from simtrain.report.trace import save_trace, trace_events
 
 _HOME = {
+    "allocation_table": "allocation",
     "cluster_details": "catalog_tables",
     "clusters_table": "catalog_tables",
     "device_details": "catalog_tables",
     "devices_comparison": "catalog_tables",
     "devices_table": "catalog_tables",
     "plan_table": "tables",
+    "plot_allocation": "allocation",
     "plot_breakdown": "plots",
     "plot_checkpoint_curve": "checkpoint_plot",
     "plot_finish": "run_plots",
@@ -40,6 +43,7 @@ _HOME = {
     "plot_memory": "plots",
     "plot_roofline": "roofline",
     "plot_run": "run_plots",
+    "plot_shares": "allocation",
     "plot_timeline": "timeline",
     "plot_tradeoff": "run_plots",
     "render": "text",
@@ -53,12 +57,14 @@ _HOME = {
     "workloads_table": "catalog_tables",
 }
 __all__ = [
+    "allocation_table",
     "cluster_details",
     "clusters_table",
     "device_details",
     "devices_comparison",
     "devices_table",
     "plan_table",
+    "plot_allocation",
     "plot_breakdown",
     "plot_checkpoint_curve",
     "plot_finish",
@@ -66,6 +72,7 @@ __all__ = [
     "plot_memory",
     "plot_roofline",
     "plot_run",
+    "plot_shares",
     "plot_timeline",
     "plot_tradeoff",
     "render",

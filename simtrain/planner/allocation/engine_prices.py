@@ -1,0 +1,217 @@
+"""Prices of layers from the engine: its costs of passes and its memory ledger, each layer once as a stage of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from simtrain.core.errors import StrategyError, UnsupportedError
+from simtrain.core.polynomial import FloatArray
+from simtrain.cost.collectives import point_to_point
+from simtrain.planner.allocation.kinds import Kind
+from simtrain.planner.allocation.prices import LayerPrices, Market, Unit
+from simtrain.planner.allocation.stages import Cuts, Job
+from simtrain.step.buckets import gradient_bytes
+from simtrain.step.instructions import chunk_costs
+from simtrain.step.layout import Lane
+from simtrain.step.ledger import ledger
+from simtrain.step.schedules import Action, plan
+from simtrain.step.setting import Setting
+from simtrain.step.shard import chunks, rank_form
+from simtrain.step.states import persistent
+from simtrain.step.synchronise import update_cost
+
+REPLICAS = 2
+"""Replicas that a stage is priced with: more than one, so that it holds buckets and copies gradients into them."""
+
+COMMUNICATORS = 4
+"""Communicators that a rank is assumed to hold in a mixed job: tensor, pipeline, gradients, and all ranks."""
+
+
+def market(
+    job: Job, global_batch: int, tensors: Sequence[int], micro_batches: Sequence[int], checkpoints: Sequence[str], memory_margin: float
+) -> Market:
+    """Prices every layer on every unit.
+
+    Widths and sizes that the model or a device cannot run are left out.
+
+    Args:
+        job: What and where.
+        global_batch: Samples of a step.
+        tensors: Widths to consider.
+        micro_batches: Sizes to consider.
+        checkpoints: Checkpointing to consider.
+        memory_margin: Share of the memory that stays free.
+
+    Raises:
+        UnsupportedError: No unit can run the model; the message is that of the last refusal.
+    """
+    cuts = layer_cuts(job)
+    prices: dict[tuple[Unit, int], LayerPrices] = {}
+    refused: UnsupportedError | StrategyError | None = None
+    for kind in job.kinds.values():
+        for tensor in tensors:
+            if tensor > kind.per_node:
+                continue
+            for checkpoint in checkpoints:
+                for size in micro_batches:
+                    unit = Unit(kind.name, tensor, checkpoint)
+                    try:
+                        prices[unit, size] = layer_prices(job, unit, size, cuts)
+                    except (UnsupportedError, StrategyError) as error:
+                        refused = error
+    if not prices:
+        raise UnsupportedError(f"no device can run {job.workload.name}: {refused}") from None
+    gradients = max(float(price.gradient_bytes.sum()) for price in prices.values())
+    return Market(
+        counts={k.name: k.count for k in job.kinds.values()},
+        prices=prices,
+        send_s=_sender(job, cuts),
+        synchronise_s=_synchroniser(job, gradients),
+        global_batch=global_batch,
+        node_devices={k.name: k.per_node for k in job.kinds.values()},
+        transfers="sender" if next(iter(job.kinds.values())).runtime.blocking_sends else "asynchronous",
+        most_stages=min(8, len(cuts)),
+        memory_margin=memory_margin,
+    )
+
+
+def layer_cuts(job: Job) -> Cuts:
+    """One range for each layer, or one for the whole model where it cannot be cut."""
+    kind = next(iter(job.kinds.values()))
+    setting = job.setting(Unit(kind.name, 1, "none"), 1, 1, 2, 1)
+    single = tuple((i, i + 1) for i in range(job.workload.depth))
+    try:
+        chunks(rank_form(job.workload, setting.strategy, setting.runtime, setting.devices), single, setting.precision, setting.runtime)
+    except UnsupportedError:
+        return ((0, job.workload.depth),)
+    return single
+
+
+def layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPrices:
+    """Prices every layer on a unit."""
+    kind = job.kinds[unit.kind]
+    columns: list[FloatArray] = []
+    transient = 0.0
+    known: dict[tuple[object, ...], tuple[FloatArray, float]] = {}
+    setting = job.setting(unit, micro_batch, 3, 2 if len(cuts) > 1 else 1, REPLICAS)
+    groups = _groups(kind, unit.tensor)
+    for i in range(len(cuts)):
+        lane = job.lane(setting, cuts, i, groups)
+        chunk = lane.chunks[0]
+        key = (*chunk.concrete, chunk.first, chunk.last)
+        if key not in known:
+            known[key] = _one(setting, lane, len(cuts))
+        columns.append(known[key][0])
+        transient = max(transient, known[key][1])
+    device_f, host_f, device_b, host_b, device_fresh, update, gradient, fixed, kept = np.array(columns).T
+    hosted = host_f.sum() + host_b.sum() > device_f.sum() + device_b.sum()  # the host sets the pace of the whole model
+    runtime = kind.runtime
+    outside = runtime.context_bytes + COMMUNICATORS * runtime.communicator_bytes
+    return LayerPrices(
+        forward_s=host_f if hosted else device_f,
+        backward_s=host_b if hosted else device_b,
+        least_s=device_f + device_fresh,
+        update_s=update,
+        gradient_bytes=gradient,
+        fixed_bytes=fixed,
+        kept_bytes=kept,
+        spare_bytes=(kind.device.memory.capacity_bytes - outside) / max(runtime.reserved_factor, 1.0) - transient,
+    )
+
+
+def _one(setting: Setting, lane: Lane, layers: int) -> tuple[FloatArray, float]:
+    """Prices of one layer, and the memory that its passes take while they run."""
+    costs = chunk_costs(setting, lane, lane.chunks[0])
+    forward = costs.listed(Action.FORWARD, adding=False, last=False)
+    adding = costs.listed(Action.BACKWARD, adding=True, last=False)
+    fresh = costs.listed(Action.BACKWARD, adding=False, last=False)
+    held = sum(p.elements for p in lane.chunks[0].trained) * gradient_bytes(setting.precision, setting.runtime)
+    states = float(persistent(setting, lane).sum())
+    # the first stage of a longer pipeline keeps one more micro-batch in flight
+    peaks = [ledger(setting, _first(lane), plan("1f1b", stages, 1, 4)).peak_bytes for stages in ((2, 3) if layers > 1 else (1, 1))]
+    kept = peaks[1] - peaks[0] if layers > 1 else 0.0
+    column = np.array(
+        [
+            *(sum(s.cost.device_s for s in forward), sum(s.cost.host_s for s in forward)),
+            *(sum(s.cost.device_s for s in adding), sum(s.cost.host_s for s in adding)),
+            sum(s.cost.device_s for s in fresh),
+            update_cost(setting, lane).device_s,
+            held,
+            states if layers > 1 else peaks[0],
+            kept,
+        ]
+    )
+    return column, max(peaks[0] - 2 * kept - states, 0.0) if layers > 1 else 0.0
+
+
+def _first(lane: Lane) -> Lane:
+    return Lane(0, lane.rank_class, 0, 0, lane.place, lane.chunks)
+
+
+def _groups(kind: Kind, tensor: int) -> list[tuple[int, ...]]:
+    fullest = max(kind.nodes, key=len)
+    return [tuple(fullest[i : i + tensor]) for i in range(0, len(fullest) - tensor + 1, tensor)]
+
+
+def _sender(job: Job, cuts: Cuts) -> Callable[[Unit, Unit, int, bool], float]:
+    """Transfers between representative devices; where cuts differ in size, the largest counts."""
+    layers = list(job.workload)
+    known: dict[tuple[Unit, Unit, int, bool], float] = {}
+
+    def send_s(a: Unit, b: Unit, micro_batch: int, together: bool) -> float:
+        key = (a, b, micro_batch, together)
+        if key not in known:
+            setting = job.setting(a, micro_batch, 1, 2, 1)
+            sizes = [
+                layers[end - 1].cut(micro_batch, job.workload.sequence) * setting.precision.dtype(layers[end - 1].cut_role).size_bytes
+                for _, end in cuts[:-1]
+            ]
+            known[key] = _between(job, a, b, max(sizes, default=0.0), together=together)
+        return known[key]
+
+    return send_s
+
+
+def _between(job: Job, a: Unit, b: Unit, size_bytes: float, *, together: bool) -> float:
+    first, second = job.kinds[a.kind].nodes, job.kinds[b.kind].nodes
+    source = max(first, key=len)
+    if together and len(source) >= a.tensor + b.tensor:
+        target = source[a.tensor : a.tensor + b.tensor]
+    else:
+        others = [ranks for ranks in second if ranks is not source and len(ranks) >= b.tensor] or [source[-b.tensor :]]
+        target = others[0][: b.tensor]
+    pairs = transfer_pairs(source[: a.tensor], target)
+    if pairs[0][0] == pairs[0][1]:
+        return 0.0
+    return point_to_point(job.fabric, *pairs[0], size_bytes, concurrent=pairs[1:]).time_s
+
+
+def transfer_pairs(source: Sequence[int], target: Sequence[int]) -> list[tuple[int, int]]:
+    """Who sends to whom between two tensor-parallel groups: every rank of the wider one takes part."""
+    n = max(len(source), len(target))
+    return [(source[i * len(source) // n], target[i * len(target) // n]) for i in range(n)]
+
+
+def _synchroniser(job: Job, whole_bytes: float) -> Callable[[float, int, frozenset[str]], float]:
+    """Reduction as the search sees it: what leaves each node, or what moves inside it, at the slowest place.
+
+    A node sends each part of the model that its devices hold once, so that neither more than the whole model nor more than what its
+    devices hold leaves it.
+    """
+    alone = len(job.cluster.nodes) == 1
+    rates: dict[str, tuple[float, float, int]] = {}
+    for kind in job.kinds.values():
+        ranks = max(kind.nodes, key=len)
+        node = job.cluster.nodes[int(job.fabric.node_of[ranks[0]])]
+        inside = node.peer_link or node.host_link
+        outside = node.nic.sustained_bytes_per_s * node.nics if node.nic else np.inf
+        rates[kind.name] = (inside.sustained_bytes_per_s, np.inf if alone else outside, len(ranks))
+
+    def synchronise_s(load: float, replicas: int, kinds: frozenset[str]) -> float:
+        volume = 2 * (replicas - 1) / replicas
+        slowest = max(max(load / rates[k][0], min(whole_bytes, load * rates[k][2]) / rates[k][1]) for k in kinds)
+        return volume * slowest
+
+    return synchronise_s

@@ -1,0 +1,112 @@
+"""Templates worth having: pipelines of one or two device types, cut exactly for several caps on gradients, poor ones dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simtrain.core.polynomial import FloatArray
+from simtrain.planner.allocation.events import affine
+from simtrain.planner.allocation.prices import Market, Template, Unit
+from simtrain.planner.allocation.split import load_bytes, splits
+
+MIXED_STAGES = 4
+"""Most stages of each type in a pipeline of two types."""
+
+POOR = 0.62
+"""A template is dropped whose devices would process less than this share of what they can at best, each alone."""
+
+CAP_DIVISORS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Caps on the gradients of a device, as parts of the largest possible."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Family:
+    """Templates with what the counts need to know of them.
+
+    Attributes:
+        templates: All of them.
+        fill_s: Constant part of the finishing time.
+        period_s: Part for each micro-batch.
+        load_bytes: Most gradient bytes on a device.
+    """
+
+    templates: tuple[Template, ...]
+    fill_s: FloatArray
+    period_s: FloatArray
+    load_bytes: FloatArray
+
+    def under(self, cap: float) -> Family:
+        """Those that keep to a cap on gradients."""
+        return self.chosen(self.load_bytes <= cap * (1 + 1e-9))
+
+    def chosen(self, which: Sequence[bool] | NDArray[np.bool_]) -> Family:
+        """Some of them."""
+        kept = np.flatnonzero(which)
+        templates = tuple(self.templates[i] for i in kept.tolist())
+        return Family(templates, self.fill_s[kept], self.period_s[kept], self.load_bytes[kept])
+
+
+def family(market: Market) -> Family:
+    """All templates worth having."""
+    caps = _caps(market)
+    rate = best_rates(market)
+    found: dict[Template, None] = {}
+    for units in structures(market):
+        if any(sum(u.tensor for u in units if u.kind == k) > n for k, n in market.counts.items()):
+            continue
+        best = sum(u.tensor * rate[u.kind] for u in units)
+        for size in market.micro_batches:
+            if not all(market.variants(u, size) for u in set(units)):
+                continue
+            for template in splits(market, units, size, caps):
+                if template is not None and template not in found and _slowest_s(market, template) * POOR * best <= size:
+                    found[template] = None
+    templates = tuple(found)
+    if not templates:
+        return Family((), *(np.zeros(0),) * 3)
+    line = affine(market, templates)
+    return Family(templates, line.fill_s, line.period_s, np.array([load_bytes(market, t) for t in templates]))
+
+
+def structures(market: Market) -> Iterator[tuple[Unit, ...]]:
+    """Sequences of units: up to `most_stages` equal ones, or some of one type and then some of another."""
+    units = tuple(dict.fromkeys(Unit(*u[:2], _plainest(market, u)) for u in market.units))
+    for unit in units:
+        for stages in range(1, min(market.most_stages, market.layers) + 1):
+            yield (unit,) * stages
+    most = min(MIXED_STAGES, market.most_stages - 1)
+    for first in units:
+        for second in units:
+            if first.kind == second.kind:
+                continue
+            for a in range(1, most + 1):
+                for b in range(1, min(most, market.most_stages - a, market.layers - a) + 1):
+                    yield (first,) * a + (second,) * b
+
+
+def _plainest(market: Market, unit: Unit) -> str:
+    """Checkpointing that stands for all of a unit's; the cut chooses among them stage by stage."""
+    return next(u.checkpoint for u in market.units if u[:2] == unit[:2])
+
+
+def best_rates(market: Market) -> dict[str, float]:
+    """Most samples per second of a device of each type, with all layers on it and nothing but passes."""
+    rates = dict.fromkeys(market.counts, 0.0)
+    for (unit, size), price in market.prices.items():
+        seconds = float(price.least_s.sum())
+        rates[unit.kind] = max(rates[unit.kind], size / (unit.tensor * seconds))
+    return rates
+
+
+def _caps(market: Market) -> FloatArray:
+    whole = max(float(price.gradient_bytes.sum()) for price in market.prices.values())
+    return np.array([whole / d for d in CAP_DIVISORS]) * (1 + 1e-9)
+
+
+def _slowest_s(market: Market, template: Template) -> float:
+    size = template.micro_batch
+    return max(float(market.stage_s(s.unit, size)[s.start, s.end - 1]) for s in template.stages)

@@ -1,0 +1,76 @@
+"""Stages as the engine sees them: the setting and the lane of a range of layers on a unit of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from simtrain.core.hardware import Cluster
+from simtrain.core.precision import precision
+from simtrain.core.program import RankClass
+from simtrain.core.strategy import Strategy
+from simtrain.core.workload import Workload
+from simtrain.cost.fabric import Fabric
+from simtrain.planner.allocation.kinds import Kind
+from simtrain.planner.allocation.prices import Unit
+from simtrain.step.costs import Place
+from simtrain.step.layout import Lane
+from simtrain.step.network import Wire, place
+from simtrain.step.setting import Setting
+from simtrain.step.shard import chunks, rank_form
+
+Cuts = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """What is allocated where.
+
+    Attributes:
+        workload: What is trained.
+        cluster: On what.
+        fabric: Its routes.
+        kinds: Kinds of devices, by name.
+        optimizer: Which one.
+    """
+
+    workload: Workload
+    cluster: Cluster
+    fabric: Fabric
+    kinds: Mapping[str, Kind]
+    optimizer: str
+
+    def setting(self, unit: Unit, micro_batch: int, micro_batches: int, stages: int, replicas: int) -> Setting:
+        """The setting of a stage, as if the whole job were like it."""
+        kind = self.kinds[unit.kind]
+        strategy = Strategy(
+            data=replicas,
+            micro_batch=micro_batch,
+            accumulation=micro_batches,
+            precision=kind.precision,
+            optimizer=self.optimizer,
+            checkpoint=unit.checkpoint,
+            tensor=unit.tensor,
+            pipeline=stages,
+        )
+        devices = (kind.device,) * unit.tensor
+        return Setting(self.workload, self.cluster, strategy, precision(kind.precision), kind.runtime, devices)
+
+    def lane(self, setting: Setting, cuts: Cuts, stage: int, groups: Sequence[tuple[int, ...]], *, index: int = 0, name: str = "") -> Lane:
+        """The lane of a stage.
+
+        Args:
+            setting: Of the stage.
+            cuts: Layers of every stage of its replica.
+            stage: Which.
+            groups: Tensor-parallel ranks of every copy.
+            index: Among all lanes.
+            name: For reports.
+        """
+        local = rank_form(self.workload, setting.strategy, setting.runtime, setting.devices)
+        selective = setting.strategy.checkpoint == "selective"
+        piece = chunks(local, cuts, setting.precision, setting.runtime, selective=selective)[stage]
+        wire = Wire(self.fabric, {"tensor": place(self.fabric, groups)} if setting.strategy.tensor > 1 else {})
+        at = Place(setting.devices[0], setting.strategy.micro_batch, local.sequence, setting.runtime, wire)
+        ranks = tuple(sorted(r for group in groups for r in group))
+        return Lane(index, RankClass(name, ranks, setting.devices[0]), stage, 0, at, (piece,))

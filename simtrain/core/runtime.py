@@ -246,6 +246,7 @@ RUNTIMES: dict[str, Runtime] = {
             vocabulary_multiple=128,
             scatter_gradients=True,
             reduce_every=True,
+            blocking_sends=True,
             global_norm=True,
             communication_share=0.15,
             context_bytes=450 * MIB,
@@ -256,6 +257,7 @@ RUNTIMES: dict[str, Runtime] = {
                 "fused elementwise kernels and reentrant checkpoints: as Megatron-LM (recalled)",
                 "Megatron-DeepSpeed with DeepSpeed's ZeRO: buckets of 500 million bytes reduced after backward, unfused attention "
                 "(configurations of the BLOOM and vTrain runs)",
+                "sends that the stage waits for: DeepSpeed, runtime/pipe/p2p.py at 077e674",
                 COMMUNICATION_SHARE_SOURCE,
                 COMMUNICATOR_SOURCE,
                 "host time: 60 us per launched kernel, about what kernel traces of vTrain's single-node rows show (50 kernels in 3 ms "
@@ -277,6 +279,16 @@ RUNTIMES: dict[str, Runtime] = {
 }
 """Presets by name."""
 
+RUNTIMES["megatron-2021"] = RUNTIMES["megatron"].with_(
+    name="megatron-2021",
+    fused_attention=False,
+    overlap_tensor=False,
+    sources=(
+        *RUNTIMES["megatron"].sources,
+        "Megatron-LM as of 2021: backward reduces over tensor-parallel ranks after the product of the weight's gradient, not beside it "
+        "(its fork bigscience-workshop/Megatron-DeepSpeed, megatron/mpu/layers.py at 119a0d2)",
+    ),
+)
 RUNTIMES["megatron-local"] = RUNTIMES["megatron"].with_(
     name="megatron-local",
     fused_attention=False,

@@ -114,6 +114,7 @@ class _Walk:
     def _run(self) -> None:
         plan = self.layout.plan
         pointer, predecessor = plan.gates
+        waiting = plan.targets if self.setting.runtime.blocking_sends else ()
         end = [0.0] * len(plan)
         arrival: dict[tuple[int, int], float] = {}
         for i in range(len(plan)):
@@ -128,6 +129,8 @@ class _Walk:
                 else:
                     at = max(at, end[j])
             end[i] = self.free[stage] = self._instruction(i, stage, at)
+            for to in dict.fromkeys(int(plan.rank[j]) for j in waiting[i]) if waiting else ():
+                self.free[stage] = max(self.free[stage], arrival.setdefault((i, to), self._sent(i, stage, to, end[i])))
 
     def _sent(self, i: int, source: int, to: int, ready: float) -> float:
         plan, lane = self.layout.plan, self.lanes[source]

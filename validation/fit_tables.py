@@ -7,7 +7,7 @@ not assumed: `FitTable.deviation`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +18,9 @@ from simtrain.core.polynomial import FloatArray
 from validation.fit_published import Values
 from validation.fit_sources import step_time_s
 from validation.layouts import LayoutRow, LayoutSet, load_layouts
+
+PROGRESS_ROWS = 10
+"""Rows between two lines of progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +87,16 @@ def _between(nodes: FloatArray, effects: FloatArray, at: float) -> FloatArray:
     return np.asarray(effects[:, i - 1] + share * (effects[:, i] - effects[:, i - 1]))
 
 
-def tabulate(rows: Sequence[tuple[LayoutSet, LayoutRow]], axes: Sequence[Axis], *, workers: int = 1) -> FitTable:
+def tabulate(
+    rows: Sequence[tuple[LayoutSet, LayoutRow]], axes: Sequence[Axis], *, workers: int = 1, progress: Callable[[str], None] | None = None
+) -> FitTable:
     """Runs the engine over rows of shipped sources.
+
+    Args:
+        rows: With their sources.
+        axes: The constants.
+        workers: Processes.
+        progress: Called with a line of text now and then.
 
     Raises:
         InputError: A constant without a further value.
@@ -96,7 +107,11 @@ def tabulate(rows: Sequence[tuple[LayoutSet, LayoutRow]], axes: Sequence[Axis], 
     centre = {axis.name: axis.centre for axis in axes}
     jobs = [(dataset.name, dataset.rows.index(row), axes, centre) for dataset, row in rows]
     with ProcessPoolExecutor(workers) as pool:
-        lines = list(pool.map(_line, jobs, chunksize=8))
+        lines = []
+        for line in pool.map(_line, jobs, chunksize=2):
+            lines.append(line)
+            if progress is not None and len(lines) % PROGRESS_ROWS == 0:
+                progress(f"{len(lines)} of {len(jobs)} rows predicted under changed constants")
     effects = {axis.name: np.array([line[1][k] for line in lines]) for k, axis in enumerate(axes)}
     return FitTable(tuple(axes), np.array([line[0] for line in lines]), effects)
 

@@ -33,6 +33,7 @@ class Runtime:
         run_ahead_launches: How far the host may be ahead of the device; 0 means the host computes itself (CPU).
         fused_attention: Whether attention is one kernel that does not store the score matrix.
         attention_speed: Speed of the fused attention kernel over FlashAttention-2's (0.5 for FlashAttention 1 and its Triton form).
+        hopper_products: Speed of matrix products since Hopper over that of today's libraries (below 1 for those of 2023).
         fused_elementwise: Whether chains of elementwise operators run as one kernel each (`simtrain.step.fuse`).
         recompute_stops_early: Whether recomputation ends with the last tensor that backward needs (PyTorch's non-reentrant checkpoints)
             rather than at the end of the segment (the reentrant ones of Megatron-LM and DeepSpeed).
@@ -82,6 +83,7 @@ class Runtime:
     optimizer_style: Literal["foreach", "fused", "single"]
     recompute_s: float = 60e-6
     attention_speed: float = 1.0
+    hopper_products: float = 1.0
     fused_elementwise: bool = False
     recompute_stops_early: bool = True
     blocking_launches: bool = False
@@ -129,8 +131,9 @@ class Runtime:
                 raise InputError(f"runtime: {name} must not be negative, not {getattr(self, name)!r}")
         if not 0 <= self.communication_share < 1:
             raise InputError(f"runtime: communication_share must be at least 0 and below 1, not {self.communication_share!r}")
-        if not self.attention_speed > 0:
-            raise InputError(f"runtime: attention_speed must be above 0, not {self.attention_speed!r}")
+        for name in ("attention_speed", "hopper_products"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"runtime: {name} must be above 0, not {getattr(self, name)!r}")
         for name in ("first_bucket_bytes", "bucket_bytes", "reserved_factor"):
             if not getattr(self, name) >= 1:
                 raise InputError(f"runtime: {name} must be at least 1, not {getattr(self, name)!r}")

@@ -208,7 +208,7 @@ def fit_constants(
     limits, steps = (np.log(low), np.log(high)), np.full(len(prior), STEP)
     found = least_squares(residuals, begin, bounds=limits, diff_step=steps, x_scale=spread, ftol=TOLERANCE, xtol=TOLERANCE)
     slopes: FloatArray = np.asarray(found.jac, dtype=np.float64)
-    deviation = np.sqrt(np.diag(np.linalg.pinv(slopes.T @ slopes)))
+    deviation = np.sqrt(np.maximum(np.diag(np.linalg.pinv(slopes.T @ slopes)), 0.0))
     values = named(found.x)
     errors = np.asarray(predict(values, chosen)) / measured[chosen] - 1
     at_limit = tuple(c.name for c in constants if min(values[c.name] / c.low, c.high / values[c.name]) < 1 + STEP)

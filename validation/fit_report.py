@@ -19,7 +19,7 @@ from simtrain.core.polynomial import FloatArray
 from validation.errors import ErrorSummary, skill, summarise
 from validation.fit_published import DEVICE_CONSTANTS, NETWORK_CONSTANTS, SOFTWARE_CONSTANTS, Constant, Fit, fit_constants
 from validation.fit_sources import FitProblem, fit_problem
-from validation.fit_tables import Axis, FitTable, tabulate
+from validation.fit_tables import Axis, FitTable, engine_times, tabulate
 from validation.layouts import LAYOUT_SETS, load_layouts
 from validation.statistics import RegretSummary, choices, held_out_constants, interval_of_mean, regret
 
@@ -37,8 +37,6 @@ FORMS: Mapping[str, tuple[Constant, ...]] = {
 
 GRID_SPREADS = 1.5
 """Where the engine is evaluated on both sides of a prior, in its spreads (never beyond the constant's limits)."""
-CHECKED_ROWS = 12
-"""Every so many rows the table of the engine is checked against the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +47,8 @@ class HeldOutSource:
         source: Its name.
         by: Fields of the rows that are held out together.
         groups: How many groups they make.
-        errors: Each group predicted without it.
-        in_sample: Predicted by the fit to all rows.
+        errors: Each group predicted without it, by the engine.
+        in_sample: Predicted by the fit to all rows, on its table.
         null: Of the best constant per device and arithmetic path of the source's other groups.
         null_in_sample: Of the best such constant of these very rows.
         interval: 90 % bootstrap interval of the mean held-out error, drawing groups.
@@ -105,7 +103,7 @@ class FittedForm:
         spread: Smallest and largest value of each constant over the folds.
         limited: Constants that ended on a limit, with the number of folds.
         sources: Errors by source and grouping.
-        deviation: Largest error of the table against the engine at the fitted constants, over some rows.
+        deviation: Mean error of the table that constants were found on, against the engine, over all held-out predictions.
     """
 
     name: str
@@ -183,7 +181,7 @@ def fit_layouts(names: Sequence[str] = FIT_SOURCES, *, workers: int = 1, progres
     forms = []
     for name, free in FORMS.items():
         say(f"fitting: {name}")
-        forms.append(_fit_form(name, tuple(c for c in free if c in axes), problem, table))
+        forms.append(_fit_form(name, tuple(c for c in free if c in axes), problem, table, workers))
     return FitReport(tuple(forms), {name: p.refused for name, p in problems.items()}, _provenance())
 
 
@@ -195,30 +193,36 @@ def _axis(constant: Constant) -> Axis:
     return Axis(constant.name, constant.prior, tuple(sorted(around)))
 
 
-def _fit_form(name: str, constants: tuple[Constant, ...], problem: FitProblem, table: FitTable) -> FittedForm:
+def _fit_form(name: str, constants: tuple[Constant, ...], problem: FitProblem, table: FitTable, workers: int) -> FittedForm:
     if not constants:
         shipped = table.predict({}, range(len(problem.rows)))
-        sources = _judge(problem, shipped, lambda _: shipped)
-        return FittedForm(name, (), None, {}, {}, sources, _deviation(problem, table, {}))
+        return FittedForm(name, (), None, {}, {}, _judge(problem, shipped, lambda _: shipped), 0.0)
     whole = fit_constants(table.predict, problem.measured, constants, weights=problem.weights)
     folds: dict[tuple[int, ...], Fit] = {}
+    exact: dict[tuple[int, ...], FloatArray] = {}
 
     def without(groups: Sequence[Hashable]) -> FloatArray:
         """Every row, predicted by constants that its group had no part in."""
+        inside = {group: tuple(i for i, g in enumerate(groups) if g == group) for group in dict.fromkeys(groups)}
+        new = [rows for rows in inside.values() if rows not in folds]
+        for rows in new:
+            others = sorted(set(range(len(groups))) - set(rows))
+            folds[rows] = fit_constants(
+                table.predict, problem.measured, constants, rows=others, weights=problem.weights, start=whole.values
+            )
+        asked = [(i, folds[rows].values) for rows in new for i in rows]
+        times = engine_times([problem.rows[i] for i, _ in asked], [values for _, values in asked], workers=workers)
+        ends = np.cumsum([len(rows) for rows in new])
+        exact.update(zip(new, np.split(times, ends[:-1]) if new else (), strict=True))
         predicted = np.empty(len(groups))
-        for group in dict.fromkeys(groups):
-            inside = tuple(i for i, g in enumerate(groups) if g == group)
-            if inside not in folds:
-                outside = [i for i, g in enumerate(groups) if g != group]
-                folds[inside] = fit_constants(
-                    table.predict, problem.measured, constants, rows=outside, weights=problem.weights, start=whole.values
-                )
-            predicted[list(inside)] = table.predict(folds[inside].values, inside)
+        for rows in inside.values():
+            predicted[list(rows)] = exact[rows]
         return predicted
 
     sources = _judge(problem, table.predict(whole.values, range(len(problem.rows))), without)
     values = {c.name: [fold.values[c.name] for fold in folds.values()] for c in constants}
     limited = {c.name: sum(c.name in fold.at_limit for fold in folds.values()) for c in constants}
+    off = [np.abs(table.predict(folds[rows].values, rows) / times - 1) for rows, times in exact.items()]
     return FittedForm(
         name=name,
         constants=constants,
@@ -226,12 +230,8 @@ def _fit_form(name: str, constants: tuple[Constant, ...], problem: FitProblem, t
         spread={key: (min(found), max(found)) for key, found in values.items()},
         limited={key: count for key, count in limited.items() if count},
         sources=sources,
-        deviation=_deviation(problem, table, whole.values),
+        deviation=float(np.concatenate(off).mean()),
     )
-
-
-def _deviation(problem: FitProblem, table: FitTable, values: Mapping[str, float]) -> float:
-    return float(np.abs(table.deviation(problem.rows, values, CHECKED_ROWS)).max())
 
 
 def _judge(problem: FitProblem, in_sample: FloatArray, without: Callable[[Sequence[Hashable]], FloatArray]) -> tuple[HeldOutSource, ...]:

@@ -23,14 +23,15 @@ def fit_tables(report: FitReport) -> list[RenderableType]:
         "The null knows FLOPs and one constant per device and arithmetic path of the source, its group left out.",
         f"{len(report.forms)} forms on the same rows; errors between forms are no reason to trust the best of them.",
         *(f"{name}: {count} rows refused" for name, count in report.refused.items() if count),
+        *(f"{f.name}: constants were found on a table that is {f.deviation:.2%} off the engine on average" for f in report.forms if f.fit),
         stamp,
     ]
     return [*tables, bullets("", notes)]
 
 
 def _errors(form: FittedForm) -> Table:
-    columns = ("rows", "groups", "null", "skill", "median", "mean", "90 % interval", "p90", "worst", "bias", "fitted to all", "variants")
-    title = f"{form.name}: step times, every group left out (table of the engine within {form.deviation:.2%})"
+    columns = ("rows", "groups", "null", "skill", "median", "mean", "90 % interval", "p90", "worst", "bias", "in sample", "variants")
+    title = f"{form.name}: step times, every group left out"
     table = plain_table(title if form.fit else f"{form.name}: step times, nothing fitted", "source", "left out", *columns, numeric=columns)
     for s in form.sources:
         low_high = f"{s.interval[0]:.1%} to {s.interval[1]:.1%}" if s.interval else "-"

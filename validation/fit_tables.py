@@ -1,8 +1,8 @@
 """The engine as a table over constants, so that fits with groups held out take seconds.
 
 A row's step time is computed by the engine at a centre and at further values of one constant at a time; between them the logarithm of the
-time is linear in the logarithm of the constant, and effects of several constants multiply. How far that is from the engine is measured,
-not assumed: `FitTable.deviation`.
+time is linear in the logarithm of the constant, and effects of several constants multiply. Constants are found on the table; what they
+then predict is asked of the engine itself (`engine_times`).
 """
 
 from __future__ import annotations
@@ -73,12 +73,6 @@ class FitTable:
                 )
         return np.asarray(np.exp(logs))
 
-    def deviation(self, rows: Sequence[tuple[LayoutSet, LayoutRow]], values: Values, every: int = 1) -> FloatArray:
-        """Returns table over engine, less 1, for every so many rows: what multiplying effects costs."""
-        picked = list(range(0, len(rows), every))
-        exact = np.array([step_time_s(*rows[i], values) for i in picked])
-        return np.asarray(self.predict(values, picked) / exact - 1)
-
 
 def _between(nodes: FloatArray, effects: FloatArray, at: float) -> FloatArray:
     """Effects between nodes, and in a straight line beyond them."""
@@ -114,6 +108,23 @@ def tabulate(
                 progress(f"{len(lines)} of {len(jobs)} rows predicted under changed constants")
     effects = {axis.name: np.array([line[1][k] for line in lines]) for k, axis in enumerate(axes)}
     return FitTable(tuple(axes), np.array([line[0] for line in lines]), effects)
+
+
+def engine_times(rows: Sequence[tuple[LayoutSet, LayoutRow]], values: Sequence[Values], *, workers: int = 1) -> FloatArray:
+    """Predicts rows of shipped sources, each under its own constants, by the engine itself.
+
+    Raises:
+        SimtrainError: A row is refused.
+    """
+    jobs = [(dataset.name, dataset.rows.index(row), dict(own)) for (dataset, row), own in zip(rows, values, strict=True)]
+    with ProcessPoolExecutor(workers) as pool:
+        return np.array(list(pool.map(_time, jobs, chunksize=2)), dtype=np.float64)
+
+
+def _time(job: tuple[str, int, dict[str, float]]) -> float:
+    name, number, values = job
+    dataset = load_layouts(name)
+    return step_time_s(dataset, dataset.rows[number], values)
 
 
 def _line(job: tuple[str, int, Sequence[Axis], dict[str, float]]) -> tuple[float, list[list[float]]]:

@@ -63,6 +63,8 @@ class Runtime:
         blocking_sends: Whether a pipeline stage waits until what it sends has left.
         global_norm: Whether no rank updates before all ranks' gradients are there (clipping by their common norm).
         prefetch: Layers whose sharded parameters are gathered ahead (ZeRO 3).
+        late_prefetch: Whether backward asks for the next layer's parameters when it has sent a layer's gradients off, behind which they
+            then queue (BACKWARD_POST of PyTorch's first FSDP), rather than before the layer's pass.
         communication_share: Share of a device's multiprocessors that a collective occupies while it runs beside computation.
         fused_softmax: Whether unfused attention scales, masks and normalizes scores in one kernel, so that no mask is kept.
         fused_gate: Whether gate and activation of a gated feed-forward part are one kernel; see `Form`.
@@ -109,6 +111,7 @@ class Runtime:
     blocking_sends: bool = False
     global_norm: bool = False
     prefetch: int = 1
+    late_prefetch: bool = False
     communication_share: float = 0.0
     hopper_workspace_bytes: int = 0
     fused_softmax: bool = False

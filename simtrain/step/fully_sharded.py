@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from simtrain.core.program import TermKind
+from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Collective
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.cost.compression import quantized_bytes
@@ -74,6 +75,11 @@ def scattered_bytes(layout: Layout, lane: Lane, chunk: int, step: Step) -> float
     return float(scattered_parameters(lane, chunk, step) * width)
 
 
+def prefetched(runtime: Runtime, step: Step) -> int:
+    """How many visits ahead parameters are gathered when a pass is issued."""
+    return 0 if runtime.late_prefetch and step.which.mode in ADDS_GRADIENTS else runtime.prefetch
+
+
 class FullySharded:
     """Replicas that hold shards; see `simtrain.step.synchronise.Synchroniser`."""
 
@@ -108,7 +114,7 @@ class FullySharded:
         """Gathers the layer's parameters, and those of the layers ahead."""
         stage = lanes[0].stage
         n = self.next[stage]
-        ahead = min(n + 1 + self.setting.runtime.prefetch, len(self.visits[stage]))
+        ahead = min(n + 1 + prefetched(self.setting.runtime, steps[0]), len(self.visits[stage]))
         for visit in range(len(self.gathered[stage]), ahead):
             self.gathered[stage].append(self._gather(lanes, visit))
         self.next[stage] = n + 1

@@ -78,6 +78,14 @@ def test_sends_that_a_stage_waits_for_take_its_time_in_every_reader(gpt):
     assert results[0].step_time_s > st.estimate(gpt, "4x rtx-3090", strategy, runtime=free).step_time_s
 
 
+def test_parameters_asked_for_late_wait_behind_gradients(gpt):
+    strategy = "data=4,zero=3,micro_batch=4,precision=bf16"
+    early, late = (runtime("fsdp2").with_(late_prefetch=flag) for flag in (False, True))
+    estimated, scheduled = (read(gpt, BOX, strategy, runtime=late).step_time_s for read in (st.estimate, st.schedule))
+    assert estimated == pytest.approx(scheduled, rel=0.02)
+    assert estimated > st.estimate(gpt, BOX, strategy, runtime=early).step_time_s
+
+
 def test_mfu_is_model_flops_over_peak_time(gpt):
     result = st.schedule(gpt, BOX, "data=4,micro_batch=8,precision=fp16-amp")
     assert result.mfu == pytest.approx(result.model_flops / (4 * 71e12 * result.step_time_s))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def fit_tables(report: FitReport) -> list[RenderableType]:
     """Returns errors by source, grouping and form, what choosing by them costs, and the constants of each form."""
     tables: list[RenderableType] = [_errors(form) for form in report.forms]
-    tables += [_decisions(report), *(_constants(form) for form in report.forms if form.fit)]
+    chosen = _decisions(report)
+    tables += [*([chosen] if chosen.row_count else []), *(_constants(form) for form in report.forms if form.fit)]
     stamp = ", ".join(f"{key} {value}" for key, value in report.provenance.items())
     notes = [
         "Every group is predicted with constants fitted to all other groups, those of other sources included; sources count alike.",

@@ -71,7 +71,15 @@ def predict(
         write_table(result_table(result))
     write_files(result, timeline=timeline, memory=memory_plot, trace=trace)
     if not result.fits:
+        if not json and how.offload == "none" and (hint := _hint(what, where, how, runtime)):
+            typer.echo(hint)
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def _hint(workload: Workload, cluster: Cluster, strategy: Strategy, runtime: str | None) -> str:
+    from simtrain.step.offload_hint import offload_hint
+
+    return offload_hint(workload, cluster, strategy, runtime=runtime)
 
 
 def _choose_reader(reader: Reader | None, dynamics: tuple[str, ...], files: tuple[Path | None, ...]) -> Reader:

@@ -48,7 +48,7 @@ def _headline(result: Result) -> Table:
                 f"{result.mfu:.1%} (attention in full, as most papers count), "
                 f"{result.mfu_causal:.1%} (causal attention as computed); {format_flops(achieved)} per device",
             ),
-            ("memory", f"{memory_verdict(result.memory.over_bytes)}; peak on {result.memory.rank_class} at {result.memory.peak_moment}"),
+            ("memory", f"{memory_verdict(result.memory)}; peak on {result.memory.rank_class} at {result.memory.peak_moment}"),
             ("energy", f"{_number(result.energy_j)} J per step, {_number(result.power_w)} W on average"),
             ("cost", f"{_number(result.cost_usd)} USD per step" if result.cost_usd else "no price known"),
         ]
@@ -59,6 +59,8 @@ def _breakdown_table(result: Result) -> Table:
     table = plain_table("Step time on the slowest rank", "part", "time", "share", numeric=("time", "share"))
     for part, time_s in result.breakdown_s.items():
         shown_s = time_s if abs(time_s) > _ROUND_OFF * result.step_time_s else 0.0
+        if part == "offload" and not shown_s:
+            continue  # a part of those steps alone that move something
         table.add_row(part, format_time(shown_s), share(shown_s, result.step_time_s))
     table.add_section()
     table.add_row("sum = step", format_time(sum(result.breakdown_s.values())), share(sum(result.breakdown_s.values()), result.step_time_s))
@@ -84,6 +86,10 @@ def _memory_table(result: Result) -> Table:
     table.add_row("reserved by allocator", format_bytes(memory.reserved_bytes), "")
     table.add_row("on the device", format_bytes(memory.device_bytes), "")
     table.add_row("device capacity", format_bytes(memory.capacity_bytes), "")
+    moved = (("host memory", memory.host_bytes, memory.host_capacity_bytes), ("drives", memory.nvme_bytes, memory.nvme_capacity_bytes))
+    for place, size_bytes, capacity_bytes in moved:
+        if size_bytes:
+            table.add_row(f"moved to {place}, a node", format_bytes(size_bytes), f"{share(size_bytes, capacity_bytes)} of it")
     return table
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from simtrain.core.result import MemoryReport
+
 
 def render(renderable: RenderableType, width: int = 120) -> str:
     """Returns a table as plain text without colours.
@@ -73,8 +75,11 @@ def share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def memory_verdict(over_bytes: float) -> str:
-    """Says how much is left, or by how much it does not fit."""
+def memory_verdict(memory: MemoryReport) -> str:
+    """Says how much is left, or by how much it does not fit: the device, or what was moved its host."""
+    over_bytes = memory.over_bytes
+    if over_bytes <= 0 and not memory.fits_host:
+        return "DOES NOT FIT the host, see below"
     return f"DOES NOT FIT, over by {format_bytes(over_bytes)}" if over_bytes > 0 else f"fits, {format_bytes(-over_bytes)} left"
 
 

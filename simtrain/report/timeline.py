@@ -23,6 +23,7 @@ CATEGORY_COLOURS: dict[str, str] = {
     "gradient_copy": "#c9a227",
     "collective": "#b23a48",
     "optimizer": "#7a7a7a",
+    "offload": "#2a9d8f",
 }
 """Colour of each category of work."""
 

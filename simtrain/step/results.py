@@ -14,6 +14,8 @@ from simtrain.step.exchange import notes as exchange_notes
 from simtrain.step.kernels import CONVOLUTIONS
 from simtrain.step.layout import Layout
 from simtrain.step.ledger import Ledger, ledger, report
+from simtrain.step.offload import offload_notes, offload_sources
+from simtrain.step.offload_memory import host_memory, shortage
 from simtrain.step.setting import Setting
 
 NOT_MODELLED = (
@@ -49,7 +51,15 @@ def lane_report(layout: Layout, books: Sequence[Ledger], lane: int, times: Float
     name = chosen.place.device.name if layout.grid.pipeline == 1 else chosen.rank_class.name
     peaks = {other.rank_class.name: book.peak_bytes for other, book in zip(layout.lanes, books, strict=True)}
     own = report(books[lane], chosen.place.device, communicators(layout.setting), layout.setting.runtime, name, times)
-    return replace(own, allocated_by_class_bytes=peaks)
+    outside = host_memory(layout)
+    return replace(
+        own,
+        allocated_by_class_bytes=peaks,
+        host_bytes=outside.host_bytes,
+        host_capacity_bytes=outside.host_capacity_bytes,
+        nvme_bytes=outside.nvme_bytes,
+        nvme_capacity_bytes=outside.nvme_capacity_bytes,
+    )
 
 
 def communicators(setting: Setting) -> int:
@@ -108,6 +118,7 @@ def assemble(
     energy_j = sum(energy.device_energy_j(d, step_time_s, b) for d, b in zip(devices, busy, strict=True))
     nodes_used = _nodes_used(setting)
     energy_j += setting.cluster.host_power_w * nodes_used * step_time_s
+    moved = [*shortage(host_memory(layout)), *offload_notes(setting, busy_s)]
     return Result(
         workload=workload.name,
         cluster=setting.cluster.name,
@@ -130,7 +141,15 @@ def assemble(
         power_w=energy_j / step_time_s,
         cost_usd=sum(energy.device_cost_usd(d, step_time_s) for d in devices),
         bound_by=max(breakdown_s, key=lambda k: breakdown_s[k]),
-        assumptions=(*setting.cluster.assumptions, *layout.local.assumptions, *setting.notes, *_notes(setting), *notes, *NOT_MODELLED),
+        assumptions=(
+            *setting.cluster.assumptions,
+            *layout.local.assumptions,
+            *setting.notes,
+            *_notes(setting),
+            *moved,
+            *notes,
+            *NOT_MODELLED,
+        ),
         sources=_sources(setting),
         events=tuple(events),
     )
@@ -166,5 +185,7 @@ def _sources(setting: Setting) -> tuple[str, ...]:
         lines += [f"{device.name}: {s}" for s in dict.fromkeys(p.source for p in device.provenance.values())]
         lines += compute_model(device.compute_model).sources(device)
     lines += setting.runtime.sources
+    if setting.strategy.moved.anything:
+        lines += offload_sources(setting)
     lines.append(energy.SOURCE)
     return tuple(dict.fromkeys(lines))

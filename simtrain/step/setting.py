@@ -14,6 +14,7 @@ from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.step.buckets import gradient_bytes
+from simtrain.step.offload_checks import check_offload
 from simtrain.step.shard import stated_cuts
 
 
@@ -70,6 +71,7 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     _refuse_cpu_dropout(work, framework)
     _refuse_exchanges(how)
     _refuse_formats(how, recipe, framework)
+    check_offload(how, framework, devices[0])
     return Setting(
         work, machines, how, recipe, framework, devices, stated_cuts(work.with_micro_batch(how.micro_batch), how.blocks_per_chunk)
     )

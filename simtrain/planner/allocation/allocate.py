@@ -237,7 +237,11 @@ class Allocator:
     def _worth(self, name: str, there: Mapping[str, int], placement: Placement, reading: Reading) -> Worth:
         """Plans anew without one device of a kind, and without all of them."""
         kind = self.job.kinds[name]
-        busy = [(b, len(lane.rank_class.ranks)) for lane, b in zip(reading.lanes, reading.busy_s, strict=True) if lane_kind(self.job, lane.rank_class.ranks) == name]
+        busy = [
+            (b, len(lane.rank_class.ranks))
+            for lane, b in zip(reading.lanes, reading.busy_s, strict=True)
+            if lane_kind(self.job, lane.rank_class.ranks) == name
+        ]
         used = sum(n for _, n in busy)
         one = self._otherwise({**there, name: there[name] - 1})
         none = self._otherwise({**there, name: 0})

@@ -36,6 +36,10 @@ class Provenance:
     source: str
 
 
+HOPPER_OPERATIONS = 6_000
+"""Between what tensor cores of Hopper and of Blackwell do per clock."""
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryTier:
     """One level of a device's memory.
@@ -132,6 +136,15 @@ class Device:
         Told by its numbers: stacked memory and fp8 arithmetic (Ada, 8.9, has fp8 with other memory).
         """
         return self.vendor.upper() == "NVIDIA" and self.memory.is_hbm and DType.FP8 in self.peak_flops
+
+    @property
+    def is_hopper(self) -> bool:
+        """Whether it is an NVIDIA GPU of compute capability 9.0.
+
+        Told by its numbers: since Hopper, with 4,096 dense bf16 operations per multiprocessor and clock, where Blackwell has 8,192.
+        """
+        per_clock = self.peak_flops.get(DType.BF16, 0.0) / (self.multiprocessors * self.clock_hz)
+        return self.since_hopper and per_clock < HOPPER_OPERATIONS
 
 
 @dataclass(frozen=True, slots=True)

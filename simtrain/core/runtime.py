@@ -49,7 +49,8 @@ class Runtime:
         library: Whose kernels decide what operators take while they run: "stated" by the operators (GPU kernels) or "onednn".
         context_bytes: Device memory outside the allocator (driver context, libraries).
         reserved_factor: Reserved over allocated bytes (0 where the allocator has no such thing).
-        workspace_bytes: Persistent library workspaces on the device.
+        workspace_bytes: Persistent library workspaces on the device, as a setting of the framework's fixes them.
+        blas_handles: Threads whose products have a workspace of the library's default size (forward, autograd); see `step/workspace.py`.
         hopper_workspace_bytes: The same on devices since Hopper, where libraries take more; 0 for as much.
         loss: How cross-entropy is computed; see `simtrain.core.workload.Form`.
         regather: Whether backward gathers sequence-parallel inputs anew; see `Form`.
@@ -114,6 +115,7 @@ class Runtime:
     late_prefetch: bool = False
     communication_share: float = 0.0
     hopper_workspace_bytes: int = 0
+    blas_handles: int = 0
     fused_softmax: bool = False
     fused_gate: bool = False
     score_buffer: bool = False
@@ -129,7 +131,7 @@ class Runtime:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"runtime: {name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("launch_s", "recompute_s", "run_ahead_launches", "context_bytes", "workspace_bytes"):
+        for name in ("launch_s", "recompute_s", "run_ahead_launches", "context_bytes", "workspace_bytes", "blas_handles"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"runtime: {name} must not be negative, not {getattr(self, name)!r}")
         if not 0 <= self.communication_share < 1:
@@ -166,7 +168,7 @@ RUNTIMES: dict[str, Runtime] = {
             communication_share=0.15,
             context_bytes=450 * MIB,
             reserved_factor=1.05,
-            workspace_bytes=2 * 8_519_680,
+            blas_handles=2,
             sources=(
                 "PyTorch 2.13 documentation: DistributedDataParallel (bucket sizes), optim (foreach default on CUDA), CUDA semantics",
                 "recomputation: 60 us of host time per saved tensor, measured on one server core with PyTorch 2.13 on the CPU",
@@ -185,7 +187,7 @@ RUNTIMES: dict[str, Runtime] = {
             communication_share=0.15,
             context_bytes=450 * MIB,
             reserved_factor=1.05,
-            workspace_bytes=2 * 8_519_680,
+            blas_handles=2,
             sources=(
                 "PyTorch 2.13, torch/distributed/fsdp/_fully_shard: one layer prefetched, gradients scattered after every backward pass",
                 COMMUNICATION_SHARE_SOURCE,
@@ -257,7 +259,7 @@ RUNTIMES: dict[str, Runtime] = {
             communication_share=0.15,
             context_bytes=450 * MIB,
             reserved_factor=1.05,
-            workspace_bytes=2 * 8_519_680,
+            blas_handles=2,
             communicator_bytes=COMMUNICATOR_BYTES,
             sources=(
                 "fused elementwise kernels and reentrant checkpoints: as Megatron-LM (recalled)",

@@ -18,7 +18,7 @@ from simtrain.core.runtime import Runtime
 from simtrain.step.costs import ADDS_GRADIENTS
 from simtrain.step.instructions import FORWARD_MODES, chunk_costs, gradient_order
 from simtrain.step.layout import Lane
-from simtrain.step.occupancy import KINDS, Occupancy, Sizer, occupancy, unsaved_cast_bytes
+from simtrain.step.occupancy import KINDS, Mode, Occupancy, Sizer, occupancy, unsaved_cast_bytes
 from simtrain.step.offload_activations import MovedRows, moved_items
 from simtrain.step.offload_memory import leaving_share, left_on_device
 from simtrain.step.passes import Pass, received_kind
@@ -151,7 +151,7 @@ class _Book:
         chunk, strategy = self.lane.chunks[number], self.setting.strategy
         passes = self.costs[number].passes(action, adding=adding)
         base = self._arriving(chunk, action)
-        casts = np.zeros(len(KINDS))
+        casts, again = np.zeros(len(KINDS)), np.zeros(len(KINDS))
         names: list[str] = []
         rows, owner = [], []
         for i, step in enumerate(passes):
@@ -163,9 +163,10 @@ class _Book:
                 base = base + self.moved.coming(passes, i)
             name = chunk.workload.layers[step.kind].name
             names += [f"{step.mode.value}/{name}.{chunk.start + step.layer}/{op}" for op in replay.names]
-            rows.append(base + replay.moments + held)
+            rows.append(base + replay.moments + held + again)
             owner += [i] * len(replay.names)
             base = base + replay.net
+            again = np.zeros(len(KINDS)) if step.mode is not Mode.RECOMPUTE or step.context.last_of_segment else again + replay.casts
             if self.leaving and step.mode in ADDS_GRADIENTS:
                 base = base - self.leaving * whole_gradients(concrete, sizer, step.mode, adding)
             if step.mode in FORWARD_MODES:

@@ -17,6 +17,7 @@ from simtrain.step.ledger import Ledger, ledger, report
 from simtrain.step.offload import offload_notes, offload_sources
 from simtrain.step.offload_memory import host_memory, shortage
 from simtrain.step.setting import Setting
+from simtrain.step.workspace import blas_bytes
 
 NOT_MODELLED = (
     "data loading, evaluation, snapshots and network or driver hiccups are not modelled",
@@ -32,12 +33,15 @@ def by_rank(classes: Sequence[RankClass], values: Sequence[float]) -> list[float
 
 def lane_ledgers(layout: Layout) -> list[Ledger]:
     """The ledger of every lane; lanes of one stage share one where libraries take the same workspaces on their devices."""
-    known: dict[tuple[int, bool], Ledger] = {}
+    known: dict[tuple[int, bool, int], Ledger] = {}
+    books = []
     for lane in layout.lanes:
-        key = (lane.stage, lane.place.device.since_hopper)
+        device = lane.place.device
+        key = (lane.stage, device.since_hopper, blas_bytes(device))
         if key not in known:
             known[key] = ledger(layout.setting, lane, layout.plan)
-    return [known[lane.stage, lane.place.device.since_hopper] for lane in layout.lanes]
+        books.append(known[key])
+    return books
 
 
 def tightest_lane(layout: Layout, books: Sequence[Ledger]) -> int:

@@ -25,6 +25,7 @@ from simtrain.step.passes import Pass
 from simtrain.step.setting import Setting
 from simtrain.step.shard import REST, Chunk
 from simtrain.step.specialize import ConcreteLayer
+from simtrain.step.workspace import blas_bytes
 
 STEP_COUNTER_BYTES = 4
 """AdamW keeps a step counter tensor per parameter (`torch/optim/adamw.py`)."""
@@ -95,8 +96,10 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
 def _workspaces(setting: Setting, lane: Lane) -> float:
     """What libraries hold on a device, and the buffer that some unfused attention takes for its scores."""
     runtime = setting.runtime
-    hopper = lane.place.device.since_hopper and runtime.hopper_workspace_bytes
+    device = lane.place.device
+    hopper = device.since_hopper and runtime.hopper_workspace_bytes
     own = runtime.hopper_workspace_bytes if hopper else runtime.workspace_bytes
+    own += runtime.blas_handles * blas_bytes(device)
     if not runtime.score_buffer or runtime.fused_attention:
         return own
     return own + max(

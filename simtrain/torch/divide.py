@@ -20,11 +20,12 @@ WAYS = ("column", "row", "vocabulary", "gather")
 
 KNOWN: Plan = {
     **dict.fromkeys(("*q_proj", "*k_proj", "*v_proj", "*gate_proj", "*up_proj", "*c_attn", "*c_fc"), "column"),
-    **dict.fromkeys(("*o_proj", "*down_proj", "*c_proj"), "row"),
-    **dict.fromkeys(("*embed_tokens", "*wte"), "vocabulary"),
-    "*lm_head": "gather",
+    **dict.fromkeys(("*self.query", "*self.key", "*self.value", "*intermediate.dense"), "column"),
+    **dict.fromkeys(("*o_proj", "*down_proj", "*c_proj", "*output.dense"), "row"),
+    **dict.fromkeys(("*embed_tokens", "*wte", "*word_embeddings"), "vocabulary"),
+    **dict.fromkeys(("*lm_head", "*predictions.decoder", "*predictions"), "gather"),
 }
-"""Names that Hugging Face's models use."""
+"""Names that Hugging Face's models use: Llama and its kin, GPT-2, BERT."""
 
 _PRODUCTS = (OperatorKind.GEMM, OperatorKind.BATCHED_GEMM)
 _MOVED = (OperatorKind.ELEMENTWISE, OperatorKind.CAST, OperatorKind.COPY)
@@ -144,7 +145,8 @@ class _Divider:
 
     def _follow(self, op: Operator) -> tuple[bool, bool]:
         """Whether what an operator writes is divided, and whether it is a partial sum."""
-        reads = [n for n in op.reads if n not in op.partial]
+        # what comes first is read, be it in part (a slice); what is partial behind it may only be held
+        reads = [n for i, n in enumerate(op.reads) if not i or n not in op.partial]
         parts = [n for n in reads if n in self.parts]
         if op.kind is OperatorKind.EMBEDDING:
             return False, any(n in self.parts for n in op.reads)

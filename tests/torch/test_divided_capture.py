@@ -25,7 +25,7 @@ BATCH = 4
 SIZES = {"layers": 3, "hidden": 64, "heads": 8, "vocabulary": 96, "max_positions": 64, "sequence": 32}
 GPT = preset("gpt", **SIZES, fused_qkv=True, tied_head=False)
 PLAN = {"*.attention.qkv": "column", "*.attention.proj": "row", "*.mlp.fc1": "column", "*.mlp.fc2": "row", "*.wte": "vocabulary"}
-EXACT = runtime("torch-eager").with_(allocator="exact", library="stated", optimizer_style="single", workspace_bytes=0)
+EXACT = runtime("torch-eager").with_(allocator="exact", library="stated", optimizer_style="single", blas_handles=0)
 
 
 @cache

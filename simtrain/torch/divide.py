@@ -140,7 +140,7 @@ class _Divider:
         if cut:
             self.parts.update(t.name for t in op.writes)
             self.shared.update({t.name: True for t in op.writes if t.name.startswith("shared:")})
-        after = [self._reduce(op)] if partial else [self._gather(whole)] if gathers and cut and not backward and op.dims else []
+        after = [self._reduce(op)] if partial else self._gather(whole) if gathers and cut and not backward and op.dims else []
         return [*before, op, *after]
 
     def _follow(self, op: Operator) -> tuple[bool, bool]:
@@ -213,18 +213,20 @@ class _Divider:
         name = op.writes[0].name
         return Operator(f"{name}.all_reduce", OperatorKind.COLLECTIVE, updates=(name,), collective=Collective.ALL_REDUCE, group="tensor")
 
-    def _gather(self, whole: Operator) -> Operator:
+    def _gather(self, whole: Operator) -> list[Operator]:
+        """All columns: what arrives lies rank by rank, and a copy puts it side by side."""
         source = whole.writes[0]
-        gathered = replace(source, name=f"{source.name}.whole")
+        arrived, gathered = (replace(source, name=f"{source.name}.{end}") for end in ("arrived", "whole"))
         self.aliases[source.name] = gathered.name
-        return Operator(
+        gather = Operator(
             f"{source.name}.all_gather",
             OperatorKind.COLLECTIVE,
             (source.name,),
-            (gathered,),
+            (arrived,),
             collective=Collective.ALL_GATHER,
             group="tensor",
         )
+        return [gather, Operator(f"{source.name}.side_by_side", OperatorKind.COPY, (arrived.name,), (gathered,))]
 
     def _slice(self, op: Operator) -> tuple[list[Operator], Operator]:
         """This rank's columns of the gradient of what was gathered."""

@@ -66,7 +66,7 @@ def test_collectives_flops_and_memory_are_those_of_the_true_rank(ranks: int) -> 
     assert mine.model_flops(BATCH) > 0
     book = ledger_of(captured(), st.Strategy(micro_batch=BATCH, tensor=ranks), EXACT)
     assert book.moments[0].sum() == pytest.approx(job.recording.given_bytes, rel=0.001)
-    assert book.moments[book.peak].sum() == pytest.approx(job.peak_bytes, rel=0.015)  # gathered logits are copied twice more
+    assert book.moments[book.peak].sum() == pytest.approx(job.peak_bytes, rel=0.005)
 
 
 def test_a_division_multiplies_back_to_the_whole() -> None:

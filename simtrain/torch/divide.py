@@ -125,8 +125,8 @@ class _Divider:
         return replace(parameter, shape=tuple(n // self.degree if i == side else n for i, n in enumerate(parameter.shape)))
 
     def _operator(self, whole: Operator, *, backward: bool) -> list[Operator]:
-        reads, partial = (tuple(self.aliases.get(n, n) for n in names) for names in (whole.reads, whole.partial))
-        op = replace(whole, reads=reads, partial=partial)
+        reads, in_part = (tuple(self.aliases.get(n, n) for n in names) for names in (whole.reads, whole.partial))
+        op = replace(whole, reads=reads, partial=in_part)
         module = op.name.rsplit(".", 2 if ".backward" in op.name else 1)[0]
         gathers = self._way(module) == "gather"
         before: list[Operator] = []

@@ -82,6 +82,7 @@ def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime, devices:
         UnsupportedError: Only the whole of it is known.
     """
     workload = workload.with_micro_batch(strategy.micro_batch)
+    experts = any(p.expert for layer in workload.layers for p in layer.parameters)
     form = Form(
         tensor=strategy.tensor,
         sequence_parallel=strategy.sequence_parallel,
@@ -91,7 +92,8 @@ def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime, devices:
         loss=runtime.loss,
         regather=runtime.regather,
         overlap=runtime.overlap_tensor,
-        expert_weights=runtime.expert_weights if any(p.expert for layer in workload.layers for p in layer.parameters) else "after",
+        expert_weights=runtime.expert_weights if experts else "after",
+        grouped_experts=runtime.grouped_experts or not experts,
         vocabulary_multiple=runtime.vocabulary_multiple,
         untied=strategy.pipeline > 1,
         fused_softmax=runtime.fused_softmax,

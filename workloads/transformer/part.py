@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simtrain.core.errors import StrategyError
+from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.polynomial import B, Polynomial, S
 from simtrain.core.workload import Form
+from workloads.transformer.routing import fullest_over_mean
 from workloads.transformer.spec import TransformerSpec
 
 
@@ -29,6 +30,8 @@ class Part:
         self._divides("heads", self.spec.heads, self.form.tensor, "tensor")
         self._divides("ffn width", self.spec.ffn_width, self.form.tensor, "tensor")
         self._check_experts()
+        if self.spec.kv_rank and self.form.context > 1 and self.form.context_style == "ulysses":
+            raise UnsupportedError("context_style=ulysses is not modelled with latent attention: use context_style=ring")
         if self.form.sequence_parallel and self.form.tensor == 1:
             raise StrategyError("sequence_parallel splits tokens over tensor-parallel ranks: with tensor=1 leave it off")
         if self.form.context > 1 and self.form.context_style == "ulysses":
@@ -118,9 +121,25 @@ class Part:
         return self.resident * self.spec.top_k
 
     @property
+    def kept_rows(self) -> Polynomial:
+        """Rows that are made of these choices: all of them, or every expert's room, filled or not."""
+        return self.chosen_rows * self.spec.capacity if self.spec.capacity else self.chosen_rows
+
+    @property
+    def load(self) -> float:
+        """Choices that the fullest rank gets over the mean; rooms are equal."""
+        spec, ranks = self.spec, self.form.expert
+        if ranks == 1 or spec.capacity:
+            return 1.0
+        if not spec.spread:
+            return spec.load
+        choices = round(self.chosen_rows(1, spec.sequence))
+        return fullest_over_mean(spec.spread, spec.experts, spec.top_k, ranks, choices)
+
+    @property
     def exchanged_rows(self) -> Polynomial:
-        """Choices that it gets when they are exchanged: those of the fullest rank."""
-        return self.chosen_rows * self.spec.load if self.form.expert > 1 else self.chosen_rows
+        """Rows that it gets when they are exchanged: those of the fullest rank."""
+        return self.kept_rows * self.load
 
     @property
     def expert_rows(self) -> Polynomial:

@@ -33,11 +33,15 @@ class Part:
         if self.spec.kv_rank and self.form.context > 1 and self.form.context_style == "ulysses":
             raise UnsupportedError("context_style=ulysses is not modelled with latent attention: use context_style=ring")
         if self.form.sequence_parallel and self.form.tensor == 1:
-            raise StrategyError("sequence_parallel splits tokens over tensor-parallel ranks: with tensor=1 leave it off")
+            raise StrategyError(
+                "sequence_parallel splits tokens over tensor-parallel ranks: use sequence_parallel=false, or tensor=2 or more"
+            )
         if self.form.context > 1 and self.form.context_style == "ulysses":
             self._divides("heads per tensor-parallel rank", self.heads, self.form.context, "context")
         if self.form.sequence_parallel and not self.spec.predicts_tokens:
-            raise StrategyError("a span head compares the positions of a whole sequence, which sequence_parallel splits: leave it off")
+            raise StrategyError(
+                "a span head compares the positions of a whole sequence, which sequence_parallel splits: use sequence_parallel=false"
+            )
 
     def _check_experts(self) -> None:
         spec, form = self.spec, self.form
@@ -57,7 +61,7 @@ class Part:
     def _divides(self, what: str, size: int, degree: int, field: str) -> None:
         if size % degree:
             near = max(d for d in range(1, degree) if size % d == 0)
-            raise StrategyError(f"{field}={degree} does not divide the model's {size} {what}: the next degree below that does is {near}")
+            raise StrategyError(f"{field}={degree} does not divide the model's {size} {what}: use {field}={near}, the next below that does")
 
     @property
     def whole(self) -> bool:

@@ -108,11 +108,12 @@ def _refuse_exchanges(strategy: Strategy) -> None:
         return
     if compression != "none" and rare:
         raise UnsupportedError(
-            f"{asked}: compressing what is exchanged every few steps is not modelled: use compression=none, or leave low_communication empty"
+            f"{asked}: compressing what is exchanged every few steps is not modelled: use compression=none, or leave "
+            "low_communication empty"
         )
     if rare:
         if strategy.data == 1:
-            raise StrategyError(f"{asked} is between replicas, of which there is one: use data=2 or more, or leave it away")
+            raise StrategyError(f"{asked} is between replicas, of which there is one: use data=2 or more")
         if strategy.zero:
             raise StrategyError(
                 f"{asked} lets replicas differ between exchanges, but zero={strategy.zero} shards one state over them, which needs every "

@@ -1,6 +1,5 @@
 """All pairs of degrees and features: each either predicts, or is refused with the reason and a setting that is possible."""
 
-import itertools
 import math
 import re
 from functools import lru_cache
@@ -13,8 +12,8 @@ from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.step.schedules import names
 
-SIZES = {"layers": 8, "hidden": 64, "heads": 4, "kv_heads": 4, "vocabulary": 512, "experts": 4, "top_k": 2, "expert_ffn": 96}
-BASE = {"data": 4, "accumulation": 8, "precision": "bf16-amp"}
+SIZES = {"layers": 4, "hidden": 64, "heads": 4, "kv_heads": 4, "vocabulary": 512, "experts": 4, "top_k": 2, "expert_ffn": 96}
+BASE = {"data": 4, "accumulation": 4, "precision": "bf16-amp"}
 CHOICES: dict[str, dict[str, object]] = {
     "one replica": {"data": 1},
     "zero 1": {"zero": 1},
@@ -35,14 +34,14 @@ CHOICES: dict[str, dict[str, object]] = {
     "expert that does not divide": {"expert": 3},
     "expert over all": {"expert": 4},
     "few micro-batches": {"accumulation": 1},
-    "odd micro-batches": {"accumulation": 7},
+    "odd micro-batches": {"accumulation": 3},
     "two chunks": {"chunks": 2},
-    "uneven cuts": {"pipeline": 2, "cuts": "3-5"},
-    "more stages than blocks": {"pipeline": 16, "data": 1},
+    "uneven cuts": {"pipeline": 2, "cuts": "1-3"},
+    "more stages than blocks": {"pipeline": 8, "data": 1},
     **{f"pipeline, {name}": {"pipeline": 2, "schedule": name} for name in names()},
-    **{f"compression {name}": {"compression": name} for name in ("16-bit", "1-bit", "powersgd:4", "topk:0.01", "zero++")},
-    **{f"exchange by {name}": {"low_communication": name} for name in ("local-sgd:8", "diloco:100")},
-    **{f"checkpoint {name}": {"checkpoint": name} for name in ("full", "sqrt", "every:3", "selective", "optimal", "layers:0-3")},
+    **{f"compression {name}": {"compression": name} for name in ("16-bit", "powersgd:4", "zero++")},
+    **{f"exchange by {name}": {"low_communication": name} for name in ("diloco:100",)},
+    **{f"checkpoint {name}": {"checkpoint": name} for name in ("full", "sqrt", "every:2", "selective", "optimal", "layers:0-1")},
     "fp16": {"precision": "fp16-amp"},
 }
 FIX = re.compile(r"([a-z_]+)=([\w:+.-]*[\w+])")
@@ -65,7 +64,7 @@ def predict(settings: dict[str, object]) -> None:
 def mended(settings: dict[str, object], message: str) -> dict[str, object]:
     """Settings changed as a message advises: the first of the ways out that stand behind its last "use", "give" or "leave"."""
     advice = re.split(r"\buse\b|\bgive\b|\bleave\b", message)[-1].split(" or ")[0]
-    changes: dict[str, object] = {name: "" for name in re.findall(r"(\w+) empty", advice)}
+    changes: dict[str, object] = dict.fromkeys(re.findall(r"(\w+) empty", advice), "")
     for name, value in FIX.findall(advice):
         kind = type(getattr(Strategy(), name))
         changes[name] = value == "true" if kind is bool else kind(value)
@@ -75,15 +74,10 @@ def mended(settings: dict[str, object], message: str) -> dict[str, object]:
     return settings | changed
 
 
-PAIRS = list(itertools.combinations(CHOICES, 2))
-
-
 @pytest.mark.parametrize("first", CHOICES)
 def test_a_pair_predicts_or_is_refused_with_what_is_possible(first):
-    for second in CHOICES:
-        if (first, second) not in PAIRS:
-            continue
-        settings = BASE | CHOICES[first] | CHOICES[second]
+    for second, chosen in list(CHOICES.items())[list(CHOICES).index(first) + 1 :]:
+        settings = BASE | CHOICES[first] | chosen
         for _ in range(4):
             try:
                 predict(settings)

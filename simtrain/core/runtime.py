@@ -57,6 +57,7 @@ class Runtime:
         overlap_tensor: Whether tensor-parallel reductions of backward run beside the product of the weight's gradient.
         vocabulary_multiple: Rows that the vocabulary is padded to a multiple of, per tensor-parallel rank.
         expert_weights: Where the weights of experts are multiplied in; see `Form`.
+        grouped_experts: Whether the products of all experts are one kernel; see `Form`.
         main_gradients: Whether gradients add up in a persistent fp32 buffer while weights are 16-bit (Megatron-LM).
         scatter_gradients: Whether sharded states (ZeRO 1 and up) get gradients by reduce-scatter rather than all-reduce.
         reduce_every: Whether ZeRO 2 reduces gradients in every micro-batch rather than in the last.
@@ -105,6 +106,7 @@ class Runtime:
     overlap_tensor: bool = False
     vocabulary_multiple: int = 1
     expert_weights: Literal["after", "between", "fused"] = "after"
+    grouped_experts: bool = True
     main_gradients: bool = False
     scatter_gradients: bool = False
     reduce_every: bool = False

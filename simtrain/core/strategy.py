@@ -161,7 +161,10 @@ class Strategy:
         counts = self.blocks_per_chunk
         if counts and (len(counts) % self.pipeline or (self.chunks and len(counts) != self.pipeline * self.chunks)):
             times = f" x chunks={self.chunks}" if self.chunks else ""
-            raise StrategyError(f"cuts={self.cuts} names {len(counts)} chunks, which pipeline={self.pipeline}{times} does not divide into")
+            fix = f"use chunks={len(counts) // self.pipeline}" if len(counts) % self.pipeline == 0 else "leave cuts empty"
+            raise StrategyError(
+                f"cuts={self.cuts} names {len(counts)} chunks, which pipeline={self.pipeline}{times} does not divide into: {fix}"
+            )
 
     @property
     def blocks_per_chunk(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from simtrain.step.workspace import blas_bytes
 
 NOT_MODELLED = (
     "data loading, evaluation, snapshots and network or driver hiccups are not modelled",
-    "collectives and the computation beside them contend for multiprocessors and links, not for device memory",
+    "collectives take multiprocessors, memory bandwidth and links from what runs beside them; the step's closed form leaves memory out",
 )
 
 

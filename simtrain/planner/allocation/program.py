@@ -147,7 +147,7 @@ def build(job: Job, lines: Sequence[Line], exchanged: CollectiveCost) -> Program
         if setting.reduces:
             _restore(build_, setting, lane, done)
         build_.work(lane.index, TermKind.OPTIMIZER, "optimizer", update_cost(setting, lane), -1, done, sync=True)
-    return build_.finish()
+    return build_.finish(np.zeros(1, dtype=np.int64))[0]
 
 
 def _pipeline(job: Job, build_: Builder, line: Line) -> list[int]:

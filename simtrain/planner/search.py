@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simtrain.core import catalog
@@ -20,10 +20,12 @@ from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
+from simtrain.planner.evidence import nearest
+from simtrain.planner.found import Failure, Plan
 from simtrain.planner.objectives import BALANCED, OBJECTIVES, PRICED, TIMED, Judge, Limits, Objective, Weights, weights_of
 from simtrain.planner.screen import REFUSALS, Screen
 from simtrain.planner.space import Candidate, Wishes, candidates, check_fixed, default_runtimes
-from simtrain.planner.why import Why, feasible, why
+from simtrain.planner.why import feasible, why
 from simtrain.step.predict import estimate, schedule, simulate
 
 EXHAUSTIVE = 100
@@ -47,87 +49,6 @@ CHOICES = (
     *("micro_batch", "precision", "checkpoint", "zero", "tensor", "sequence_parallel"),
     *("pipeline", "schedule", "chunks", "context", "expert", "shard"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A combination that does not work, and why.
-
-    Attributes:
-        strategy: As text.
-        reason: In words.
-        over_bytes: By how much it exceeds the device's memory, at least (0 if that is not the reason).
-        term: The memory kind that takes most ("" if that is not the reason).
-        smallest_change: The fitting combination that differs in the fewest choices, as text ("" if there is none).
-        smallest_change_samples_per_s: Its throughput.
-        runtime: What would carry it out.
-    """
-
-    strategy: str
-    reason: str
-    over_bytes: float = 0.0
-    term: str = ""
-    smallest_change: str = ""
-    smallest_change_samples_per_s: float = 0.0
-    runtime: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the search found.
-
-    Attributes:
-        workload: Name.
-        cluster: Name.
-        global_batch: Samples per step (the first where several were allowed).
-        objective: What was optimised (the first where there were several).
-        considered: Combinations in the space; the sum of ranked, failed and passed over.
-        ranked: What fits and was read, best first.
-        failed: What does not, nearest to fitting first.
-        passed_over: Combinations that a bound or a projection of their step time showed to be no match for the best.
-        unread: Combinations that were not looked at because the search took too long; above zero, the plan is not complete.
-        front: With several objectives, what nothing else beats in all of them; else the best alone.
-        objectives: All of them.
-        notes: How it was searched, in words.
-        elapsed_s: How long it took.
-        why: What bounds the best and what would change it, where that was asked for.
-        advice: Where nothing fits, what would.
-    """
-
-    workload: str
-    cluster: str
-    global_batch: int
-    objective: str
-    considered: int
-    ranked: tuple[Result, ...]
-    failed: tuple[Failure, ...]
-    passed_over: int = 0
-    unread: int = 0
-    front: tuple[Result, ...] = ()
-    objectives: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    elapsed_s: float = 0.0
-    why: Why | None = None
-    advice: tuple[str, ...] = ()
-
-    @property
-    def best(self) -> Result | None:
-        """The winner, or `None` if nothing fits."""
-        return self.ranked[0] if self.ranked else None
-
-    @property
-    def complete(self) -> bool:
-        """Whether every combination was accounted for."""
-        return self.unread == 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain data for JSON."""
-        data: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        data["ranked"] = [r.to_dict() for r in self.ranked]
-        data["front"] = [r.to_dict() for r in self.front]
-        data["why"] = asdict(self.why) if self.why else None
-        data["failed"] = [{name: getattr(f, name) for name in Failure.__dataclass_fields__} for f in self.failed]
-        return data
 
 
 def plan(
@@ -201,7 +122,8 @@ def plan(
     if found.best is None:
         return replace(found, advice=feasible(work, machines, batches[0], limits))
     framework = next(r for r in frameworks if r.name == found.best.runtime)
-    return replace(found, why=why(work, machines, found.best.strategy, runtime=framework))
+    reasons = why(work, machines, found.best.strategy, runtime=framework)
+    return replace(found, why=reasons, evidence=nearest(work, machines, Strategy.parse(found.best.strategy)))
 
 
 def _check_prices(cluster: Cluster, judge: Judge, limits: Limits) -> None:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
-from simtrain.cli.files import PICTURES, TRACES, check_path, write_files
+from simtrain.cli.files import PAGES, PICTURES, TRACES, check_path, write_files, write_report
 from simtrain.cli.options import (
     ClusterOption,
     JsonOption,
     MemoryPlotOption,
     Objective,
+    ReportOption,
     SeqLenOption,
     TimelineOption,
     TraceOption,
@@ -62,6 +63,7 @@ def plan(
     timeline: TimelineOption = None,
     memory_plot: MemoryPlotOption = None,
     trace: TraceOption = None,
+    report: ReportOption = None,
     json: JsonOption = False,
 ) -> None:
     """Search the strategies for a global batch and rank them."""
@@ -73,6 +75,7 @@ def plan(
     check_path("--timeline", timeline, PICTURES)
     check_path("--memory-plot", memory_plot, PICTURES)
     check_path("--trace", trace, TRACES)
+    check_path("--report", report, PAGES)
     if emit is not None:
         check_launcher(emit, "--emit")
     what, where = catalog.workload(workload, seq_len=seq_len), catalog.cluster(cluster)
@@ -107,6 +110,7 @@ def plan(
         best = found.ranked[0]
         full = best if best.events else schedule(what, where, best.strategy, runtime=best.runtime)
         write_files(full, timeline=timeline, memory=memory_plot, trace=trace)
+    write_report(found, report)
     if not found.ranked:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simtrain.cli.files import PICTURES, TRACES, check_path, write_files
+from simtrain.cli.files import PAGES, PICTURES, TRACES, check_path, write_files, write_report
 from simtrain.cli.options import (
     ClusterOption,
     JsonOption,
     MemoryPlotOption,
     Reader,
+    ReportOption,
     RuntimeOption,
     SeqLenOption,
     TimelineOption,
@@ -50,12 +51,14 @@ def predict(
     timeline: TimelineOption = None,
     memory_plot: MemoryPlotOption = None,
     trace: TraceOption = None,
+    report: ReportOption = None,
     json: JsonOption = False,
 ) -> None:
     """Predict step time, memory, energy and cost of a strategy."""
     check_path("--timeline", timeline, PICTURES)
     check_path("--memory-plot", memory_plot, PICTURES)
     check_path("--trace", trace, TRACES)
+    check_path("--report", report, PAGES)
     how = read_strategy(strategy)
     dynamics: dict[str, Any] = {"jitter": jitter or None, "stragglers": read_stragglers(straggler or [], how.ranks) or None}
     dynamics |= {"seed": seed, "steps": steps}
@@ -70,6 +73,7 @@ def predict(
 
         write_table(result_table(result))
     write_files(result, timeline=timeline, memory=memory_plot, trace=trace)
+    write_report(result, report)
     if not result.fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from simtrain.core import catalog
 from simtrain.core.hardware import Cluster
-from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 

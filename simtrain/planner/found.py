@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from simtrain.core.result import Result
@@ -82,6 +84,14 @@ class Plan:
     def complete(self) -> bool:
         """Whether every combination was accounted for."""
         return self.unread == 0
+
+    def report(self, path: Path | str) -> None:
+        """Writes one HTML file about it that needs no network: `simtrain.report.write_page`.
+
+        Raises:
+            InputError: The file cannot be written, or does not end in .html.
+        """
+        import_module("simtrain.report").write_page(self, path)  # by name: planner stands below what people read
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from simtrain.core import catalog
@@ -22,6 +24,9 @@ from simtrain.step.predict import schedule
 
 MORE = 1.1
 """How much more of a resource is priced."""
+
+ROUND_OFF = 1e-12
+"""Relative differences below this come from adding and subtracting."""
 
 MOST_COPIES = 64
 """Times as many machines as are tried when a model fits nowhere."""
@@ -275,6 +280,14 @@ class Comparison:
         ]
         return "\n".join(lines)
 
+    def report(self, path: Path | str) -> None:
+        """Writes one HTML file about it that needs no network: `simtrain.report.write_page`.
+
+        Raises:
+            InputError: The file cannot be written, or does not end in .html.
+        """
+        import_module("simtrain.report").write_page(self, path)  # by name: planner stands below what people read
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON."""
         return {"a": self.a.to_dict(), "b": self.b.to_dict(), "time_s": self.time_s, "memory_bytes": self.memory_bytes}
@@ -288,6 +301,8 @@ def compare(a: Result, b: Result) -> Comparison:
 def _minus(b: Any, a: Any) -> dict[str, float]:
     names = dict.fromkeys((*a, *b))
     parts = {name: float(b.get(name, 0.0) - a.get(name, 0.0)) for name in names}
+    largest = max((abs(v) for m in (a, b) for v in m.values()), default=0.0)
+    parts = {name: change if abs(change) > ROUND_OFF * largest else 0.0 for name, change in parts.items()}
     return dict(sorted(parts.items(), key=lambda item: -abs(item[1])))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simtrain.core.units import format_bytes, format_time
-from simtrain.report.text import bullets, plain_table
+from simtrain.report.text import bullets, part_time, plain_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,12 +48,9 @@ def comparison_table(found: Comparison) -> RenderableType:
 
     time = plain_table("Time on the slowest rank", "part", "A", "B", "B - A", numeric=("A", "B", "B - A"))
     for name, change in found.time_s.items():
-        time.add_row(
-            name,
-            format_time(found.a.breakdown_s.get(name, 0.0)),
-            format_time(found.b.breakdown_s.get(name, 0.0)),
-            _signed(change, format_time),
-        )
+        longest_s = max(found.a.step_time_s, found.b.step_time_s)
+        parts = [part_time(r.breakdown_s.get(name, 0.0), longest_s) for r in (found.a, found.b)]
+        time.add_row(name, *parts, _signed(change, format_time))
     memory = plain_table("Memory at its peak", "kind", "A", "B", "B - A", numeric=("A", "B", "B - A"))
     for name, change in found.memory_bytes.items():
         before, after = (r.memory.by_kind_bytes.get(name, 0.0) for r in (found.a, found.b))

@@ -11,15 +11,13 @@ from simtrain.core.result import MemoryKind, Result
 from simtrain.core.strategy import Strategy
 from simtrain.core.units import format_bytes, format_flops, format_time
 from simtrain.report.sweeps import advice_list, why_table
-from simtrain.report.text import bullets, facts, memory_verdict, plain_table, share
+from simtrain.report.text import bullets, facts, memory_verdict, part_time, plain_table, share
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
     from simtrain.planner.search import Failure, Plan
-
-_ROUND_OFF = 1e-9  # of the step: what is smaller comes from adding and subtracting times
 
 
 def result_table(result: Result) -> RenderableType:
@@ -58,8 +56,7 @@ def _headline(result: Result) -> Table:
 def _breakdown_table(result: Result) -> Table:
     table = plain_table("Step time on the slowest rank", "part", "time", "share", numeric=("time", "share"))
     for part, time_s in result.breakdown_s.items():
-        shown_s = time_s if abs(time_s) > _ROUND_OFF * result.step_time_s else 0.0
-        table.add_row(part, format_time(shown_s), share(shown_s, result.step_time_s))
+        table.add_row(part, part_time(time_s, result.step_time_s), share(abs(time_s), result.step_time_s))
     table.add_section()
     table.add_row("sum = step", format_time(sum(result.breakdown_s.values())), share(sum(result.breakdown_s.values()), result.step_time_s))
     return table
@@ -153,11 +150,11 @@ def _failures(failed: tuple[Failure, ...]) -> Table:
     for why, group in sorted(groups.items(), key=lambda item: -len(item[1])):
         closest, furthest = (choose(group, key=lambda f: f.over_bytes) for choose in (min, max))
         over = " to ".join(dict.fromkeys(format_bytes(f.over_bytes) for f in (closest, furthest) if f.over_bytes > 0))
-        table.add_row(str(len(group)), why, over or "-", closest.strategy.replace(",", ", "), _change(closest))
+        table.add_row(str(len(group)), why, over or "-", closest.strategy.replace(",", ", "), smallest_change(closest))
     return table
 
 
-def _change(failure: Failure) -> str:
+def smallest_change(failure: Failure) -> str:
     """Names the choices of the smallest change, where they differ from what failed."""
     if not failure.smallest_change:
         return "-"

@@ -112,3 +112,15 @@ def test_progress_stays_away_from_files_and_pipes(monkeypatch, capsys):
     with plan_command.SlowProgress("planning") as progress:
         progress(1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_report_is_one_file(run, tmp_path):
+    path = tmp_path / "plan.html"
+    code, out, err = run(*PLAN, "--report", path)
+    assert code == 0
+    assert "Best" in out
+    assert f"wrote {path}" in err
+    assert "How sure" in path.read_text(encoding="utf-8")
+    code, _, err = run(*PLAN, "--report", tmp_path / "plan.pdf")
+    assert code == 2
+    assert ".html" in err

@@ -9,6 +9,7 @@ from typing import Any
 
 from simtrain.core.result import Result
 from simtrain.planner.evidence import Nearby
+from simtrain.planner.robust import Outlook
 from simtrain.planner.why import Why
 
 
@@ -24,6 +25,7 @@ class Failure:
         smallest_change: The fitting combination that differs in the fewest choices, as text ("" if there is none).
         smallest_change_samples_per_s: Its throughput.
         runtime: What would carry it out.
+        times_limit: How many times a limit other than memory it takes (0 if that is not the reason).
     """
 
     strategy: str
@@ -33,6 +35,7 @@ class Failure:
     smallest_change: str = ""
     smallest_change_samples_per_s: float = 0.0
     runtime: str = ""
+    times_limit: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Plan:
         why: What bounds the best and what would change it, where that was asked for.
         advice: Where nothing fits, what would.
         evidence: The measured runs nearest to the best, and how far off predictions of them are.
+        outlooks: The finalists under errors of the model, in the order of `ranked`, where a robust choice was asked for.
     """
 
     workload: str
@@ -74,6 +78,7 @@ class Plan:
     why: Why | None = None
     advice: tuple[str, ...] = ()
     evidence: tuple[Nearby, ...] = ()
+    outlooks: tuple[Outlook, ...] = ()
 
     @property
     def best(self) -> Result | None:
@@ -100,6 +105,7 @@ class Plan:
         data["front"] = [r.to_dict() for r in self.front]
         data["why"] = asdict(self.why) if self.why else None
         data["evidence"] = [n.to_dict() for n in self.evidence]
+        data["outlooks"] = [o.to_dict() for o in self.outlooks]
         data["failed"] = [{name: getattr(f, name) for name in Failure.__dataclass_fields__} for f in self.failed]
         return data
 

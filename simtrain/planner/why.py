@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simtrain.core import catalog
-from simtrain.core.errors import InputError
-from simtrain.core.hardware import Cluster, Device, Link
+from simtrain.core.errors import InputError, UnsupportedError
+from simtrain.core.hardware import Cluster
 from simtrain.core.result import Result
 from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
@@ -18,9 +18,13 @@ from simtrain.core.strategy import Strategy
 from simtrain.core.units import format_bytes, format_time
 from simtrain.core.workload import Workload
 from simtrain.planner.objectives import Limits
+from simtrain.planner.resources import scaled
 from simtrain.planner.screen import REFUSALS, Screen, projected_s
 from simtrain.planner.space import HABITS, Candidate, Wishes, candidates, default_runtimes
 from simtrain.step.predict import schedule
+
+if TYPE_CHECKING:
+    from simtrain.planner.found import Failure
 
 MORE = 1.1
 """How much more of a resource is priced."""
@@ -56,7 +60,7 @@ class Why:
     Attributes:
         strategy: As text.
         bound_by: What the step spends its time on, in words.
-        resources: What 10 % more of each resource is worth, most first.
+        resources: What 10 % more of each resource and a few more devices are worth, most first.
         knobs: What one other choice is worth, best first.
     """
 
@@ -66,14 +70,22 @@ class Why:
     knobs: tuple[Worth, ...]
 
 
-def why(workload: Workload | str, cluster: Cluster | str, strategy: Strategy | str, *, runtime: Runtime | str | None = None) -> Why:
-    """Prices a strategy anew with 10 % more of each resource and with one choice changed, by `schedule`.
+def why(
+    workload: Workload | str,
+    cluster: Cluster | str,
+    strategy: Strategy | str,
+    *,
+    runtime: Runtime | str | None = None,
+    margin: float = 0.0,
+) -> Why:
+    """Prices a strategy anew with 10 % more of each resource, with a few more devices, and with one choice changed, by `schedule`.
 
     Args:
         workload: A workload or the name of a preset.
         cluster: A cluster or its text.
         strategy: What is asked about.
         runtime: What carries it out.
+        margin: Share of memory that must stay free where a change is said to fit.
 
     Raises:
         InputError: See `simtrain.schedule`.
@@ -88,10 +100,11 @@ def why(workload: Workload | str, cluster: Cluster | str, strategy: Strategy | s
     shown = schedule(work, machines, how.with_(accumulation=min(how.accumulation, 3 * how.pipeline)), runtime=framework)
     resources = [
         _worth(f"10 % more {name}", now_s, projected_s(schedule, work, better, Candidate(how, launcher)))
-        for name, better, launcher in _richer(machines, framework)
+        for name, better, launcher in scaled(machines, framework, MORE)
     ]
+    resources += _more_devices(work, machines, candidate, now_s)
     knobs = []
-    screen = Screen(work, machines)
+    screen = Screen(work, machines, margin)
     for text, changed in neighbours(how, machines, framework):
         try:
             fits = screen.fits(screen.memory(Candidate(changed, framework)))
@@ -121,46 +134,24 @@ def _worth(change: str, before_s: float, after_s: float) -> Worth:
     return Worth(change, after_s, before_s / after_s - 1)
 
 
-def _richer(cluster: Cluster, runtime: Runtime) -> Iterator[tuple[str, Cluster, Runtime]]:
-    """The machines with more of one resource at a time."""
-
-    def faster(device: Device) -> Device:
-        return replace(device, peak_flops={path: rate * MORE for path, rate in device.peak_flops.items()})
-
-    def wider(device: Device) -> Device:
-        return replace(device, memory=replace(device.memory, bandwidth_bytes_per_s=device.memory.bandwidth_bytes_per_s * MORE))
-
-    yield "compute peak", _with_devices(cluster, {d: faster(d) for d in set(cluster.devices)}), runtime
-    yield "memory bandwidth", _with_devices(cluster, {d: wider(d) for d in set(cluster.devices)}), runtime
-    if cluster.size > 1:
-        yield "link bandwidth", _with_links(cluster), runtime
-    if runtime.run_ahead_launches:
-        yield "host launch rate", cluster, runtime.with_(launch_s=runtime.launch_s / MORE, recompute_s=runtime.recompute_s / MORE)
-
-
-def _with_devices(cluster: Cluster, other: dict[Device, Device]) -> Cluster:
-    nodes = tuple(replace(node, devices=tuple(other[d] for d in node.devices)) for node in cluster.nodes)
-    return replace(cluster, nodes=nodes)
-
-
-def _with_links(cluster: Cluster) -> Cluster:
-    def wider(link: Link) -> Link:
-        return replace(link, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s * MORE)
-
-    def quicker(host: Device) -> Device:
-        return replace(host, memory=replace(host.memory, bandwidth_bytes_per_s=host.memory.bandwidth_bytes_per_s * MORE))
-
-    nodes = tuple(
-        replace(
-            node,
-            host=quicker(node.host) if node.host and node.host not in node.devices else node.host,  # traffic without a peer link crosses it
-            host_link=wider(node.host_link),
-            peer_link=wider(node.peer_link) if node.peer_link else None,
-            nic=wider(node.nic) if node.nic else None,
-        )
-        for node in cluster.nodes
-    )
-    return replace(cluster, nodes=nodes)
+def _more_devices(workload: Workload, cluster: Cluster, candidate: Candidate, now_s: float) -> list[Worth]:
+    """The fewest devices more that the global batch divides over, as more replicas; none where the network does not reach them."""
+    how = candidate.strategy
+    samples = how.global_batch // how.micro_batch
+    data = next((d for d in range(how.data + 1, 2 * how.data + 1) if samples % d == 0), 0)
+    if not data:
+        return []
+    more = how.with_(data=data, accumulation=samples // data)
+    nodes = list(cluster.nodes)
+    while sum(len(n.devices) for n in nodes) < more.ranks:
+        nodes.append(nodes[-1])
+    larger = replace(cluster, nodes=tuple(nodes)) if len(nodes) > len(cluster.nodes) else cluster
+    added = more.ranks - how.ranks
+    try:
+        time_s = projected_s(schedule, workload, larger, Candidate(more, candidate.runtime))
+    except (InputError, UnsupportedError):
+        return []
+    return [_worth(f"{added} more device{'s' if added > 1 else ''} (data={data})", now_s, time_s)]
 
 
 def neighbours(strategy: Strategy, cluster: Cluster, runtime: Runtime) -> Iterator[tuple[str, Strategy]]:
@@ -199,6 +190,15 @@ def _traded(strategy: Strategy, name: str, other: str, factor: float) -> dict[st
     if any(v != int(v) or v < 1 for n, v in changes.items() if n != "sequence_parallel"):
         return {}
     return {n: bool(v) if n == "sequence_parallel" else int(v) for n, v in changes.items()}
+
+
+def near_limits(failed: Sequence[Failure]) -> tuple[str, ...]:
+    """Says of limits other than memory how much of them the nearest takes."""
+    lines = []
+    for reason in dict.fromkeys(f.reason for f in failed if f.times_limit > 1):
+        nearest = min((f for f in failed if f.reason == reason), key=lambda f: f.times_limit)
+        lines.append(f"what fits the memory {reason}; the nearest takes {nearest.times_limit:.3g} times that, with {nearest.strategy}")
+    return tuple(lines)
 
 
 def feasible(workload: Workload, cluster: Cluster, global_batch: int, limits: Limits | None = None) -> tuple[str, ...]:

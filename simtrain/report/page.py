@@ -229,8 +229,11 @@ def _evidence_of(plan: Plan) -> Section | None:
         return None
     said = evidence.in_words(plan.evidence)
     how = "A distance of 1 is a factor of two in a size or degree, or one other choice. These runs are predicted anew with every plan."
+    under = (("Finalists under errors of the model", tables.outlooks(plan.outlooks)),) if plan.outlooks else ()
     sources = tuple(dict.fromkeys(n.source for n in plan.evidence))
-    return Section("How sure", (f"{said[0].upper()}{said[1:]}.", how), (), (("", tables.evidence(plan.evidence)),), sources)
+    return Section(
+        "How sure", (f"{said[0].upper()}{said[1:]}.", how), (), (("Measured runs", tables.evidence(plan.evidence)), *under), sources
+    )
 
 
 def _doubts(plan: Plan) -> tuple[str, ...]:

@@ -129,12 +129,12 @@ def _mark_gap(layout: dict[str, Any], x: FloatArray, moments: Sequence[str]) -> 
     if len(steps) < 2 or steps.max() < 0.05 * (x[-1] - x[0]) or steps.max() < 50 * np.median(steps):
         return
     before = int(steps.argmax())
-    ends = {"x0": float(x[before]), "x1": float(x[before + 1]), "yref": "paper", "y0": 0, "y1": 1}
-    layout["shapes"].append({"type": "rect", "fillcolor": "#fff", "opacity": 0.65, "line": {"width": 0}} | ends)
+    begins, ends = float(x[before]), float(x[before + 1])
+    veil = {"type": "rect", "fillcolor": "#fff", "opacity": 0.65, "line": {"width": 0}}
+    layout["shapes"].append(veil | {"x0": begins, "x1": ends, "yref": "paper", "y0": 0, "y1": 1})
     micro_batch = moments[before].partition("/")[0]
     text = f"the same again for every<br>micro-batch after {micro_batch}" if micro_batch.isdecimal() else "not stated"
-    middle = (ends["x0"] + ends["x1"]) / 2
-    layout["annotations"].append({"text": text, "x": middle, "y": 0.5, "yref": "paper", "showarrow": False, "bgcolor": "#fff"})
+    layout["annotations"].append({"text": text, "x": (begins + ends) / 2, "y": 0.5, "yref": "paper", "showarrow": False, "bgcolor": "#fff"})
 
 
 def timelines(result: Result) -> list[tuple[str, Figure]]:

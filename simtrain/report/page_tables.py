@@ -11,6 +11,7 @@ from simtrain.core.result import Result
 from simtrain.core.units import format_bytes, format_time
 from simtrain.planner.evidence import Nearby
 from simtrain.planner.found import Failure, Plan
+from simtrain.planner.robust import Outlook
 from simtrain.report.page_words import number
 from simtrain.report.tables import smallest_change
 from simtrain.report.text import part_time
@@ -110,6 +111,15 @@ def evidence(found: Sequence[Nearby]) -> Table:
         rows.append((Cell(n.name), apart, differs, measured, predicted, error, memory))
     columns = ("measured run", "distance", "differs in", "measured", "predicted", "error", "memory error")
     return Table(columns, tuple(rows), "evidence")
+
+
+def outlooks(found: Sequence[Outlook]) -> Table:
+    """Finalists under errors of the model."""
+    rows = []
+    for o in found:
+        times = [Cell(format_time(t), t) for t in (o.step_time_s, o.expected_s, o.worst_decile_s)]
+        rows.append((_spaced(o.strategy), *times, Cell(f"{o.chance_best:.0%}", o.chance_best), Cell(f"{o.chance_out:.1%}", o.chance_out)))
+    return Table(("finalist", "best guess", "expected", "worst decile", "fastest in", "out of memory in"), tuple(rows), "outlooks")
 
 
 def differences(found: Comparison) -> tuple[Table, Table]:

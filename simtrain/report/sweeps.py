@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from simtrain.planner.robust import Outlook
     from simtrain.planner.why import Comparison, Why, Worth
 
 
@@ -77,6 +78,16 @@ def why_table(found: Why) -> RenderableType:
 
 def _worth(worth: Worth) -> tuple[str, str, str]:
     return f"{worth.gain:+.1%}", format_time(worth.step_time_s), "" if worth.fits else "does not fit"
+
+
+def outlook_table(found: Sequence[Outlook]) -> Table:
+    """Finalists under errors of the model."""
+    columns = ("best guess", "expected", "worst decile", "fastest in", "out of memory in")
+    table = plain_table("Finalists under errors of the model", "strategy", *columns, numeric=columns)
+    for o in found:
+        times = (format_time(t) for t in (o.step_time_s, o.expected_s, o.worst_decile_s))
+        table.add_row(o.strategy.replace(",", ", "), *times, f"{o.chance_best:.0%}", f"{o.chance_out:.1%}")
+    return table
 
 
 def advice_list(lines: Sequence[str]) -> RenderableType:

@@ -10,14 +10,15 @@ from simtrain.core.errors import StrategyError
 from simtrain.core.result import MemoryKind, Result
 from simtrain.core.strategy import Strategy
 from simtrain.core.units import format_bytes, format_flops, format_time
-from simtrain.report.sweeps import advice_list, why_table
+from simtrain.planner.evidence import in_words
+from simtrain.report.sweeps import advice_list, outlook_table, why_table
 from simtrain.report.text import bullets, facts, memory_verdict, part_time, plain_table, share
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from simtrain.planner.search import Failure, Plan
+    from simtrain.planner.found import Failure, Plan
 
 
 def result_table(result: Result) -> RenderableType:
@@ -112,10 +113,14 @@ def plan_table(plan: Plan, top: int = 10) -> RenderableType:
     else:
         parts.append("Nothing fits.")
         parts.append(advice_list(plan.advice))
+    if plan.outlooks:
+        parts.append(outlook_table(plan.outlooks))
     if len(plan.objectives) > 1 and plan.front:
         parts.append(_ranking(plan.front, f"Pareto front of {', '.join(plan.objectives)}"))
     if plan.why:
         parts.append(why_table(plan.why))
+    if plan.best is not None and plan.why:
+        parts += [f"How sure: {in_words(plan.evidence)}.", ""]
     if plan.failed:
         parts.append(_failures(plan.failed))
     return Group(*parts)

@@ -105,7 +105,7 @@ def plan(
             explain=explain and emit is None,
         )
     if emit is not None:
-        _emit(found, emit)
+        _emit(found, emit, min(len(node.devices) for node in where.nodes))
     elif json:
         data = found.to_dict()
         write_json(data | {"ranked": data["ranked"][:top]})
@@ -122,15 +122,17 @@ def plan(
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def _emit(found: Plan, launcher: str) -> None:
+def _emit(found: Plan, launcher: str, per_node: int) -> None:
     """Writes the best strategy in a launcher's own form on standard output, what that cannot say on standard error."""
     from simtrain.planner.launchers import emit
 
     if found.best is None:
         note("nothing fits, so that there is nothing to emit; the same command without --emit says why")
         return
-    written = emit(launcher, Strategy.parse(found.best.strategy))
+    written = emit(launcher, Strategy.parse(found.best.strategy), per_node=per_node)
     sys.stdout.write(written.text)
+    if not found.complete:
+        note(f"NOT COMPLETE: {found.unread} strategies were not looked at, a better one may be among them")
     for line in written.left_out:
         note(f"not said in it: {line}")
 

@@ -72,10 +72,23 @@ def predict(
         from simtrain.report import result_table
 
         write_table(result_table(result))
+        if not result.fits:
+            _write_changes(what, where, how, runtime)
     write_files(result, timeline=timeline, memory=memory_plot, trace=trace)
     write_report(result, report)
     if not result.fits:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def _write_changes(workload: Workload, cluster: Cluster, strategy: Strategy, runtime: str | None) -> None:
+    """Says with which change it would fit; nothing of replicas stated in full."""
+    from simtrain.planner.fitting import smallest_changes
+    from simtrain.report.sweeps import changes_table
+    from simtrain.step.setting import resolve
+
+    if not strategy.plan:
+        chosen = resolve(workload, cluster, strategy, runtime).runtime
+        write_table(changes_table(smallest_changes(workload, cluster, strategy, chosen)))
 
 
 def _choose_reader(reader: Reader | None, dynamics: tuple[str, ...], files: tuple[Path | None, ...]) -> Reader:

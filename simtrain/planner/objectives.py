@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from simtrain.core.errors import InputError, UnknownNameError
+from simtrain.core.errors import InputError, StrategyError, UnknownNameError
 from simtrain.core.result import Result
 from simtrain.core.units import format_time
 
@@ -24,6 +24,9 @@ OBJECTIVES: dict[str, Callable[[Result], float]] = {
 """What each objective minimises (energy and cost per sample, dollars per token)."""
 
 BALANCED = "balanced"
+DEGREES = ("data", "tensor", "pipeline", "context")
+"""Fields whose product is the number of devices."""
+
 PRICED = ("cost", "tokens_per_dollar")
 """Objectives that need the price of the devices."""
 
@@ -174,6 +177,38 @@ class Judge:
 def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether `a` is nowhere worse than `b` and somewhere better."""
     return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+
+
+def check_degrees(fixed: Mapping[str, Any], devices: int, batches: Sequence[int]) -> None:
+    """Refuses fixed fields that contradict the number of devices or the global batch, with what would go.
+
+    Args:
+        fixed: Fields of the strategy.
+        devices: How many are used.
+        batches: Global batches to choose from.
+
+    Raises:
+        StrategyError: They cannot be together.
+    """
+    degrees = {name: fixed[name] for name in DEGREES if fixed.get(name, 1) > 1}
+    product = math.prod(degrees.values())
+    said = " x ".join(f"{name}={degree}" for name, degree in degrees.items())
+    total = f" = {product}" if len(degrees) > 1 else ""
+    if devices % product:
+        near = [n for n in (devices // product * product, (devices // product + 1) * product) if n]
+        raise StrategyError(
+            f"fixed: {said}{total} does not divide {devices} devices: use {' or '.join(map(str, near))} devices (--devices)"
+        )
+    if set(DEGREES) <= set(fixed) and product != devices:
+        raise StrategyError(f"fixed: {said or 'no division'} uses {product} of {devices} devices: leave one degree free, or use {product}")
+    samples = math.prod(fixed.get(name, 1) for name in ("data", "micro_batch", "accumulation"))
+    if all(batch % samples for batch in batches):
+        named = " x ".join(f"{name}={fixed[name]}" for name in ("data", "micro_batch", "accumulation") if name in fixed)
+        below = max(batches) // samples * samples
+        raise StrategyError(
+            f"fixed: {named} does not divide a global batch of {' or '.join(map(str, batches))}: use "
+            f"{' or '.join(str(n) for n in (below, below + samples) if n)}"
+        )
 
 
 def weights_of(given: Mapping[str, float] | Weights | None) -> Weights:

@@ -22,7 +22,7 @@ from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.planner.evidence import nearest
 from simtrain.planner.found import Failure, Plan
-from simtrain.planner.objectives import BALANCED, OBJECTIVES, PRICED, TIMED, Judge, Limits, Objective, Weights, weights_of
+from simtrain.planner.objectives import BALANCED, OBJECTIVES, PRICED, TIMED, Judge, Limits, Objective, Weights, check_degrees, weights_of
 from simtrain.planner.robust import FINALISTS, ModelError, check_robust, order, outlooks, settled
 from simtrain.planner.screen import REFUSALS, Screen
 from simtrain.planner.space import Candidate, Wishes, candidates, check_fixed, default_runtimes
@@ -127,6 +127,7 @@ def plan(
     batches = (global_batch,) if isinstance(global_batch, int) else tuple(global_batch)
     if not batches:
         raise InputError("give at least one global batch")
+    check_degrees(wishes.fixed, wishes.devices, batches)
     search = _Search(work, machines, _listed(work, machines, batches, frameworks, wishes), judge, kept_to, progress, patience_s)
     found = search.run(batches[0])
     others = dividing(machines, frameworks) if runtime is None else ()

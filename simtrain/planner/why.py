@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,7 @@ from simtrain.core.units import format_bytes, format_time
 from simtrain.core.workload import Workload
 from simtrain.planner.objectives import Limits
 from simtrain.planner.resources import scaled
-from simtrain.planner.screen import REFUSALS, Screen, projected_s
+from simtrain.planner.screen import ALWAYS_HOLDING, REFUSALS, Screen, projected_s
 from simtrain.planner.space import HABITS, Candidate, Wishes, candidates, default_runtimes
 from simtrain.step.predict import schedule
 
@@ -97,7 +97,6 @@ def why(
     framework = _runtime(runtime, machines)
     candidate = Candidate(how, framework)
     now_s = projected_s(schedule, work, machines, candidate)
-    shown = schedule(work, machines, how.with_(accumulation=min(how.accumulation, 3 * how.pipeline)), runtime=framework)
     resources = [
         _worth(f"10 % more {name}", now_s, projected_s(schedule, work, better, Candidate(how, launcher)))
         for name, better, launcher in scaled(machines, framework, MORE)
@@ -113,14 +112,25 @@ def why(
             continue
     resources.sort(key=lambda w: -w.gain)
     knobs.sort(key=lambda w: (not w.fits, -w.gain))
-    return Why(str(how), bound_in_words(shown), tuple(resources), tuple(knobs))
+    return Why(str(how), bound_in_words(_breakdown_s(work, machines, candidate)), tuple(resources), tuple(knobs))
 
 
-def bound_in_words(result: Result) -> str:
+def bound_in_words(breakdown_s: Mapping[str, float]) -> str:
     """Says what the step spends its time on, parts above 1 % in descending order."""
-    parts = sorted(result.breakdown_s.items(), key=lambda item: -item[1])
-    shown = [f"{name} {time_s / result.step_time_s:.0%}" for name, time_s in parts if time_s > 0.01 * result.step_time_s]
+    parts, step_time_s = sorted(breakdown_s.items(), key=lambda item: -item[1]), sum(breakdown_s.values())
+    shown = [f"{name} {time_s / step_time_s:.0%}" for name, time_s in parts if time_s > 0.01 * step_time_s]
     return f"bound by {parts[0][0]}: " + ", ".join(shown)
+
+
+def _breakdown_s(workload: Workload, cluster: Cluster, candidate: Candidate) -> dict[str, float]:
+    """Parts of the step, of long steps from two shorter ones as `projected_s` does for their sum."""
+    strategy, framework = candidate.strategy, candidate.runtime
+    few, more = 2 * strategy.pipeline, 3 * strategy.pipeline
+    if strategy.accumulation <= 4 * strategy.pipeline or strategy.schedule in ALWAYS_HOLDING:
+        return dict(schedule(workload, cluster, strategy, runtime=framework).breakdown_s)
+    shorter, longer = (schedule(workload, cluster, strategy.with_(accumulation=n), runtime=framework).breakdown_s for n in (few, more))
+    further = (strategy.accumulation - few) / (more - few)
+    return {name: time_s + (longer[name] - time_s) * further for name, time_s in shorter.items()}
 
 
 def _runtime(given: Runtime | str | None, cluster: Cluster) -> Runtime:

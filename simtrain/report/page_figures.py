@@ -34,6 +34,10 @@ class Axis:
 MOST_BARS = 2400
 """Bars of a timeline; of longer steps the beginning and the end are shown."""
 
+MOST_ROWS = 14
+SHOWN_OF_MANY = ("compute", "communication")
+"""Streams that are shown where there are more rows than `MOST_ROWS`."""
+
 MOST_MOMENTS = 900
 """Moments of memory over time; of more, the fullest of every so many is kept."""
 
@@ -146,6 +150,9 @@ def timelines(result: Result) -> list[tuple[str, Figure]]:
     last_s = max(e.start_s + e.duration_s for e in result.events)
     several = len({rank_class for rank_class, _ in rows}) > 1
     left_out = f" {hidden} rank classes between the slowest and the fastest are left out." if hidden else ""
+    if len(rows) > MOST_ROWS:
+        rows = {key: events for key, events in rows.items() if key[1] in SHOWN_OF_MANY}
+        left_out += " Hosts and sends are not shown; a trace has them (--trace)."
     named = {(f"{rank_class} · {stream}" if several else stream): events for (rank_class, stream), events in rows.items()}
     bars = [b for events in named.values() for b in merged(events, (last_s - first_s) * GAP_SHARE)]
     if len(bars) <= MOST_BARS:

@@ -13,7 +13,7 @@ from simtrain.planner.evidence import Nearby
 from simtrain.planner.found import Failure, Plan
 from simtrain.planner.robust import Outlook
 from simtrain.report.page_words import number
-from simtrain.report.tables import smallest_change
+from simtrain.report.tables import excess, smallest_change
 from simtrain.report.text import part_time
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def failures(failed: Sequence[Failure]) -> Table:
         groups[f"out of memory, mostly {f.term}" if f.over_bytes > 0 else f.reason].append(f)
     rows = []
     for reason, group in sorted(groups.items(), key=lambda item: -len(item[1])):
-        closest = min(group, key=lambda f: f.over_bytes)
-        over = Cell(format_bytes(closest.over_bytes), closest.over_bytes) if closest.over_bytes else Cell("")
+        closest = min(group, key=lambda f: (f.over_bytes, f.times_limit))
+        over = Cell(excess(closest), closest.over_bytes or closest.times_limit)
         rows.append((Cell(f"{len(group):,}", len(group)), Cell(reason), over, _spaced(closest.strategy), Cell(smallest_change(closest))))
     return Table(("strategies", "why", "over by, at least", "closest to fitting", "would fit with"), tuple(rows), "failures")
 

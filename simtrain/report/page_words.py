@@ -52,7 +52,7 @@ def _devices(s: Strategy) -> str:
     replicas = f"{s.data} replicas of the model" if s.data > 1 else "One replica of the model"
     if not divided:
         return f"{replicas}, one on each of {s.ranks} devices."
-    return f"{replicas} on {s.ranks} devices, {'each' if s.data > 1 else 'itself'} divided into {', '.join(divided)}."
+    return f"{replicas} on {s.ranks} devices, {'each divided' if s.data > 1 else 'divided'} into {', '.join(divided)}."
 
 
 def _micro_batches(s: Strategy) -> str:

@@ -80,6 +80,16 @@ def _worth(worth: Worth) -> tuple[str, str, str]:
     return f"{worth.gain:+.1%}", format_time(worth.step_time_s), "" if worth.fits else "does not fit"
 
 
+def changes_table(found: Sequence[Worth]) -> RenderableType:
+    """The smallest changes with which a strategy fits."""
+    if not found:
+        return "No one or two other choices make it fit on these devices: see simtrain plan."
+    table = plain_table("Smallest changes with which it fits", "change", "throughput", "step time", numeric=("throughput", "step time"))
+    for worth in found:
+        table.add_row(worth.change, f"{worth.gain:+.1%}", format_time(worth.step_time_s))
+    return table
+
+
 def outlook_table(found: Sequence[Outlook]) -> Table:
     """Finalists under errors of the model."""
     columns = ("best guess", "expected", "worst decile", "fastest in", "out of memory in")

@@ -153,10 +153,17 @@ def _failures(failed: tuple[Failure, ...]) -> Table:
         groups[f"out of memory, mostly {failure.term}" if failure.over_bytes > 0 else failure.reason].append(failure)
     table = plain_table("Why the others fail", "", "why", "over by", "closest to fitting", "would fit with", numeric=("", "over by"))
     for why, group in sorted(groups.items(), key=lambda item: -len(item[1])):
-        closest, furthest = (choose(group, key=lambda f: f.over_bytes) for choose in (min, max))
-        over = " to ".join(dict.fromkeys(format_bytes(f.over_bytes) for f in (closest, furthest) if f.over_bytes > 0))
+        closest, furthest = (choose(group, key=lambda f: (f.over_bytes, f.times_limit)) for choose in (min, max))
+        over = " to ".join(dict.fromkeys(excess(f) for f in (closest, furthest) if excess(f)))
         table.add_row(str(len(group)), why, over or "-", closest.strategy.replace(",", ", "), smallest_change(closest))
     return table
+
+
+def excess(failure: Failure) -> str:
+    """By how much a limit is broken: bytes of memory, or how many times any other; nothing where that is not the reason."""
+    if failure.over_bytes > 0:
+        return format_bytes(failure.over_bytes)
+    return f"{failure.times_limit:.3g} times" if failure.times_limit else ""
 
 
 def smallest_change(failure: Failure) -> str:

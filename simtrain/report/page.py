@@ -211,8 +211,10 @@ def _alternatives(plan: Plan) -> Section:
 def _why(plan: Plan) -> Section | None:
     if plan.why is None:
         return None
-    lead = f"The best is {plan.why.bound_by}. What 10 % more of each resource would be worth, priced anew:"
-    drawn = (("", figures.sensitivity(plan.why.resources)),) if plan.why.resources else ()
+    resources = [w for w in plan.why.resources if w.change.startswith("10 %")]
+    devices = [f"{w.change} would add {w.gain:.1%}" for w in plan.why.resources if w not in resources]
+    lead = f"The best is {plan.why.bound_by}. {'. '.join((*devices, 'What 10 % more of each resource would be worth, priced anew'))}:"
+    drawn = (("", figures.sensitivity(resources)),) if resources else ()
     knobs = (("One other choice at a time", tables.worths(plan.why.knobs, "choice")),) if plan.why.knobs else ()
     return Section("What would change it", (lead,), drawn, knobs)
 

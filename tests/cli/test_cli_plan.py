@@ -124,3 +124,14 @@ def test_a_report_is_one_file(run, tmp_path):
     code, _, err = run(*PLAN, "--report", tmp_path / "plan.pdf")
     assert code == 2
     assert ".html" in err
+
+
+def test_limits_and_a_robust_choice(run, run_json):
+    code, out, _ = run(*PLAN, "--runtime", "torch-eager", "--deadline", "1 s", "--tokens", 1e9)
+    assert code == 1
+    assert "takes longer than 1.00 s" in out
+    assert "the nearest takes" in out
+    code, data = run_json(*PLAN, "--runtime", "torch-eager", "--robust", "worst-decile", "--memory-risk", 0.01)
+    assert code == 0
+    assert [o["strategy"] for o in data["outlooks"]] == [r["strategy"] for r in data["ranked"][: len(data["outlooks"])]]
+    assert all(o["chance_out"] <= 0.01 for o in data["outlooks"])

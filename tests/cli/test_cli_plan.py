@@ -52,7 +52,18 @@ def test_choices_can_be_repeated(run_json):
 
 
 def test_nothing_fits_is_an_answer_with_exit_code_1(run, run_json):
-    hopeless = ("plan", "llama3-70b", "--cluster", "4x rtx-3090", "--global-batch", 4, "--precision", "bf16-amp")
+    hopeless = (
+        "plan",
+        "llama3-70b",
+        "--cluster",
+        "4x rtx-3090",
+        "--global-batch",
+        4,
+        "--precision",
+        "bf16-amp",
+        "--runtime",
+        "torch-eager",
+    )
     code, out, _ = run(*hopeless)
     assert code == 1
     assert "Nothing fits." in out

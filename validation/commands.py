@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
     validate.command("kernels")(validate_kernels)
     validate.command("decisions")(validate_decisions)
     validate.command("allocation")(validate_allocation)
+    validate.command("regret")(validate_regret)
     validate.command("data")(validate_data)
     validate.command("batch")(validate_batch)
     validate.command("quality")(validate_quality)
@@ -213,6 +214,22 @@ def validate_decisions(
         write_json(decisions.to_dict(decided))
     else:
         typer.echo(decisions.describe(decided))
+
+
+def validate_regret(
+    as_json: Json = False,
+    save: Annotated[Path | None, typer.Option(help="File to write the outcome to, as JSON.")] = None,
+) -> None:
+    """Choose among measured configurations of one model, machine and batch, published and own, and say what the choices cost."""
+    from validation import regret
+
+    found = regret.groups()
+    if save:
+        save.write_text(json.dumps(regret.to_dict(found), indent=1) + "\n")
+    if as_json:
+        write_json(regret.to_dict(found))
+    else:
+        write_table(*regret.regret_tables(found))
 
 
 def validate_data(

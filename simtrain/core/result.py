@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,6 +192,14 @@ class Result:
             "over_bytes": memory.over_bytes,
         }
         return {k: _plain(v) for k, v in data.items()}
+
+    def report(self, path: Path | str) -> None:
+        """Writes one HTML file about it that needs no network: `simtrain.report.write_page`.
+
+        Raises:
+            InputError: The file cannot be written, or does not end in .html.
+        """
+        import_module("simtrain.report").write_page(self, path)  # by name: what people read is far above what is known here
 
     def __str__(self) -> str:
         """A short summary; `simtrain.report.tables` prints the long one."""

@@ -6,7 +6,9 @@ import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from simtrain.core.units import format_bytes
+from simtrain.core.units import format_bytes, format_time
+
+ROUND_OFF = 1e-9  # of the step
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,6 +75,11 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
 def share(part: float, whole: float) -> str:
     """Returns a percentage, or a dash where there is nothing to divide by."""
     return f"{part / whole:.1%}" if whole else "-"
+
+
+def part_time(time_s: float, step_time_s: float) -> str:
+    """Returns a part of a step; what comes from adding and subtracting times is nothing."""
+    return format_time(time_s if abs(time_s) > ROUND_OFF * step_time_s else 0.0)
 
 
 def memory_verdict(memory: MemoryReport) -> str:

@@ -3,7 +3,9 @@
 Source: configuration files of projects that use it (shibing624/MedicalGPT, pppa2019/Mango: `train_batch_size`,
 `train_micro_batch_size_per_gpu`, `gradient_accumulation_steps`, `zero_optimization.stage`, `bf16` and `fp16` with `enabled`, `optimizer`);
 DeepSpeed's documentation of `offload_optimizer` and `offload_param` with `device` and `pin_memory` (recalled, not looked up).
-Degrees of tensor and pipeline parallelism are no part of that file: the program builds them.
+DeepSpeed 0.19.8's own `DeepSpeedConfig` accepted what is written (without offloading) and read the same numbers from it; there "Adam"
+decays weights as AdamW does unless `adam_w_mode` says otherwise (`runtime/config.py`, `runtime/engine.py`). Degrees of tensor and pipeline
+parallelism are no part of that file: the program builds them.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def write(strategy: Strategy, per_node: int) -> Written:
     else:
         unsaid["precision"] = f"{s.precision}: DeepSpeed keeps fp32 masters beside 16-bit weights (bf16-master, fp16-master)"
     if s.optimizer in OPTIMIZERS:
-        config["optimizer"] = {"type": OPTIMIZERS[s.optimizer]}
+        config["optimizer"] = {"type": OPTIMIZERS[s.optimizer], "params": {"adam_w_mode": s.optimizer == "adamw"}}
     else:
         unsaid["optimizer"] = f"{s.optimizer}: give the program's own"
     return Written(json.dumps(config, indent=2) + "\n", unsaid)
@@ -92,7 +94,10 @@ def read(text: str, ranks: int | None) -> Strategy:
     if micro_batch < 1 or accumulation < 1 or batch % (micro_batch * accumulation):
         raise InputError(f"{NAME}: train_batch_size={batch} is no multiple of micro-batch {micro_batch} x accumulation {accumulation}")
     enabled = [p for p, kind in PRECISIONS.items() if kind and config.get(kind, {}).get("enabled") is True]
-    kind = str(config.get("optimizer", {}).get("type", "AdamW"))
+    optimizer = config.get("optimizer", {})
+    kind = str(optimizer.get("type", "AdamW"))
+    if kind == OPTIMIZERS["adam"] and optimizer.get("params", {}).get("adam_w_mode", True):
+        kind = OPTIMIZERS["adamw"]
     return Strategy(
         data=batch // (micro_batch * accumulation),
         micro_batch=micro_batch,

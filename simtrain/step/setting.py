@@ -14,6 +14,7 @@ from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.step.buckets import gradient_bytes
+from simtrain.step.narrow_check import settle
 from simtrain.step.offload_checks import check_offload
 from simtrain.step.shard import stated_cuts
 
@@ -67,6 +68,7 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     recipe = precision(how.precision)
     for device in set(devices):
         device.peak(recipe.arithmetic)
+    recipe = settle(recipe, work, how, devices)
     framework = _runtime(runtime, devices)
     _refuse_cpu_dropout(work, framework)
     _refuse_exchanges(how)

@@ -84,12 +84,23 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     row[COLUMN[MemoryKind.COMMUNICATION]] += held_bytes(setting, lane)
     if (rare := rare_exchange(setting, lane)) is not None:
         row[COLUMN[MemoryKind.OPTIMIZER]] += rare.state_bytes
+    if precision.narrow is not None:
+        row[COLUMN[MemoryKind.CAST]] += narrow_elements(lane) * precision.narrow.weight_bytes
     row[COLUMN[MemoryKind.PARAMETER]] += sum(x.buffer_bytes for chunk in lane.chunks for x in chunk.workload)
     if any(chunk.first or chunk.last for chunk in lane.chunks):
         row[COLUMN[MemoryKind.INPUT]] += lane.chunks[0].workload.input_bytes(strategy.micro_batch, lane.place.sequence)
     row[COLUMN[MemoryKind.WORKSPACE]] += _workspaces(setting, lane)
     row[COLUMN[MemoryKind.COMMUNICATION]] += _boundary(setting, lane)
     return row
+
+
+def narrow_elements(lane: Lane) -> int:
+    """Weights of a lane of which narrow copies are kept."""
+    total = 0
+    for chunk in lane.chunks:
+        for layer, concrete in zip(chunk.workload.layers, chunk.concrete, strict=True):
+            total += layer.repeats * sum(p.elements for p in layer.parameters if p.name in concrete.narrow_weights)
+    return total
 
 
 def _workspaces(setting: Setting, lane: Lane) -> float:

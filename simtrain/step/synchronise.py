@@ -17,13 +17,13 @@ from simtrain.step.builder import Builder
 from simtrain.step.costs import PassCost, chain, pass_cost
 from simtrain.step.exchange import averaging, outer_cost, pack_cost, reductions, restore_cost
 from simtrain.step.instructions import FORWARD_MODES, Step
-from simtrain.step.kernels import optimizer_kernels
+from simtrain.step.kernels import narrow_copy_kernels, optimizer_kernels
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.offload_program import HostSide
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, tied_parameter
-from simtrain.step.states import shards
+from simtrain.step.states import narrow_elements, shards
 
 Cell = tuple[int, int]
 """A stage and one of its chunks."""
@@ -107,7 +107,13 @@ def update_cost(setting: Setting, lane: Lane) -> PassCost:
     # experts are divided among fewer ranks, so that each updates more of them
     parameters = [p.elements * (over[False] // over[p.expert]) for chunk in lane.chunks for p in chunk.trained]
     kernels = optimizer_kernels(parameters, setting.strategy.optimizer, setting.precision, setting.runtime, over[False])
-    return pass_cost(lane.place.device, kernels, setting.runtime)
+    costs = [pass_cost(lane.place.device, kernels, setting.runtime)]
+    if setting.precision.narrow is not None:
+        narrow = narrow_copy_kernels(
+            narrow_elements(lane), sum(len(c.narrow_weights) for k in lane.chunks for c in k.concrete), setting.precision
+        )
+        costs.append(pass_cost(lane.place.device, narrow, setting.runtime))
+    return chain(costs)
 
 
 def updates_cost(setting: Setting, lane: Lane) -> PassCost:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from simtrain.core.kernels import KernelBatch
-from simtrain.core.precision import DType, Precision
+from simtrain.core.precision import DType, DTypeRole, Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import OPTIMIZERS
 from simtrain.core.workload import Collective, Layer, Operator, OperatorKind
@@ -71,7 +71,16 @@ def _row(op: Operator, concrete: ConcreteLayer, batch: int, sequence: int) -> tu
     operand = (*(w.name for w in op.writes), *op.reads, *op.updates)[0]
     size = concrete.dtype(op.reads[0] if op.reads and op.flops.terms else operand).operand_bytes
     moved += op.touched(batch, sequence) * size
+    if op.kind is OperatorKind.COPY and any(w.role is DTypeRole.NARROW for w in op.writes):
+        # a wide tensor read and narrow ones written: elements must be counted, they are not bytes over one width
+        size = moved / _accesses(op, concrete, batch, sequence)
     return (*dims, op.flops(batch, sequence), moved, size), op.launches
+
+
+def _accesses(op: Operator, concrete: ConcreteLayer, batch: int, sequence: int) -> float:
+    """Elements that an operator reads and writes."""
+    written = sum(tensor_bytes(w.name, concrete, batch, sequence) / concrete.dtype(w.name).operand_bytes for w in op.writes)
+    return written + sum(tensor_bytes(name, concrete, batch, sequence) / concrete.dtype(name).operand_bytes for name in op.reads)
 
 
 def tensor_bytes(name: str, concrete: ConcreteLayer, batch: int, sequence: int) -> float:

@@ -114,6 +114,7 @@ class Precision:
         master: Format of the copy that the optimizer updates, where the weights themselves are too coarse for it.
         loss_scaling: Whether a dynamic loss scaler runs (it makes the host wait for the device once a step).
         narrow: How linear layers run in fewer bits; `None` where they run like the rest.
+        compensated: Whether the optimizer keeps what rounding cut off each weight (Kahan summation), in the format of the weights.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Precision:
     master: DType | None = None
     loss_scaling: bool = False
     narrow: Quantization | None = None
+    compensated: bool = False
 
     def dtype(self, role: DTypeRole) -> DType:
         """Returns the number format of a role."""
@@ -163,6 +165,7 @@ PRECISIONS: dict[str, Precision] = {
         Precision("fp16-master", DType.FP16, DType.FP16, DType.FP16, DType.FP16, master=DType.FP32, loss_scaling=True),
         Precision("bf16-amp", DType.BF16, DType.FP32, DType.FP32, DType.BF16),
         Precision("bf16", DType.BF16, DType.BF16, DType.BF16, DType.BF16),
+        Precision("bf16-kahan", DType.BF16, DType.BF16, DType.BF16, DType.BF16, compensated=True),
         Precision("bf16-master", DType.BF16, DType.BF16, DType.BF16, DType.BF16, master=DType.FP32),
         _over_bf16("fp8", Quantization(DType.FP8, in_norm=True)),
         _over_bf16("fp8-current", Quantization(DType.FP8, amax_first=True)),
@@ -170,7 +173,8 @@ PRECISIONS: dict[str, Precision] = {
         _over_bf16("nvfp4", Quantization(DType.FP4, block=16, scale_bytes=1, amax_first=True)),
     )
 }
-"""Recipes by name: `fp32`, `tf32` (fp32 storage), `fp16-amp`/`bf16-amp` (autocast over fp32 weights), `bf16` (everything), and
+"""Recipes by name: `fp32`, `tf32` (fp32 storage), `fp16-amp`/`bf16-amp` (autocast over fp32 weights), `bf16` (everything; stochastic
+rounding costs neither bytes nor passes), `bf16-kahan` (with a compensation of each weight), and
 `fp16-master`/`bf16-master` (everything in 16 bit, the optimizer on an fp32 copy: what NVIDIA's Apex calls O2, and Megatron-LM's way).
 Over `bf16-master`, with linear layers in fewer bits: `fp8` (delayed scales per tensor), `fp8-current` (scales of the tensor itself),
 `mxfp8` (a power of two per 32 elements) and `nvfp4` (an fp8 scale per 16 elements)."""

@@ -199,6 +199,8 @@ def optimizer_kernels(parameters: Sequence[int], optimizer: str, precision: Prec
     adam = OPTIMIZERS[optimizer] == 2
     per_parameter = ADAM_BYTES[runtime.optimizer_style] if adam else SGD_BYTES[OPTIMIZERS[optimizer]]
     passes = (1 if runtime.optimizer_style == "fused" else ADAM_PASSES) if adam else 1 + OPTIMIZERS[optimizer]
+    if precision.compensated:
+        per_parameter += 8  # the compensation is read and written, at the width of the weights
     moved = [per_parameter * n * scale for n in parameters]
     launches = [passes] * len(parameters)
     if runtime.optimizer_style != "single":

@@ -16,6 +16,7 @@ from simtrain.core.workload import Workload
 from simtrain.step.buckets import gradient_bytes
 from simtrain.step.narrow_check import settle
 from simtrain.step.offload_checks import check_offload
+from simtrain.step.optimizers import refuse_optimizer
 from simtrain.step.shard import stated_cuts
 
 
@@ -71,6 +72,7 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     recipe = settle(recipe, work, how, devices)
     framework = _runtime(runtime, devices)
     _refuse_cpu_dropout(work, framework)
+    refuse_optimizer(work, how, devices)
     _refuse_exchanges(how)
     _refuse_formats(how, recipe, framework)
     check_offload(how, framework, devices[0])

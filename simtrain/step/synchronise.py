@@ -17,10 +17,11 @@ from simtrain.step.builder import Builder
 from simtrain.step.costs import PassCost, chain, pass_cost
 from simtrain.step.exchange import averaging, outer_cost, pack_cost, reductions, restore_cost
 from simtrain.step.instructions import FORWARD_MODES, Step
-from simtrain.step.kernels import narrow_copy_kernels, optimizer_kernels
+from simtrain.step.kernels import narrow_copy_kernels
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.offload_program import HostSide
+from simtrain.step.optimizers import lane_parameters, update_kernels
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, tied_parameter
 from simtrain.step.states import narrow_elements, shards
@@ -103,11 +104,9 @@ def gathering(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCo
 
 def update_cost(setting: Setting, lane: Lane) -> PassCost:
     """What the optimizer costs a lane, over all its chunks."""
-    over = {expert: shards(setting, expert=expert) for expert in (False, True)}
-    # experts are divided among fewer ranks, so that each updates more of them
-    parameters = [p.elements * (over[False] // over[p.expert]) for chunk in lane.chunks for p in chunk.trained]
-    kernels = optimizer_kernels(parameters, setting.strategy.optimizer, setting.precision, setting.runtime, over[False])
-    costs = [pass_cost(lane.place.device, kernels, setting.runtime)]
+    trained = [(p, block) for p, block in lane_parameters(lane) if p.trained]
+    kernels = update_kernels(setting, trained, (shards(setting), shards(setting, expert=True)))
+    costs = [pass_cost(lane.place.device, k, setting.runtime) for k in kernels]
     if setting.precision.narrow is not None:
         narrow = narrow_copy_kernels(
             narrow_elements(lane), sum(len(c.narrow_weights) for k in lane.chunks for c in k.concrete), setting.precision

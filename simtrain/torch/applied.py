@@ -178,8 +178,8 @@ def _refuse(strategy: Strategy, optimizer: torch.optim.Optimizer) -> None:
         raise UnsupportedError(
             f"precision={recipe.name} stores weights in 16 bit, which is the model's and the optimizer's to do: use fp32 or an -amp recipe"
         )
-    kind, wanted = type(optimizer), _OPTIMIZERS[strategy.optimizer]
-    if kind in _OPTIMIZERS.values() and kind is not wanted:
+    kind, wanted = type(optimizer), _OPTIMIZERS.get(strategy.optimizer)
+    if kind in _OPTIMIZERS.values() and kind is not wanted and strategy.optimizer != "muon":
         raise InputError(
             f"the strategy says optimizer={strategy.optimizer}, but the optimizer is {kind.__name__}: predictions would not hold"
         )

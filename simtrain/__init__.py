@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from simtrain.run.course import Evaluation, Phase, Target
     from simtrain.run.faults import Faults, Preemption, SilentFaults, SlowFaults, Units, read_trace
     from simtrain.run.loss_laws import ChinchillaLaw, KaplanLaw, LossCurve, NoiseGrowth, fit_chinchilla
+    from simtrain.run.loss_scale import LossScaler, Overflow
     from simtrain.run.policies import Policy
     from simtrain.run.predict_run import simulate_run
     from simtrain.run.run_result import RunResult
@@ -47,7 +48,9 @@ _HOME = {
     "Faults": "simtrain.run.faults",
     "KaplanLaw": "simtrain.run.loss_laws",
     "LossCurve": "simtrain.run.loss_laws",
+    "LossScaler": "simtrain.run.loss_scale",
     "NoiseGrowth": "simtrain.run.loss_laws",
+    "Overflow": "simtrain.run.loss_scale",
     "Phase": "simtrain.run.course",
     "Limits": "simtrain.planner.objectives",
     "Plan": "simtrain.planner.search",
@@ -102,7 +105,9 @@ __all__ = [
     "KaplanLaw",
     "Limits",
     "LossCurve",
+    "LossScaler",
     "NoiseGrowth",
+    "Overflow",
     "Phase",
     "Plan",
     "Policy",

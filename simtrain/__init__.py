@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from simtrain.run.site import Site
     from simtrain.run.snapshots import Snapshots
     from simtrain.run.state_price import StatePrice
+    from simtrain.step.adaptive import choose_precision
     from simtrain.step.checkpoint_curve import checkpoint_curve, choose_checkpoint
     from simtrain.step.predict import estimate, schedule, simulate
 
@@ -71,6 +72,7 @@ _HOME = {
     "allocate": "simtrain.planner.allocation.allocate",
     "checkpoint_curve": "simtrain.step.checkpoint_curve",
     "choose_checkpoint": "simtrain.step.checkpoint_curve",
+    "choose_precision": "simtrain.step.adaptive",
     "cluster": "simtrain.core.catalog",
     "compare": "simtrain.planner.why",
     "device": "simtrain.core.catalog",
@@ -127,6 +129,7 @@ __all__ = [
     "allocate",
     "checkpoint_curve",
     "choose_checkpoint",
+    "choose_precision",
     "cluster",
     "compare",
     "device",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import groupby
 
-from simtrain.core.errors import UnknownNameError
+from simtrain.core.errors import StrategyError, UnknownNameError
 
 
 class DType(StrEnum):
@@ -115,6 +117,8 @@ class Precision:
         loss_scaling: Whether a dynamic loss scaler runs (it makes the host wait for the device once a step).
         narrow: How linear layers run in fewer bits; `None` where they run like the rest.
         compensated: Whether the optimizer keeps what rounding cut off each weight (Kahan summation), in the format of the weights.
+        layers: Numbers of layers from the input on, each with its own recipe; empty where all have this one.
+        budget: Relative error of the gradients within which formats of layers are still to be chosen; `None` where they are.
     """
 
     name: str
@@ -126,6 +130,8 @@ class Precision:
     loss_scaling: bool = False
     narrow: Quantization | None = None
     compensated: bool = False
+    layers: tuple[tuple[int, Precision], ...] = ()
+    budget: float | None = None
 
     def dtype(self, role: DTypeRole) -> DType:
         """Returns the number format of a role."""
@@ -180,13 +186,62 @@ Over `bf16-master`, with linear layers in fewer bits: `fp8` (delayed scales per 
 `mxfp8` (a power of two per 32 elements) and `nvfp4` (an fp8 scale per 16 elements)."""
 
 
+MIXABLE = ("fp32", "tf32", "bf16-amp", "fp16-amp")
+"""Recipes that layers of one model may have side by side: all store weights, and what crosses layers, in fp32."""
+
+ADAPTIVE = "adaptive:"
+
+
 def precision(name: str) -> Precision:
-    """Looks a recipe up.
+    """Looks a recipe up: a name, layers in a row such as `1*fp32+12*bf16-amp+1*fp32`, or `adaptive:0.01`.
+
+    The last leaves formats of layers to be chosen within a relative error of the gradients (`simtrain.step.adaptive`).
 
     Raises:
         UnknownNameError: With the nearest names.
+        StrategyError: Layers or a budget that cannot be read, or recipes that cannot stand side by side.
     """
+    if name.startswith(ADAPTIVE):
+        return _adaptive(name)
+    if "*" in name:
+        return _mixed(name)
     try:
         return PRECISIONS[name]
     except KeyError:
         raise UnknownNameError("precision", name, PRECISIONS) from None
+
+
+def _adaptive(name: str) -> Precision:
+    text = name.removeprefix(ADAPTIVE)
+    try:
+        budget = float(text)
+    except ValueError:
+        budget = 0.0
+    if not 0 < budget < 1:
+        raise StrategyError(f"precision={name}: the budget is a relative error of the gradients between 0 and 1, such as adaptive:0.01")
+    return replace(PRECISIONS["fp32"], name=name, budget=budget)
+
+
+def _mixed(name: str) -> Precision:
+    parts: list[tuple[int, Precision]] = []
+    for part in name.split("+"):
+        count, star, recipe = part.strip().partition("*")
+        if not (star and count.isascii() and count.isdecimal() and int(count)):
+            raise StrategyError(f"precision={name}: layers in a row are written as 1*fp32+12*bf16-amp, and {part!r} is not NUMBER*RECIPE")
+        if recipe not in MIXABLE:
+            if recipe not in PRECISIONS:
+                raise UnknownNameError("precision", recipe, MIXABLE)
+            raise StrategyError(f"precision={name}: {recipe} cannot stand beside other recipes, only {', '.join(MIXABLE)} can")
+        parts.append((int(count), PRECISIONS[recipe]))
+    recipes = [recipe for _, recipe in parts]
+    narrow = min(recipes, key=lambda r: (r.low.size_bytes, -MIXABLE.index(r.name)))
+    fastest = max(recipes, key=lambda r: MIXABLE.index(r.name))
+    scaled = any(r.loss_scaling for r in recipes)
+    return Precision(name, narrow.low, DType.FP32, DType.FP32, fastest.arithmetic, loss_scaling=scaled, layers=tuple(parts))
+
+
+def format_layers(recipes: Sequence[str]) -> str:
+    """Writes the recipes of layers in order, such as `1*fp32+12*bf16-amp`; the recipe alone where all have the same."""
+    if len(set(recipes)) == 1:
+        return recipes[0]
+    return "+".join(f"{len(list(same))}*{name}" for name, same in groupby(recipes))

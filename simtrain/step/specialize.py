@@ -9,6 +9,7 @@ from simtrain.core.errors import InternalError
 from simtrain.core.precision import DType, DTypeRole, Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Layer, Operator, OperatorKind, Tensor, Workload
+from simtrain.step.mixed import layer_recipes
 
 KEPT_NAMES = ("grad:", "shared:")
 """Prefixes of tensors that other layers or the optimizer know by name."""
@@ -108,8 +109,9 @@ def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime, 
     `torch/csrc/autograd/input_buffer.cpp` (who holds the last reference to a gradient reuses it) and allocator events of real steps.
     """
     before = [workload.layers[max(i - 1, 0)] for i in range(len(workload.layers))]
+    recipes = layer_recipes(workload, precision)
     layers = [
-        specialize(x, precision, runtime.fused_attention, b, selective=selective) for x, b in zip(workload.layers, before, strict=True)
+        specialize(x, p, runtime.fused_attention, b, selective=selective) for x, b, p in zip(workload.layers, before, recipes, strict=True)
     ]
     shared = {name: tensor for c in layers for name, tensor in c.tensors.items() if name.startswith("shared:")}
     cast = frozenset(w.name for c in layers for op in c.backward if op.kind is OperatorKind.CAST for w in op.writes) & shared.keys()

@@ -83,6 +83,8 @@ class Quantization:
         in_norm: Whether the kernel of a norm writes the narrow copy itself (delayed scales are known beforehand).
         two_copies: Whether products by rows and by columns read different copies: transposed ones where the device's products need that,
             scales along the other direction with blocks.
+        primary: Whether linear layers keep no other weights than the narrow copies, which are made from the optimizer's masters and are
+            what ranks that share the optimizer gather.
     """
 
     dtype: DType
@@ -91,6 +93,7 @@ class Quantization:
     amax_first: bool = False
     in_norm: bool = False
     two_copies: bool = True
+    primary: bool = False
 
     @property
     def bytes_per_element(self) -> float:
@@ -174,6 +177,7 @@ PRECISIONS: dict[str, Precision] = {
         Precision("bf16-kahan", DType.BF16, DType.BF16, DType.BF16, DType.BF16, compensated=True),
         Precision("bf16-master", DType.BF16, DType.BF16, DType.BF16, DType.BF16, master=DType.FP32),
         _over_bf16("fp8", Quantization(DType.FP8, in_norm=True)),
+        _over_bf16("fp8-params", Quantization(DType.FP8, in_norm=True, primary=True)),
         _over_bf16("fp8-current", Quantization(DType.FP8, amax_first=True)),
         _over_bf16("mxfp8", Quantization(DType.FP8, block=32, scale_bytes=1)),
         _over_bf16("nvfp4", Quantization(DType.FP4, block=16, scale_bytes=1, amax_first=True)),
@@ -182,7 +186,8 @@ PRECISIONS: dict[str, Precision] = {
 """Recipes by name: `fp32`, `tf32` (fp32 storage), `fp16-amp`/`bf16-amp` (autocast over fp32 weights), `bf16` (everything; stochastic
 rounding costs neither bytes nor passes), `bf16-kahan` (with a compensation of each weight), and
 `fp16-master`/`bf16-master` (everything in 16 bit, the optimizer on an fp32 copy: what NVIDIA's Apex calls O2, and Megatron-LM's way).
-Over `bf16-master`, with linear layers in fewer bits: `fp8` (delayed scales per tensor), `fp8-current` (scales of the tensor itself),
+Over `bf16-master`, with linear layers in fewer bits: `fp8` (delayed scales per tensor), `fp8-params` (the same
+without 16-bit weights beside the narrow ones), `fp8-current` (scales of the tensor itself),
 `mxfp8` (a power of two per 32 elements) and `nvfp4` (an fp8 scale per 16 elements)."""
 
 

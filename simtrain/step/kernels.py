@@ -180,7 +180,8 @@ def narrow_copy_kernels(elements: int, matrices: int, precision: Precision) -> K
     if form is None or not elements:
         return elementwise_kernels("narrow copies", OperatorKind.COPY, [], [], precision.parameter)
     reads = 1 + form.amax_first
-    moved = elements * (reads * precision.parameter.size_bytes + form.weight_bytes)
+    width = precision.state.size_bytes if form.primary else precision.parameter.size_bytes
+    moved = elements * (reads * width + form.weight_bytes)
     return elementwise_kernels("narrow copies", OperatorKind.COPY, [moved], [reads * matrices], precision.parameter)
 
 

@@ -82,7 +82,9 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     if (rare := rare_exchange(setting, lane)) is not None:
         row[COLUMN[MemoryKind.OPTIMIZER]] += rare.state_bytes
     if precision.narrow is not None:
-        row[COLUMN[MemoryKind.CAST]] += narrow_elements(lane) * precision.narrow.weight_bytes
+        narrow = narrow_elements(lane)
+        row[COLUMN[MemoryKind.CAST]] += narrow * precision.narrow.weight_bytes
+        row[COLUMN[MemoryKind.PARAMETER]] -= narrow * precision.parameter.size_bytes * precision.narrow.primary
     row[COLUMN[MemoryKind.PARAMETER]] += sum(x.buffer_bytes for chunk in lane.chunks for x in chunk.workload)
     if any(chunk.first or chunk.last for chunk in lane.chunks):
         row[COLUMN[MemoryKind.INPUT]] += lane.chunks[0].workload.input_bytes(strategy.micro_batch, lane.place.sequence)

@@ -92,6 +92,15 @@ def shared_parameters(layer: Layer, *, expert: bool) -> int:
     return sum(p.elements for p in layer.trained if p.expert is expert)
 
 
+def updated_bytes(layer: Layer, setting: Setting, *, expert: bool) -> float:
+    """Bytes of a layer's updated parameters as ranks that share the optimizer gather them: narrow where that is all that is kept."""
+    size, form = setting.precision.parameter.size_bytes, setting.precision.narrow
+    whole = float(size * shared_parameters(layer, expert=expert))
+    if form is None or not form.primary or expert or not layer.block:
+        return whole
+    return whole - (size - form.bytes_per_element) * sum(p.elements for p in layer.trained if len(p.shape) == 2)
+
+
 def gathering(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCost:
     """What it costs to collect updated parameters of a size: at once, or owner by owner."""
     if not layout.setting.runtime.gather_shards:
@@ -316,7 +325,7 @@ class Replicated:
 def _gathers(chunk: Chunk, setting: Setting, sharers: tuple[bool, Placed]) -> list[tuple[int, float, Placed]]:
     """First layer, bytes and ranks of what is gathered together: each layer by itself where that overlaps, else all of them."""
     expert, placed = sharers
-    layers = [setting.precision.parameter.size_bytes * shared_parameters(layer, expert=expert) for layer in chunk.workload]
+    layers = [updated_bytes(layer, setting, expert=expert) for layer in chunk.workload]
     if setting.runtime.overlap_gather and setting.strategy.pipeline == 1:
-        return [(i, float(s), placed) for i, s in enumerate(layers) if s]
-    return [(0, float(sum(layers)), placed)] if sum(layers) else []
+        return [(i, s, placed) for i, s in enumerate(layers) if s]
+    return [(0, sum(layers), placed)] if sum(layers) else []

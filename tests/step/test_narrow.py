@@ -20,7 +20,7 @@ from simtrain.step.setting import resolve
 from simtrain.step.specialize import ConcreteLayer
 from simtrain.step.split_backward import split_backward
 
-RECIPES = ("fp8", "fp8-current", "mxfp8", "nvfp4")
+RECIPES = ("fp8", "fp8-params", "fp8-current", "mxfp8", "nvfp4")
 FORMS = ("data=1", "tensor=2", "tensor=2,sequence_parallel=true", "context=2")
 MODEL = {"layers": 2, "hidden": 256, "heads": 4, "vocabulary": 1024}
 
@@ -100,6 +100,18 @@ def test_weights_keep_narrow_copies_beside_16_bit_ones(recipe: str, device: str,
     wide, narrow = (st.estimate(workload, device, f"precision={p}", runtime="megatron").memory for p in ("bf16-master", recipe))
     linear = sum(x.repeats * p.elements for x in workload.layers if x.block for p in x.parameters if len(p.shape) == 2)
     assert narrow.by_kind_bytes["cast"] - wide.by_kind_bytes.get("cast", 0.0) == pytest.approx(linear * bytes_per_weight)
+
+
+def test_weights_without_16_bit_ones_beside_them_save_two_bytes_each() -> None:
+    workload = catalog.workload("llama3-8b", seq_len=512)
+    form = "data=8,zero=1,accumulation=4,precision="
+    beside, alone = (st.schedule(workload, "dgx-h100", form + p, runtime="megatron") for p in ("fp8", "fp8-params"))
+    linear = sum(x.repeats * p.elements for x in workload.layers if x.block for p in x.parameters if len(p.shape) == 2)
+    saved = beside.memory.by_kind_bytes["parameter"] - alone.memory.by_kind_bytes["parameter"]
+    assert saved == pytest.approx(2 * linear)
+    assert alone.step_time_s < beside.step_time_s  # less is gathered
+    quick = st.estimate(workload, "dgx-h100", form + "fp8-params", runtime="megatron")
+    assert quick.step_time_s == pytest.approx(alone.step_time_s, rel=0.03)
 
 
 def test_gathers_of_sequence_parallelism_carry_narrow_copies() -> None:

@@ -72,7 +72,7 @@ class _Narrowing:
         layer = concrete_layer(concrete.layer, forward, backward, concrete.precision, concrete.before)
         kept = [self._copy(name, use) for name in self.weights for use in (ROWS, COLUMNS)]
         tensors = concrete.tensors | layer.tensors | {tensor.name: tensor for tensor in kept}
-        return replace(layer, tensors=tensors, narrow_weights=tuple(sorted(self.weights)))
+        return replace(layer, tensors=tensors, narrow_weights=tuple(sorted(self.weights)), summed_into=concrete.summed_into)
 
     def _copy(self, name: str, use: str) -> Tensor:
         elements = self.sizes[name] * (self.form.bytes_per_element / self.form.dtype.size_bytes)

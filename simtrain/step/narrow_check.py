@@ -57,6 +57,8 @@ def _refuse_models(recipe: Precision, workload: Workload, strategy: Strategy) ->
         raise UnsupportedError(
             f"precision={recipe.name} with zero=3 is not modelled (which format is gathered depends on the framework): use zero=2 or less"
         )
+    if strategy.moved.optimizer or strategy.moved.parameters:
+        raise UnsupportedError(f"precision={recipe.name} with offload={strategy.offload} is not modelled: use bf16-master")
     matrices = {p.name for layer in workload.layers if layer.block for p in layer.parameters if len(p.shape) == 2 and p.trained}
     products = [op for layer in workload.layers if layer.block for op in layer.forward if op.kind is OperatorKind.GEMM]
     if not matrices or not products:

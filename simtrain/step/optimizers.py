@@ -172,6 +172,8 @@ def refuse_optimizer(workload: Workload, strategy: Strategy, devices: Sequence[D
         raise UnsupportedError(
             f"optimizer=adamw-8bit is bitsandbytes' for GPUs, and {other.name} is of class {other.device_class}: use adamw"
         )
+    if strategy.moved.optimizer and strategy.optimizer in ("muon", "adamw-8bit"):
+        raise UnsupportedError(f"optimizer={strategy.optimizer} with offload={strategy.offload} is not modelled on the host: use adamw")
     if strategy.optimizer != "muon":
         return
     divided = [f"{n}={v}" for n, v, most in (("tensor", strategy.tensor, 1), ("zero", strategy.zero, 1)) if v > most]

@@ -140,7 +140,7 @@ def test_links_order_the_box(gpt):
         ({"strategy": "data=4,zero=1,shard=3"}, StrategyError, "use shard=2"),
         ({"strategy": "pipeline=2,schedule=zigzag"}, UnknownNameError, "zigzag"),
         ({"strategy": "micro_batch=0"}, StrategyError, "micro_batch must be a whole number of at least 1"),
-        ({"strategy": "precision=fp61"}, UnknownNameError, "fp16"),
+        ({"strategy": "precision=fp16-anp"}, UnknownNameError, "fp16"),
         ({"cluster": "v100-sxm2-16gb", "strategy": "precision=bf16-amp"}, UnsupportedError, "no bf16 arithmetic"),
         ({"runtime": "torch-eagre"}, UnknownNameError, "torch-eager"),
         ({"runtime": "torch-eager-cpu"}, InputError, "fed by a host"),

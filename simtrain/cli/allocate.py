@@ -20,12 +20,16 @@ def allocate(
     *,
     cluster: ClusterOption,
     global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Samples per optimizer update.")],
-    precision: Annotated[str | None, typer.Option("--precision", help="Of all devices; by default the 16-bit type that they share.")] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="Of all devices; by default the 16-bit type that they share.")
+    ] = None,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd or sgd-momentum.")] = "adamw",
     runtime: RuntimeOption = None,
     micro_batch: Annotated[list[int] | None, typer.Option("--micro-batch", min=1, help="Allowed sizes; repeat for several.")] = None,
     tensor: Annotated[list[int] | None, typer.Option("--tensor", min=1, help="Allowed tensor widths; repeat for several.")] = None,
-    checkpoint: Annotated[list[str] | None, typer.Option("--checkpoint", help="Allowed: none, full, selective; repeat for several.")] = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option("--checkpoint", help="Allowed: none, full, selective; repeat for several.")
+    ] = None,
     memory_margin: Annotated[float, typer.Option("--memory-margin", help="Share of memory that stays free, such as 0.1.")] = 0.0,
     worth: Annotated[bool, typer.Option("--worth/--no-worth", help="What each kind of device adds: plans anew without it.")] = True,
     seq_len: SeqLenOption = None,

@@ -54,7 +54,9 @@ def _headline(a: Allocation) -> Table:
 
 def _stages(a: Allocation) -> Table:
     numeric = ("group", "copies", "stage", "wide", "layers", "micro-batch", "count", "batch share", "memory")
-    table = plain_table("Groups of equal replicas", *numeric[:3], "device", "precision", *numeric[3:5], "checkpoint", *numeric[5:], numeric=numeric)
+    table = plain_table(
+        "Groups of equal replicas", *numeric[:3], "device", "precision", *numeric[3:5], "checkpoint", *numeric[5:], numeric=numeric
+    )
     previous = 0
     for row in a.rows():
         first = row["group"] != previous

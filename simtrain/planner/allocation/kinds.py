@@ -61,7 +61,9 @@ def kinds_of(cluster: Cluster, runtime: Runtime | str | None, recipe: str | None
     on_cpu = {d.device_class == "cpu" for d in cluster.devices}
     if len(on_cpu) > 1:
         raise UnsupportedError(f"{cluster.name}: CPUs and accelerators in one job are not modelled: leave the CPUs out")
-    framework = runtime if isinstance(runtime, Runtime) else find_runtime(runtime or ("torch-eager-cpu" if True in on_cpu else "torch-eager"))
+    framework = (
+        runtime if isinstance(runtime, Runtime) else find_runtime(runtime or ("torch-eager-cpu" if True in on_cpu else "torch-eager"))
+    )
     found: dict[tuple[object, ...], list[tuple[int, ...]]] = {}
     group = max(cluster.network.nodes_per_group, 1) if cluster.network.nodes_per_group else len(cluster.nodes)
     rank = 0
@@ -128,4 +130,7 @@ def carrier(kinds: tuple[Kind, ...], *, uneven: bool) -> Carrier:
 
 
 def _communicators(*, uneven: bool) -> str:
-    return "; replicas differ in their stages, which needs a communicator for every shared range of layers (tried by no framework we know)" * uneven
+    return (
+        "; replicas differ in their stages, which needs a communicator for every shared range of layers (tried by no framework we know)"
+        * uneven
+    )

@@ -93,7 +93,7 @@ def lines_of(job: Job, placement: Placement) -> tuple[Line, ...]:
             groups = [copy[s] for copy in p.copies]
             name = f"group {number + 1}, stage {s}: {stage.unit.kind} x{stage.unit.tensor * p.share.copies}"
             settings.append(setting)
-            lanes.append(job.lane(setting, cuts, s, groups, index=index, name=name))
+            lanes.append(job.lane(setting, job.pieces(setting, cuts)[s], groups, index=index, stage=s, name=name))
             index += 1
         found.append(Line(p, tuple(settings), tuple(lanes), plan("1f1b", len(cuts), 1, p.share.micro_batches)))
     return tuple(found)
@@ -162,12 +162,16 @@ def _pipeline(job: Job, build_: Builder, line: Line) -> list[int]:
     for i in range(len(order)):
         s, action, micro_batch = int(order.rank[i]), Action(int(order.action[i])), int(order.micro_batch[i])
         steps = costs[s].steps(action, micro_batch, order, s, 0)
-        if (s, id(steps)) not in known:  # the costs keep the lists
-            known[s, id(steps)] = chain([step.cost for step in steps])
-        lane, kind = line.lanes[s], TERM_KINDS[steps[-1].which.mode]
+        lane = line.lanes[s]
         label = "forward" if action is Action.FORWARD else "backward"
         waits = [*arrivals.pop(i, ()), *held.pop(s, ())]
-        last[s] = build_.work(lane.index, kind, label, known[s, id(steps)], micro_batch, waits)
+        if order.stages == 1:  # pass by pass, as the host may be so many kernels ahead and no more
+            for step in steps:
+                last[s] = build_.work(lane.index, TERM_KINDS[step.which.mode], label, step.cost, micro_batch)
+            continue
+        if (s, id(steps)) not in known:  # the costs keep the lists
+            known[s, id(steps)] = chain([step.cost for step in steps])
+        last[s] = build_.work(lane.index, TERM_KINDS[steps[-1].which.mode], label, known[s, id(steps)], micro_batch, waits)
         for target in targets[i]:
             to = int(order.rank[target])
             stream = build_.stream((lane.index,), f"send {label}")

@@ -25,9 +25,6 @@ from simtrain.step.synchronise import update_cost
 REPLICAS = 2
 """Replicas that a stage is priced with: more than one, so that it holds buckets and copies gradients into them."""
 
-SAMPLE_BYTES = 1e9
-"""Size of the all-reduce by which the search prices others."""
-
 COMMUNICATORS = 4
 """Communicators that a rank is assumed to hold in a mixed job: tensor, pipeline, gradients, and all ranks."""
 
@@ -192,7 +189,7 @@ def transfer_pairs(source: Sequence[int], target: Sequence[int]) -> list[tuple[i
 
 
 def synchroniser(job: Job, whole_bytes: float) -> Callable[[float, int, frozenset[str]], float]:
-    """Reduction as the search sees it: an all-reduce over one device of every node, or what moves inside a node if that takes longer.
+    """Reduction as the search sees it: an all-reduce over all devices, or what moves inside a node if that takes longer.
 
     A node sends each part of the model that its devices hold once, so that neither more than the whole model nor more than what its
     devices hold leaves it.
@@ -203,9 +200,9 @@ def synchroniser(job: Job, whole_bytes: float) -> Callable[[float, int, frozense
         if kinds not in known:
             chosen = [job.kinds[name] for name in sorted(kinds)]
             inside = min(_inside_bytes_per_s(job, kind) for kind in chosen)
-            ring = sorted(ranks[0] for kind in chosen for ranks in kind.nodes)
-            across = collective(job.fabric, Collective.ALL_REDUCE, ring, SAMPLE_BYTES)
-            known[kinds] = (inside, across.latency_s, (across.time_s - across.latency_s) / SAMPLE_BYTES)
+            ring = sorted(rank for kind in chosen for ranks in kind.nodes for rank in ranks)
+            across = collective(job.fabric, Collective.ALL_REDUCE, ring, whole_bytes)
+            known[kinds] = (inside, across.latency_s, (across.time_s - across.latency_s) / whole_bytes)
         return known[kinds]
 
     def synchronise_s(load: float, replicas: int, kinds: frozenset[str]) -> float:

@@ -66,7 +66,11 @@ def _taken(nodes: list[list[int]], unit: Unit, wanted: int, before: Ranks) -> Ra
         raise InputError(f"{unit.tensor} free devices of {unit.kind} in one node are needed, but none has them left")
     node = min(
         possible,
-        key=lambda n: (not before or n[0] - 1 != before[-1], len(n) < wanted, len(n) if wanted and len(n) >= wanted else -len(n) * bool(wanted)),
+        key=lambda n: (
+            not before or n[0] - 1 != before[-1],
+            len(n) < wanted,
+            len(n) if wanted and len(n) >= wanted else -len(n) * bool(wanted),
+        ),
     )
     ranks = tuple(node[: unit.tensor])
     del node[: unit.tensor]

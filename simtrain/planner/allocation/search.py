@@ -94,8 +94,8 @@ def search(market: Market, templates: Family | None = None) -> Found:
             f"no combination of micro-batches of {', '.join(map(str, market.micro_batches))} gives a global batch of "
             f"{market.global_batch}: use a multiple of {min(market.micro_batches)}"
         )
-    proposals.sort(key=lambda p: p.step_time_s)
-    return Found(tuple(proposals), bound, len(known.templates))
+    distinct = {p.shares: p for p in sorted(proposals, key=lambda p: p.step_time_s)}
+    return Found(tuple(distinct.values()), bound, len(known.templates))
 
 
 def _searched(market: Market, templates: Family, bound_s: float) -> list[Proposal]:

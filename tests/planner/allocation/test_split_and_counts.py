@@ -48,7 +48,7 @@ def test_earlier_stages_hold_more_micro_batches():
 
 
 @given(some.floats(0.5, 3), some.floats(0.5, 3), some.integers(1, 3), some.integers(1, 3), some.integers(4, 14))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_shares_of_single_devices_are_the_best_of_all(fast, slow, n_fast, n_slow, batch):
     table = {("a", 1, 1): prices([fast]), ("b", 1, 1): prices([slow])}
     asked = market(table, {"a": n_fast, "b": n_slow}, batch)

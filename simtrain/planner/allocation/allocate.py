@@ -33,13 +33,16 @@ TENSORS = (1, 2, 4, 8)
 MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CHECKPOINTS = ("none", "full")
 
-READ = 6
+READ = 4
 """Proposals of the search that fit and that the engine compares, whatever their device types."""
 
-READ_EACH = 3
+FAR = 1.15
+"""Proposals that the search expects to take so much longer than the best one read are not read, but for one of each choice of types."""
+
+READ_EACH = 2
 """The same for each choice of device types."""
 
-SWAPS = 12
+SWAPS = 5
 """Placements of the best that the engine reads beside the first one."""
 
 ASSUMPTIONS = (
@@ -73,7 +76,8 @@ def allocate(
         workload: A workload or the name of a preset.
         cluster: A cluster or its text, such as `"4x rtx-3090 + 8x v100-sxm2-16gb"`.
         global_batch: Samples of a step.
-        precision: Recipe for all devices; by default the first 16-bit recipe that all have, else the first that each has.
+        precision: Recipe for all devices; by default the first 16-bit recipe that all of its class (GPUs, TPUs) have, else the first
+            that each has.
         optimizer: Which one.
         runtime: What carries it out; eager PyTorch by default.
         tensors: Tensor-parallel widths to consider.
@@ -243,6 +247,8 @@ class Allocator:
             seen: Counter[frozenset[str]] = Counter()
             for proposal in found.proposals:
                 if seen.total() >= READ and seen[proposal.kinds] >= READ_EACH:
+                    continue
+                if best and seen[proposal.kinds] and proposal.step_time_s > FAR * self._read(best).step_time_s:
                     continue
                 try:
                     placement = self._placed(available, proposal.shares)

@@ -88,7 +88,7 @@ def test_one_device_fewer_is_never_better_by_much_and_replanning_forgets_nothing
     whole, fewer = asked.best(), asked.best({kind: 7})
     assert fewer.step_time_s >= whole.step_time_s * 0.999
     assert asked.best().step_time_s == whole.step_time_s
-    with pytest.raises(InputError, match="9 x .* are not among the devices"):
+    with pytest.raises(InputError, match=r"9 x .* are not among the devices"):
         asked.best({kind: 9})
 
 

@@ -135,10 +135,15 @@ def build(job: Job, lines: Sequence[Line], exchanged: CollectiveCost) -> Program
     lanes = [lane for line in lines for lane in line.lanes]
     build_ = Builder(settings[0].runtime, tuple(lane.rank_class for lane in lanes), any(s.precision.loss_scaling for s in settings))
     ends: list[int] = []
+    levels = np.concatenate([line.order.level for line in lines])
+    last: list[list[int]] = []
+    first = 0
     for line in lines:
-        last = _pipeline(job, build_, line)
-        tied = _tie(job, build_, line, last)
-        ends += tied or last
+        last.append(_pipeline(job, build_, line, first))
+        first += len(line.order)
+    build_.begin(len(levels))  # what follows all pipelines
+    for line, own in zip(lines, last, strict=True):
+        ends += _tie(job, build_, line, own) or own
     done = ends
     if exchanged.loads or exchanged.latency_s:
         stream = build_.stream(range(len(lanes)), "communication")
@@ -147,11 +152,11 @@ def build(job: Job, lines: Sequence[Line], exchanged: CollectiveCost) -> Program
         if setting.reduces:
             _restore(build_, setting, lane, done)
         build_.work(lane.index, TermKind.OPTIMIZER, "optimizer", update_cost(setting, lane), -1, done, sync=True)
-    return build_.finish()
+    return build_.finish(np.append(levels, levels.max() + 1))[0]
 
 
-def _pipeline(job: Job, build_: Builder, line: Line) -> list[int]:
-    """Passes and sends of equal replicas; returns the last term of each stage."""
+def _pipeline(job: Job, build_: Builder, line: Line, first: int) -> list[int]:
+    """Passes and sends of equal replicas, their instructions being numbered from `first`; returns the last term of each stage."""
     order = line.order
     costs = [chunk_costs(setting, lane, lane.chunks[0]) for setting, lane in zip(line.settings, line.lanes, strict=True)]
     known: dict[tuple[int, int], PassCost] = {}
@@ -160,6 +165,7 @@ def _pipeline(job: Job, build_: Builder, line: Line) -> list[int]:
     last = [0] * len(line.lanes)
     targets = _targets(order)
     for i in range(len(order)):
+        build_.begin(first + i)
         s, action, micro_batch = int(order.rank[i]), Action(int(order.action[i])), int(order.micro_batch[i])
         steps = costs[s].steps(action, micro_batch, order, s, 0)
         lane = line.lanes[s]

@@ -46,7 +46,7 @@ SWAPS = 5
 """Placements of the best that the engine reads beside the first one."""
 
 ASSUMPTIONS = (
-    "gradients are reduced once all replicas have made theirs, weighted by their samples; nothing of it runs beside the backward passes",
+    "gradients are reduced weighted by samples: beside the last backward passes if replicas are single stages, else behind all",
     "optimizer states are whole in every replica (no ZeRO)",
     "devices that are left out are neither powered nor paid",
     "kinds are compared as their data sheets or profiles say; samples differ in share, not in length",

@@ -19,6 +19,7 @@ from simtrain.step.layout import Lane
 from simtrain.step.ledger import ledger
 from simtrain.step.schedules import Action, plan
 from simtrain.step.setting import Setting
+from simtrain.step.shard import rank_form, tied_parameter
 from simtrain.step.states import persistent
 from simtrain.step.synchronise import update_cost
 
@@ -97,10 +98,11 @@ def layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPri
     known: dict[tuple[object, ...], tuple[FloatArray, float]] = {}
     setting = job.setting(unit, micro_batch, 3, 2 if len(cuts) > 1 else 1, REPLICAS)
     groups = _groups(kind, unit.tensor)
+    tied = tied_bytes(job, setting)
     for chunk in job.pieces(setting, cuts):
         key = (*map(id, chunk.concrete), chunk.first, chunk.last)  # equal layers are one object
         if key not in known:
-            known[key] = _one(setting, job.lane(setting, chunk, groups), len(cuts))
+            known[key] = _one(setting, job.lane(setting, chunk, groups), len(cuts), tied if chunk.last and not chunk.first else 0.0)
         columns.append(known[key][0])
         transient = max(transient, known[key][1])
     device_f, host_f, device_b, host_b, least, update, gradient, fixed, kept = np.array(columns).T
@@ -119,13 +121,14 @@ def layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPri
     )
 
 
-def _one(setting: Setting, lane: Lane, layers: int) -> tuple[FloatArray, float]:
+def _one(setting: Setting, lane: Lane, layers: int, tied: float) -> tuple[FloatArray, float]:
     """Prices of one layer, and the memory that its passes take while they run."""
     costs = chunk_costs(setting, lane, lane.chunks[0])
     forward = costs.listed(Action.FORWARD, adding=False, last=False)
     adding = costs.listed(Action.BACKWARD, adding=True, last=False)
     fresh = costs.listed(Action.BACKWARD, adding=False, last=False)
-    held = sum(p.elements for p in lane.chunks[0].trained) * gradient_bytes(setting.precision, setting.runtime)
+    # a weight that both ends hold is exchanged between replicas at one of them
+    held = sum(p.elements for p in lane.chunks[0].trained) * gradient_bytes(setting.precision, setting.runtime) - tied
     states = float(persistent(setting, lane).sum())
     # the first stage of a longer pipeline keeps one more micro-batch in flight
     peaks = [ledger(setting, lane, plan("1f1b", stages, 1, 4)).peak_bytes for stages in ((2, 3) if layers > 1 else (1, 1))]
@@ -142,6 +145,12 @@ def _one(setting: Setting, lane: Lane, layers: int) -> tuple[FloatArray, float]:
         ]
     )
     return column, max(peaks[0] - 2 * kept - states, 0.0) if layers > 1 else 0.0
+
+
+def tied_bytes(job: Job, setting: Setting) -> float:
+    """Gradient bytes on a device of the weight that both ends of a pipeline hold; 0 where there is none."""
+    parameter = tied_parameter(job.workload, rank_form(job.workload, setting.strategy, setting.runtime, setting.devices))
+    return parameter.elements * gradient_bytes(setting.precision, setting.runtime) if parameter else 0.0
 
 
 def _groups(kind: Kind, tensor: int) -> list[tuple[int, ...]]:

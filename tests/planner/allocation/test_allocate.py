@@ -57,6 +57,14 @@ def test_even_plans_take_what_schedule_says(framework, data, tensor, stages):
     assert max(allocated.values()) == pytest.approx(expected.memory.allocated_bytes, rel=1e-6)
 
 
+def test_single_devices_reduce_beside_their_backward_passes_as_schedule_says():
+    asked = st.Allocator(GPT, "4x rtx-3090", 64, tensors=(1,), micro_batches=(8,), checkpoints=("none",))
+    expected = st.schedule(GPT, "4x rtx-3090", "data=4,micro_batch=8,accumulation=2,precision=bf16-amp")
+    found = asked.best()
+    assert found.step_time_s == pytest.approx(expected.step_time_s, rel=0.03)  # in eight parts rather than in buckets
+    assert found.synchronise_s > 0.05 * found.step_time_s
+
+
 def test_a_mixed_plan_runs_in_the_event_simulation_in_the_same_time():
     asked = asker("2x rtx-3090 + 4x v100-sxm2-16gb", 24, precision="fp16-amp")
     placement = asked.best().placement

@@ -196,6 +196,8 @@ class Allocator:
     ) -> Allocation:
         used = _used(placement)
         kinds = tuple(kind for name, kind in self.job.kinds.items() if used.get(name))
+        no_price = sorted({k.device.name for k in kinds if k.device.price_usd_per_hour <= 0})
+        unpriced = [f"no price is known of {', '.join(no_price)}: they are not in the cost"] if no_price else []
         uneven = len({tuple((s.start, s.end, s.unit.tensor) for s in p.share.template.stages) for p in placement}) > 1
         return Allocation(
             workload=self.job.workload.name,
@@ -215,7 +217,7 @@ class Allocator:
             precisions={name: kind.precision for name, kind in self.job.kinds.items()},
             templates=found.templates,
             elapsed_s=elapsed_s,
-            assumptions=(*self.job.cluster.assumptions, *ASSUMPTIONS),
+            assumptions=(*self.job.cluster.assumptions, *ASSUMPTIONS, *unpriced),
             events=reading.events,
         )
 

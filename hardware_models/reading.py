@@ -29,7 +29,7 @@ from hardware_models.schema import (
     parse_number,
 )
 from simtrain.core.errors import CatalogError, InputError, UnknownNameError, nearest
-from simtrain.core.hardware import Cluster, Device, Link, MemoryTier, Node, Provenance, ValueKind
+from simtrain.core.hardware import Cluster, Device, Link, MemoryTier, Node, Provenance, Storage, ValueKind
 from simtrain.core.network import SWITCH, Network
 from simtrain.core.precision import DType
 from simtrain.core.units import DIMENSIONS
@@ -130,8 +130,9 @@ def read_cluster(path: Path | Traversable, device: Callable[[str], Device], link
         problems.append(Problem(("structure",), _no_source(file.structure, file.sources)))
     nodes: list[Node] = []
     memory = numbers.get("host.memory.capacity_bytes")
+    storage = _storage(numbers, problems)
     for index, table in enumerate(file.nodes):
-        nodes += _nodes(table, index, memory, problems, device=device, link=link)
+        nodes += [replace(n, storage=storage) for n in _nodes(table, index, memory, problems, device=device, link=link)]
     network = _network(file.network, numbers.get("network.oversubscription"), sum(len(n.devices) for n in nodes), file.name, problems)
     if file.network and file.network.source not in file.sources:
         problems.append(Problem(("network", "source"), _no_source(file.network.source, file.sources)))
@@ -149,6 +150,14 @@ def read_cluster(path: Path | Traversable, device: Callable[[str], Device], link
         provenance=provenance,
         network=network,
     )
+
+
+def _storage(numbers: Mapping[str, Number], problems: list[Problem]) -> Storage | None:
+    found = {name: numbers.get(f"storage.{name}") for name in ("capacity_bytes", "read_bytes_per_s", "write_bytes_per_s")}
+    values = {name: number.value for name, number in found.items() if number is not None}
+    if values and len(values) < len(found):
+        problems.append(Problem(("numbers",), "drives need all of nvme_capacity, nvme_read and nvme_write"))
+    return Storage(**values) if len(values) == len(found) else None
 
 
 def _network(table: NetworkTable | None, oversubscription: Number | None, ranks: int, name: str, problems: list[Problem]) -> Network:
@@ -199,7 +208,7 @@ def _nodes(
         devices += [found] * int(match.group(1) or 1) if found else []
     host = find(device, table.host, "host") if table.host else None
     if host and memory:
-        host = replace(host, memory=replace(host.memory, capacity_bytes=memory.value))
+        host = replace(host, memory=replace(host.memory, capacity_bytes=memory.value / table.hosts))
     host_link = find(link, table.host_link, "host_link")
     peer_link = find(link, table.peer_link, "peer_link") if table.peer_link else None
     nic = find(link, table.nic, "nic") if table.nic else None
@@ -216,6 +225,7 @@ def _nodes(
         peer_shape=table.peer_shape,
         peer_reduction=table.peer_reduction,
         host_group=table.host_group,
+        hosts=table.hosts,
     )
     return [node] * table.count
 

@@ -69,10 +69,13 @@ LINK_NUMBERS: Mapping[str, NumberField] = {
 CLUSTER_NUMBERS: Mapping[str, NumberField] = {
     "host_power": NumberField("host_power_w", "W", zero=True),
     "host_memory": NumberField("host.memory.capacity_bytes", "B", required=False),
+    "nvme_capacity": NumberField("storage.capacity_bytes", "B", required=False),
+    "nvme_read": NumberField("storage.read_bytes_per_s", "B/s", required=False),
+    "nvme_write": NumberField("storage.write_bytes_per_s", "B/s", required=False),
     "oversubscription": NumberField("network.oversubscription", "1", required=False),
 }
-"""Numbers of a cluster file; `host_memory` replaces the capacity that the host's own file states, `oversubscription` belongs to
-`[network]`."""
+"""Numbers of a cluster file; `host_memory` (of a node) replaces the capacity that the host's own file states, the three of NVMe drives (of
+a node, all drives together) are given together, `oversubscription` belongs to `[network]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +196,7 @@ class NodeTable(BaseModel):
     host_link: str
     count: int = Field(default=1, ge=1)
     host: str = ""
+    hosts: int = Field(default=1, ge=1)
     peer_link: str = ""
     peer_group: int = Field(default=0, ge=0)
     nic: str = ""

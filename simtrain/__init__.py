@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from simtrain.planner.allocation.allocate import Allocator, allocate
     from simtrain.planner.allocation.result import Allocation
     from simtrain.planner.objectives import Limits
+    from simtrain.planner.robust import ModelError
     from simtrain.planner.search import Plan, plan
     from simtrain.planner.sweep import sweep
     from simtrain.planner.why import compare, why
@@ -50,6 +51,7 @@ _HOME = {
     "NoiseGrowth": "simtrain.run.loss_laws",
     "Phase": "simtrain.run.course",
     "Limits": "simtrain.planner.objectives",
+    "ModelError": "simtrain.planner.robust",
     "Plan": "simtrain.planner.search",
     "Policy": "simtrain.run.policies",
     "Preemption": "simtrain.run.faults",
@@ -102,6 +104,7 @@ __all__ = [
     "KaplanLaw",
     "Limits",
     "LossCurve",
+    "ModelError",
     "NoiseGrowth",
     "Phase",
     "Plan",

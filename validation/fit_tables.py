@@ -1,13 +1,13 @@
 """The engine as a table over constants, so that fits with groups held out take seconds.
 
 A row's step time is computed by the engine at a centre and at further values of one constant at a time; between them the logarithm of the
-time is linear in the logarithm of the constant, and effects of several constants multiply. How far that is from the engine is measured,
-not assumed: `FitTable.deviation`.
+time is linear in the logarithm of the constant, and effects of several constants multiply. Constants are found on the table; what they
+then predict is asked of the engine itself (`engine_times`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +18,9 @@ from simtrain.core.polynomial import FloatArray
 from validation.fit_published import Values
 from validation.fit_sources import step_time_s
 from validation.layouts import LayoutRow, LayoutSet, load_layouts
+
+PROGRESS_ROWS = 10
+"""Rows between two lines of progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +73,6 @@ class FitTable:
                 )
         return np.asarray(np.exp(logs))
 
-    def deviation(self, rows: Sequence[tuple[LayoutSet, LayoutRow]], values: Values, every: int = 1) -> FloatArray:
-        """Returns table over engine, less 1, for every so many rows: what multiplying effects costs."""
-        picked = list(range(0, len(rows), every))
-        exact = np.array([step_time_s(*rows[i], values) for i in picked])
-        return np.asarray(self.predict(values, picked) / exact - 1)
-
 
 def _between(nodes: FloatArray, effects: FloatArray, at: float) -> FloatArray:
     """Effects between nodes, and in a straight line beyond them."""
@@ -84,8 +81,16 @@ def _between(nodes: FloatArray, effects: FloatArray, at: float) -> FloatArray:
     return np.asarray(effects[:, i - 1] + share * (effects[:, i] - effects[:, i - 1]))
 
 
-def tabulate(rows: Sequence[tuple[LayoutSet, LayoutRow]], axes: Sequence[Axis], *, workers: int = 1) -> FitTable:
+def tabulate(
+    rows: Sequence[tuple[LayoutSet, LayoutRow]], axes: Sequence[Axis], *, workers: int = 1, progress: Callable[[str], None] | None = None
+) -> FitTable:
     """Runs the engine over rows of shipped sources.
+
+    Args:
+        rows: With their sources.
+        axes: The constants.
+        workers: Processes.
+        progress: Called with a line of text now and then.
 
     Raises:
         InputError: A constant without a further value.
@@ -96,9 +101,30 @@ def tabulate(rows: Sequence[tuple[LayoutSet, LayoutRow]], axes: Sequence[Axis], 
     centre = {axis.name: axis.centre for axis in axes}
     jobs = [(dataset.name, dataset.rows.index(row), axes, centre) for dataset, row in rows]
     with ProcessPoolExecutor(workers) as pool:
-        lines = list(pool.map(_line, jobs, chunksize=8))
+        lines = []
+        for line in pool.map(_line, jobs, chunksize=2):
+            lines.append(line)
+            if progress is not None and len(lines) % PROGRESS_ROWS == 0:
+                progress(f"{len(lines)} of {len(jobs)} rows predicted under changed constants")
     effects = {axis.name: np.array([line[1][k] for line in lines]) for k, axis in enumerate(axes)}
     return FitTable(tuple(axes), np.array([line[0] for line in lines]), effects)
+
+
+def engine_times(rows: Sequence[tuple[LayoutSet, LayoutRow]], values: Sequence[Values], *, workers: int = 1) -> FloatArray:
+    """Predicts rows of shipped sources, each under its own constants, by the engine itself.
+
+    Raises:
+        SimtrainError: A row is refused.
+    """
+    jobs = [(dataset.name, dataset.rows.index(row), dict(own)) for (dataset, row), own in zip(rows, values, strict=True)]
+    with ProcessPoolExecutor(workers) as pool:
+        return np.array(list(pool.map(_time, jobs, chunksize=2)), dtype=np.float64)
+
+
+def _time(job: tuple[str, int, dict[str, float]]) -> float:
+    name, number, values = job
+    dataset = load_layouts(name)
+    return step_time_s(dataset, dataset.rows[number], values)
 
 
 def _line(job: tuple[str, int, Sequence[Axis], dict[str, float]]) -> tuple[float, list[list[float]]]:

@@ -95,7 +95,6 @@ class LayoutRow:
         cuts: Blocks of each chunk where they are not even.
         fused_attention: Where rows of one source differ; `None` for the source's.
         runtime: Framework preset where it differs from the source's.
-        blocking_launches: Whether the host waited for every kernel (CUDA_LAUNCH_BLOCKING=1).
         step_time_s: As printed; `None` where throughput is.
         tokens_per_s: Over all devices, as printed.
         samples_per_s: Over all devices, as printed.
@@ -129,7 +128,6 @@ class LayoutRow:
     cuts: str = ""
     fused_attention: bool | None = None
     runtime: str = ""
-    blocking_launches: bool = False
     step_time_s: float | None = None
     tokens_per_s: float | None = None
     samples_per_s: float | None = None
@@ -260,8 +258,6 @@ class LayoutSet:
             InputError: It lacks a behaviour that the source has.
         """
         own: dict[str, Any] = {} if row.fused_attention is None else {"fused_attention": row.fused_attention}
-        if row.blocking_launches:
-            own["blocking_launches"] = True
         return runtime(row.runtime or self.runtime).with_(**{**self.runtime_options, **own})
 
     def step_time_s(self, row: LayoutRow) -> float | None:

@@ -14,11 +14,6 @@ from statistics import fmean
 from typing import Any
 
 from simtrain.core.errors import InternalError, SimtrainError, UnknownNameError
-from simtrain.core.hardware import Cluster
-from simtrain.core.result import MemoryReport
-from simtrain.core.runtime import Runtime
-from simtrain.core.strategy import Strategy
-from simtrain.core.workload import Workload
 from validation.errors import ErrorSummary, skill, summarise
 from validation.layouts import LAYOUT_SETS, LayoutRow, LayoutSet, load_layouts
 from validation.statistics import (
@@ -298,21 +293,13 @@ def predict_layout(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
     """
     from simtrain.step.predict import estimate
 
-    question = (dataset.workload(row), dataset.cluster(row), row.strategy(), dataset.runtime_of(row))
-    result = estimate(*question[:3], runtime=question[3])
-    memory = result.memory if dataset.memory_rank == "worst" else _memory_of_last_stage(*question)
+    result = estimate(dataset.workload(row), dataset.cluster(row), row.strategy(), runtime=dataset.runtime_of(row))
+    memory = result.memory
     reading = {"allocated": memory.allocated_bytes, "reserved": memory.reserved_bytes, "device": memory.device_bytes}
-    return LayoutPrediction(result.step_time_s, reading[dataset.memory_reading], result.fits)
-
-
-def _memory_of_last_stage(workload: Workload, cluster: Cluster, strategy: Strategy, runtime: Runtime) -> MemoryReport:
-    from simtrain.step.layout import lay_out
-    from simtrain.step.results import lane_ledgers, lane_report
-    from simtrain.step.setting import resolve
-
-    layout = lay_out(resolve(workload, cluster, strategy, runtime))
-    last = max(range(len(layout.lanes)), key=lambda lane: layout.lanes[lane].stage)
-    return lane_report(layout, lane_ledgers(layout), last)
+    chosen = reading[dataset.memory_reading]
+    if dataset.memory_rank == "last":
+        *_, chosen = memory.allocated_by_class_bytes.values()
+    return LayoutPrediction(result.step_time_s, chosen, result.fits)
 
 
 def compare_all_layouts(names: Sequence[str] = LAYOUT_SETS, predict: Predictor = predict_layout) -> tuple[LayoutReport, ...]:

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from simtrain.core.result import Result
+    from simtrain.planner.found import Plan
+    from simtrain.planner.why import Comparison
 
 PICTURES = (".png", ".svg", ".pdf")
 TRACES = (".json",)
+PAGES = (".html", ".htm")
 
 
 def check_path(option: str, path: Path | None, suffixes: tuple[str, ...]) -> None:
@@ -50,6 +53,17 @@ def write_files(result: Result, *, timeline: Path | None = None, memory: Path | 
     if trace is not None:
         report.save_trace(result, trace)
         note(f"wrote {trace}")
+
+
+def write_report(subject: Result | Plan | Comparison, path: Path | None) -> None:
+    """Writes the page that was asked for, and says so on standard error.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    if path is not None:
+        subject.report(path)
+        note(f"wrote {path}")
 
 
 def save_picture(path: Path, draw: Callable[[Axes], object], *, height_inch: float) -> None:

@@ -48,6 +48,7 @@ SeqLenOption = Annotated[int | None, typer.Option("--seq-len", min=1, help="Sequ
 TimelineOption = Annotated[Path | None, typer.Option("--timeline", help="Write what runs when as a picture (.png, .svg, .pdf).")]
 MemoryPlotOption = Annotated[Path | None, typer.Option("--memory-plot", help="Write memory over the step as a picture (.png, .svg, .pdf).")]
 TraceOption = Annotated[Path | None, typer.Option("--trace", help="Write a trace for Perfetto or chrome://tracing (.json).")]
+ReportOption = Annotated[Path | None, typer.Option("--report", help="Write all of it as one HTML file that needs no network.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object: the result's own field names, SI units.")]
 
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
-from simtrain.cli.files import PICTURES, TRACES, check_path, write_files
+from simtrain.cli.files import PAGES, PICTURES, TRACES, check_path, write_files, write_report
 from simtrain.cli.options import (
     ClusterOption,
     JsonOption,
     MemoryPlotOption,
     Objective,
+    ReportOption,
     SeqLenOption,
     TimelineOption,
     TraceOption,
@@ -25,6 +26,7 @@ from simtrain.cli.predict import EXIT_DOES_NOT_FIT
 from simtrain.core import catalog
 from simtrain.core.errors import InputError
 from simtrain.core.strategy import Strategy
+from simtrain.core.units import parse_quantity
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -50,10 +52,14 @@ def plan(
     runtime: Annotated[list[str] | None, typer.Option("--runtime", help="The framework, such as megatron; repeat to choose from.")] = None,
     fixed: Annotated[str, typer.Option("--fixed", help="Choices that are settled: 'tensor=8,micro_batch=1'.")] = "",
     devices: Annotated[int | None, typer.Option("--devices", min=1, help="How many to use; all by default.")] = None,
+    memory_risk: Annotated[float, typer.Option("--memory-risk", help="Highest probability of running out of memory, such as 0.05.")] = 0.0,
     memory_margin: Annotated[float, typer.Option("--memory-margin", help="Share of memory that stays free, such as 0.1.")] = 0.0,
     power: Annotated[float, typer.Option("--power", help="Most average power, in W.")] = 0.0,
     budget: Annotated[float, typer.Option("--budget", help="Most money, in USD, for --tokens.")] = 0.0,
-    tokens: Annotated[float, typer.Option("--tokens", help="Length of the training, for --budget.")] = 0.0,
+    tokens: Annotated[float, typer.Option("--tokens", help="Length of the training, for --budget and --deadline.")] = 0.0,
+    deadline: Annotated[str, typer.Option("--deadline", help="Most time for --tokens, such as '30 d'.")] = "",
+    robust: Annotated[str, typer.Option("--robust", help="Choose by 'expected' or 'worst_decile' under errors of the model.")] = "",
+    jitter: Annotated[float, typer.Option("--jitter", help="Relative standard deviation of compute, for --robust.")] = 0.0,
     weights: Annotated[str, typer.Option("--weights", help="Of the balanced score: 'throughput=0.5,memory=0.3,convergence=0.2'.")] = "",
     explain: Annotated[bool, typer.Option("--why/--no-why", help="What bounds the best, and what would change it.")] = True,
     emit: Annotated[str | None, typer.Option("--emit", help="Print the best for a launcher: megatron, torchtitan, deepspeed ...")] = None,
@@ -62,6 +68,7 @@ def plan(
     timeline: TimelineOption = None,
     memory_plot: MemoryPlotOption = None,
     trace: TraceOption = None,
+    report: ReportOption = None,
     json: JsonOption = False,
 ) -> None:
     """Search the strategies for a global batch and rank them."""
@@ -73,6 +80,7 @@ def plan(
     check_path("--timeline", timeline, PICTURES)
     check_path("--memory-plot", memory_plot, PICTURES)
     check_path("--trace", trace, TRACES)
+    check_path("--report", report, PAGES)
     if emit is not None:
         check_launcher(emit, "--emit")
     what, where = catalog.workload(workload, seq_len=seq_len), catalog.cluster(cluster)
@@ -89,13 +97,15 @@ def plan(
             runtime=runtime or None,
             fixed=read_pairs(fixed, "--fixed"),
             devices=devices,
-            limits=Limits(memory_margin, power, budget, tokens),
+            limits=Limits(memory_margin, power, budget, tokens, parse_quantity(deadline, "s") if deadline else 0.0, memory_risk),
+            robust=robust.replace("-", "_"),
+            jitter=jitter,
             weights={name: _number(value, name) for name, value in read_pairs(weights, "--weights").items()} or None,
             progress=progress,
             explain=explain and emit is None,
         )
     if emit is not None:
-        _emit(found, emit)
+        _emit(found, emit, min(len(node.devices) for node in where.nodes))
     elif json:
         data = found.to_dict()
         write_json(data | {"ranked": data["ranked"][:top]})
@@ -107,19 +117,22 @@ def plan(
         best = found.ranked[0]
         full = best if best.events else schedule(what, where, best.strategy, runtime=best.runtime)
         write_files(full, timeline=timeline, memory=memory_plot, trace=trace)
+    write_report(found, report)
     if not found.ranked:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def _emit(found: Plan, launcher: str) -> None:
+def _emit(found: Plan, launcher: str, per_node: int) -> None:
     """Writes the best strategy in a launcher's own form on standard output, what that cannot say on standard error."""
     from simtrain.planner.launchers import emit
 
     if found.best is None:
         note("nothing fits, so that there is nothing to emit; the same command without --emit says why")
         return
-    written = emit(launcher, Strategy.parse(found.best.strategy))
+    written = emit(launcher, Strategy.parse(found.best.strategy), per_node=per_node)
     sys.stdout.write(written.text)
+    if not found.complete:
+        note(f"NOT COMPLETE: {found.unread} strategies were not looked at, a better one may be among them")
     for line in written.left_out:
         note(f"not said in it: {line}")
 

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simtrain.cli.files import PICTURES, TRACES, check_path, write_files
+from simtrain.cli.files import PAGES, PICTURES, TRACES, check_path, write_files, write_report
 from simtrain.cli.options import (
     ClusterOption,
     JsonOption,
     MemoryPlotOption,
     Reader,
+    ReportOption,
     RuntimeOption,
     SeqLenOption,
     TimelineOption,
@@ -50,12 +51,14 @@ def predict(
     timeline: TimelineOption = None,
     memory_plot: MemoryPlotOption = None,
     trace: TraceOption = None,
+    report: ReportOption = None,
     json: JsonOption = False,
 ) -> None:
     """Predict step time, memory, energy and cost of a strategy."""
     check_path("--timeline", timeline, PICTURES)
     check_path("--memory-plot", memory_plot, PICTURES)
     check_path("--trace", trace, TRACES)
+    check_path("--report", report, PAGES)
     how = read_strategy(strategy)
     dynamics: dict[str, Any] = {"jitter": jitter or None, "stragglers": read_stragglers(straggler or [], how.ranks) or None}
     dynamics |= {"seed": seed, "steps": steps}
@@ -69,9 +72,31 @@ def predict(
         from simtrain.report import result_table
 
         write_table(result_table(result))
+        if not result.fits:
+            _write_changes(what, where, how, runtime)
     write_files(result, timeline=timeline, memory=memory_plot, trace=trace)
+    write_report(result, report)
     if not result.fits:
+        if not json and how.offload == "none" and (hint := _hint(what, where, how, runtime)):
+            typer.echo(hint)
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def _hint(workload: Workload, cluster: Cluster, strategy: Strategy, runtime: str | None) -> str:
+    from simtrain.step.offload_hint import offload_hint
+
+    return offload_hint(workload, cluster, strategy, runtime=runtime)
+
+
+def _write_changes(workload: Workload, cluster: Cluster, strategy: Strategy, runtime: str | None) -> None:
+    """Says with which change it would fit; nothing of replicas stated in full."""
+    from simtrain.planner.fitting import smallest_changes
+    from simtrain.report.sweeps import changes_table
+    from simtrain.step.setting import resolve
+
+    if not strategy.plan:
+        chosen = resolve(workload, cluster, strategy, runtime).runtime
+        write_table(changes_table(smallest_changes(workload, cluster, strategy, chosen)))
 
 
 def _choose_reader(reader: Reader | None, dynamics: tuple[str, ...], files: tuple[Path | None, ...]) -> Reader:

@@ -11,6 +11,7 @@ mapping from name to item; other distributions add theirs the same way.
 | `simtrain.compute_models` | `ComputeModel` |
 | `simtrain.workloads` | `WorkloadFactory` |
 | `simtrain.schedules` | pipeline schedules (`simtrain.step.schedules.language.Schedule`) |
+| `simtrain.evidence` | functions that find measured runs near to a question (`simtrain.planner.evidence.Provider`) |
 | `simtrain.file_readers` | functions from a path to a `Device` or `Cluster`, by kind ("device", "cluster") |
 | `simtrain.device_readers` | functions from text to a `Device`, by the prefix that selects them ("profile" reads "profile:FILE.json") |
 | `simtrain.workload_readers` | `WorkloadReader`, by the prefix that selects it ("capture" reads "capture:FILE.py:FUNCTION") |

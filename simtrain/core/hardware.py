@@ -36,6 +36,10 @@ class Provenance:
     source: str
 
 
+HOPPER_OPERATIONS = 6_000
+"""Between what tensor cores of Hopper and of Blackwell do per clock."""
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryTier:
     """One level of a device's memory.
@@ -133,6 +137,15 @@ class Device:
         """
         return self.vendor.upper() == "NVIDIA" and self.memory.is_hbm and DType.FP8 in self.peak_flops
 
+    @property
+    def is_hopper(self) -> bool:
+        """Whether it is an NVIDIA GPU of compute capability 9.0.
+
+        Told by its numbers: since Hopper, with 4,096 dense bf16 operations per multiprocessor and clock, where Blackwell has 8,192.
+        """
+        per_clock = self.peak_flops.get(DType.BF16, 0.0) / (self.multiprocessors * self.clock_hz)
+        return self.since_hopper and per_clock < HOPPER_OPERATIONS
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -169,6 +182,21 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Storage:
+    """The NVMe drives of a node, taken together.
+
+    Attributes:
+        capacity_bytes: Size.
+        read_bytes_per_s: Sustained rate of reading.
+        write_bytes_per_s: Sustained rate of writing.
+    """
+
+    capacity_bytes: float
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """One machine: devices behind one host.
 
@@ -184,6 +212,8 @@ class Node:
             each other device of the peer group).
         peer_reduction: Whether the peer switch adds up what devices send (NVLink SHARP).
         host_group: How many neighbouring devices share one switch and its uplink to the host (a PCIe tree); 0 gives each its own.
+        hosts: How many such host processors there are, each with memory of its own.
+        storage: NVMe drives; `None` if there are none or nothing is known of them.
     """
 
     devices: tuple[Device, ...]
@@ -196,6 +226,18 @@ class Node:
     peer_shape: Literal["switch", "mesh"] = "switch"
     peer_reduction: bool = False
     host_group: int = 0
+    hosts: int = 1
+    storage: Storage | None = None
+
+    @property
+    def host_memory_bytes(self) -> float:
+        """Memory of all host processors; 0 where the host is not known."""
+        return self.hosts * self.host.memory.capacity_bytes if self.host else 0.0
+
+    @property
+    def host_bytes_per_s(self) -> float:
+        """Peak rate of that memory; 0 where the host is not known."""
+        return self.hosts * self.host.memory.bandwidth_bytes_per_s if self.host else 0.0
 
 
 @dataclass(frozen=True, slots=True)

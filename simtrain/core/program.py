@@ -29,6 +29,7 @@ class TermKind(IntEnum):
     COLLECTIVE = 5
     OPTIMIZER = 6
     SEND = 7
+    OFFLOAD = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,10 @@ class MemoryReport:
         rank_class: Which ranks.
         timeline: Over the step (`None` where the reader does not compute it).
         allocated_by_class_bytes: The peak of every rank class, those of the first pipeline stage first.
+        host_bytes: What was moved to host memory, with the buffers that it passes through, on the fullest node.
+        host_capacity_bytes: Host memory of that node (0 where nothing is moved or it is not known).
+        nvme_bytes: What was moved to its drives.
+        nvme_capacity_bytes: What they hold.
     """
 
     allocated_bytes: float
@@ -76,11 +82,20 @@ class MemoryReport:
     rank_class: str
     timeline: MemoryTimeline | None = None
     allocated_by_class_bytes: Mapping[str, float] = field(default_factory=dict)
+    host_bytes: float = 0.0
+    host_capacity_bytes: float = 0.0
+    nvme_bytes: float = 0.0
+    nvme_capacity_bytes: float = 0.0
 
     @property
     def fits(self) -> bool:
-        """Whether it fits the device."""
-        return self.device_bytes <= self.capacity_bytes
+        """Whether it fits the device, and what was moved fits the host and its drives."""
+        return self.device_bytes <= self.capacity_bytes and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether what was moved fits the host's memory and drives."""
+        return self.host_bytes <= self.host_capacity_bytes and self.nvme_bytes <= self.nvme_capacity_bytes
 
     @property
     def over_bytes(self) -> float:
@@ -130,8 +145,8 @@ class Result:
         model_flops: FLOPs of a step, recomputation not counted, attention in full.
         mfu: Model FLOPs over dense peak of the arithmetic path; attention in full, causal or not (the convention of most papers).
         mfu_causal: The same with causal attention counted as the lower triangle that is computed.
-        breakdown_s: The period split by what is exposed on the slowest rank: compute, recompute, optimizer, communication, host, wait.
-            Sums to `step_time_s`.
+        breakdown_s: The period split by what is exposed on the slowest rank: compute, recompute, optimizer, communication, offload, host,
+            bubble, wait. Sums to `step_time_s`.
         busy_s: Seconds each stream of that rank is busy, overlapped or not.
         memory: Of the rank class that needs most.
         energy_j: Per step, all devices and hosts.
@@ -178,10 +193,20 @@ class Result:
         }
         return {k: _plain(v) for k, v in data.items()}
 
+    def report(self, path: Path | str) -> None:
+        """Writes one HTML file about it that needs no network: `simtrain.report.write_page`.
+
+        Raises:
+            InputError: The file cannot be written, or does not end in .html.
+        """
+        import_module("simtrain.report").write_page(self, path)  # by name: what people read is far above what is known here
+
     def __str__(self) -> str:
         """A short summary; `simtrain.report.tables` prints the long one."""
         memory = f"{format_bytes(self.memory.device_bytes)} of {format_bytes(self.memory.capacity_bytes)}"
         verdict = "fits" if self.fits else f"OUT OF MEMORY by {format_bytes(self.memory.over_bytes)}"
+        if not self.memory.fits_host and self.memory.over_bytes <= 0:
+            verdict = "OUT OF HOST MEMORY, see assumptions"
         return (
             f"{self.workload} on {self.cluster} [{self.strategy}]: step {format_time(self.step_time_s)}, "
             f"{self.samples_per_s:.3g} samples/s, MFU {self.mfu:.1%}, memory {memory} ({verdict}), bound by {self.bound_by}"

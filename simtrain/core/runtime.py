@@ -33,6 +33,7 @@ class Runtime:
         run_ahead_launches: How far the host may be ahead of the device; 0 means the host computes itself (CPU).
         fused_attention: Whether attention is one kernel that does not store the score matrix.
         attention_speed: Speed of the fused attention kernel over FlashAttention-2's (0.5 for FlashAttention 1 and its Triton form).
+        hopper_products: Speed of matrix products since Hopper over that of today's libraries (below 1 for those of 2023).
         fused_elementwise: Whether chains of elementwise operators run as one kernel each (`simtrain.step.fuse`).
         recompute_stops_early: Whether recomputation ends with the last tensor that backward needs (PyTorch's non-reentrant checkpoints)
             rather than at the end of the segment (the reentrant ones of Megatron-LM and DeepSpeed).
@@ -48,13 +49,15 @@ class Runtime:
         library: Whose kernels decide what operators take while they run: "stated" by the operators (GPU kernels) or "onednn".
         context_bytes: Device memory outside the allocator (driver context, libraries).
         reserved_factor: Reserved over allocated bytes (0 where the allocator has no such thing).
-        workspace_bytes: Persistent library workspaces on the device.
+        workspace_bytes: Persistent library workspaces on the device, as a setting of the framework's fixes them.
+        blas_handles: Threads whose products have a workspace of the library's default size (forward, autograd); see `step/workspace.py`.
         hopper_workspace_bytes: The same on devices since Hopper, where libraries take more; 0 for as much.
         loss: How cross-entropy is computed; see `simtrain.core.workload.Form`.
         regather: Whether backward gathers sequence-parallel inputs anew; see `Form`.
         overlap_tensor: Whether tensor-parallel reductions of backward run beside the product of the weight's gradient.
         vocabulary_multiple: Rows that the vocabulary is padded to a multiple of, per tensor-parallel rank.
         expert_weights: Where the weights of experts are multiplied in; see `Form`.
+        grouped_experts: Whether the products of all experts are one kernel; see `Form`.
         main_gradients: Whether gradients add up in a persistent fp32 buffer while weights are 16-bit (Megatron-LM).
         scatter_gradients: Whether sharded states (ZeRO 1 and up) get gradients by reduce-scatter rather than all-reduce.
         reduce_every: Whether ZeRO 2 reduces gradients in every micro-batch rather than in the last.
@@ -62,6 +65,8 @@ class Runtime:
         blocking_sends: Whether a pipeline stage waits until what it sends has left.
         global_norm: Whether no rank updates before all ranks' gradients are there (clipping by their common norm).
         prefetch: Layers whose sharded parameters are gathered ahead (ZeRO 3).
+        late_prefetch: Whether backward asks for the next layer's parameters when it has sent a layer's gradients off, behind which they
+            then queue (BACKWARD_POST of PyTorch's first FSDP), rather than before the layer's pass.
         communication_share: Share of a device's multiprocessors that a collective occupies while it runs beside computation.
         fused_softmax: Whether unfused attention scales, masks and normalizes scores in one kernel, so that no mask is kept.
         fused_gate: Whether gate and activation of a gated feed-forward part are one kernel; see `Form`.
@@ -82,6 +87,7 @@ class Runtime:
     optimizer_style: Literal["foreach", "fused", "single"]
     recompute_s: float = 60e-6
     attention_speed: float = 1.0
+    hopper_products: float = 1.0
     fused_elementwise: bool = False
     recompute_stops_early: bool = True
     blocking_launches: bool = False
@@ -100,6 +106,7 @@ class Runtime:
     overlap_tensor: bool = False
     vocabulary_multiple: int = 1
     expert_weights: Literal["after", "between", "fused"] = "after"
+    grouped_experts: bool = True
     main_gradients: bool = False
     scatter_gradients: bool = False
     reduce_every: bool = False
@@ -107,8 +114,10 @@ class Runtime:
     blocking_sends: bool = False
     global_norm: bool = False
     prefetch: int = 1
+    late_prefetch: bool = False
     communication_share: float = 0.0
     hopper_workspace_bytes: int = 0
+    blas_handles: int = 0
     fused_softmax: bool = False
     fused_gate: bool = False
     score_buffer: bool = False
@@ -124,13 +133,14 @@ class Runtime:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"runtime: {name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("launch_s", "recompute_s", "run_ahead_launches", "context_bytes", "workspace_bytes"):
+        for name in ("launch_s", "recompute_s", "run_ahead_launches", "context_bytes", "workspace_bytes", "blas_handles"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"runtime: {name} must not be negative, not {getattr(self, name)!r}")
         if not 0 <= self.communication_share < 1:
             raise InputError(f"runtime: communication_share must be at least 0 and below 1, not {self.communication_share!r}")
-        if not self.attention_speed > 0:
-            raise InputError(f"runtime: attention_speed must be above 0, not {self.attention_speed!r}")
+        for name in ("attention_speed", "hopper_products"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"runtime: {name} must be above 0, not {getattr(self, name)!r}")
         for name in ("first_bucket_bytes", "bucket_bytes", "reserved_factor"):
             if not getattr(self, name) >= 1:
                 raise InputError(f"runtime: {name} must be at least 1, not {getattr(self, name)!r}")
@@ -160,7 +170,7 @@ RUNTIMES: dict[str, Runtime] = {
             communication_share=0.15,
             context_bytes=450 * MIB,
             reserved_factor=1.05,
-            workspace_bytes=2 * 8_519_680,
+            blas_handles=2,
             sources=(
                 "PyTorch 2.13 documentation: DistributedDataParallel (bucket sizes), optim (foreach default on CUDA), CUDA semantics",
                 "recomputation: 60 us of host time per saved tensor, measured on one server core with PyTorch 2.13 on the CPU",
@@ -179,7 +189,7 @@ RUNTIMES: dict[str, Runtime] = {
             communication_share=0.15,
             context_bytes=450 * MIB,
             reserved_factor=1.05,
-            workspace_bytes=2 * 8_519_680,
+            blas_handles=2,
             sources=(
                 "PyTorch 2.13, torch/distributed/fsdp/_fully_shard: one layer prefetched, gradients scattered after every backward pass",
                 COMMUNICATION_SHARE_SOURCE,
@@ -246,16 +256,18 @@ RUNTIMES: dict[str, Runtime] = {
             vocabulary_multiple=128,
             scatter_gradients=True,
             reduce_every=True,
+            blocking_sends=True,
             global_norm=True,
             communication_share=0.15,
             context_bytes=450 * MIB,
             reserved_factor=1.05,
-            workspace_bytes=2 * 8_519_680,
+            blas_handles=2,
             communicator_bytes=COMMUNICATOR_BYTES,
             sources=(
                 "fused elementwise kernels and reentrant checkpoints: as Megatron-LM (recalled)",
                 "Megatron-DeepSpeed with DeepSpeed's ZeRO: buckets of 500 million bytes reduced after backward, unfused attention "
                 "(configurations of the BLOOM and vTrain runs)",
+                "sends that the stage waits for: DeepSpeed, runtime/pipe/p2p.py at 077e674",
                 COMMUNICATION_SHARE_SOURCE,
                 COMMUNICATOR_SOURCE,
                 "host time: 60 us per launched kernel, about what kernel traces of vTrain's single-node rows show (50 kernels in 3 ms "
@@ -277,6 +289,16 @@ RUNTIMES: dict[str, Runtime] = {
 }
 """Presets by name."""
 
+RUNTIMES["megatron-2021"] = RUNTIMES["megatron"].with_(
+    name="megatron-2021",
+    fused_attention=False,
+    overlap_tensor=False,
+    sources=(
+        *RUNTIMES["megatron"].sources,
+        "Megatron-LM as of 2021: backward reduces over tensor-parallel ranks after the product of the weight's gradient, not beside it "
+        "(its fork bigscience-workshop/Megatron-DeepSpeed, megatron/mpu/layers.py at 119a0d2)",
+    ),
+)
 RUNTIMES["megatron-local"] = RUNTIMES["megatron"].with_(
     name="megatron-local",
     fused_attention=False,

@@ -14,6 +14,7 @@ from typing import Any
 from simtrain.core.checkpoint import budget_bytes, is_explicit, is_optimal, parse_blocks
 from simtrain.core.errors import StrategyError, UnknownNameError, nearest
 from simtrain.core.exchange import compression_method, low_communication_method
+from simtrain.core.offload import Offload, parse_offload
 from simtrain.core.precision import precision as find_precision
 
 OPTIMIZERS: dict[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1}
@@ -96,6 +97,7 @@ class Strategy:
         compression: What is exchanged of gradients: "none" (all of them), "16-bit", "8-bit", "1-bit", "powersgd:RANK", "topk:DENSITY", or
             "zero++" (quantized gathers and gradients of ZeRO stage 3).
         low_communication: "local-sgd:STEPS" or "diloco:STEPS" where replicas synchronise every so many steps; "" for in every step.
+        offload: What leaves the device between its uses, such as "optimizer+gradients" or "parameters:nvme" (`simtrain.core.offload`).
         plan: Replica groups in full; overrides the sugar above.
     """
 
@@ -118,6 +120,7 @@ class Strategy:
     expert: int = 1
     compression: str = "none"
     low_communication: str = ""
+    offload: str = "none"
     plan: tuple[ReplicaGroup, ...] = ()
 
     def __post_init__(self) -> None:
@@ -133,7 +136,17 @@ class Strategy:
                 raise StrategyError(f"{name} must be a whole number of {what}, not {value!r}")
         if not isinstance(self.sequence_parallel, bool):
             raise StrategyError(f"sequence_parallel must be true or false, not {self.sequence_parallel!r}")
-        for name in ("precision", "optimizer", "checkpoint", "schedule", "context_style", "cuts", "compression", "low_communication"):
+        for name in (
+            "precision",
+            "optimizer",
+            "checkpoint",
+            "schedule",
+            "context_style",
+            "cuts",
+            "compression",
+            "low_communication",
+            "offload",
+        ):
             if not isinstance(getattr(self, name), str):
                 raise StrategyError(f"{name} must be text, not {getattr(self, name)!r}")
         find_precision(self.precision)
@@ -144,10 +157,14 @@ class Strategy:
         checkpoint_segment(self.checkpoint, 1)
         compression_method(self.compression)
         low_communication_method(self.low_communication)
+        parse_offload(self.offload)
         counts = self.blocks_per_chunk
         if counts and (len(counts) % self.pipeline or (self.chunks and len(counts) != self.pipeline * self.chunks)):
             times = f" x chunks={self.chunks}" if self.chunks else ""
-            raise StrategyError(f"cuts={self.cuts} names {len(counts)} chunks, which pipeline={self.pipeline}{times} does not divide into")
+            fix = f"use chunks={len(counts) // self.pipeline}" if len(counts) % self.pipeline == 0 else "leave cuts empty"
+            raise StrategyError(
+                f"cuts={self.cuts} names {len(counts)} chunks, which pipeline={self.pipeline}{times} does not divide into: {fix}"
+            )
 
     @property
     def blocks_per_chunk(self) -> tuple[int, ...]:
@@ -163,6 +180,11 @@ class Strategy:
         if 0 in counts[1:-1]:
             raise StrategyError(f"cuts={self.cuts} leaves a chunk in the middle empty; only the first and the last may have 0 blocks")
         return counts
+
+    @property
+    def moved(self) -> Offload:
+        """What `offload` says."""
+        return parse_offload(self.offload)
 
     @property
     def replicas(self) -> tuple[ReplicaGroup, ...]:
@@ -255,10 +277,11 @@ class Strategy:
 
 
 def _pairs(text: str) -> list[str]:
-    """Splits at commas, but not at those between the blocks of `checkpoint=layers:0-3,8`."""
+    """Splits at commas, but not at those between the blocks of `checkpoint=layers:0-3,8` or `offload=activations(0-3,8)`."""
     pairs: list[str] = []
     for piece in filter(None, (p.strip() for p in text.split(","))):
-        if "=" not in piece and pairs and re.match(r"checkpoint\s*=\s*layers:", pairs[-1]):
+        inside = pairs and (re.match(r"checkpoint\s*=\s*layers:", pairs[-1]) or pairs[-1].count("(") > pairs[-1].count(")"))
+        if "=" not in piece and inside:
             pairs[-1] += f",{piece}"
         else:
             pairs.append(piece)

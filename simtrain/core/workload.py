@@ -266,6 +266,7 @@ class Form:
         vocabulary_multiple: The vocabulary is padded to a multiple of this many rows per rank.
         expert_weights: Where the weights of a token's experts are multiplied in: "after" their products; "between" the products, in fp32;
             "fused" there, in one kernel with activation and gate (Megatron-LM).
+        grouped_experts: Whether the products of all experts are one kernel (else the host launches one per expert).
         fused_softmax: Whether unfused attention has one kernel from scores to probabilities, which keeps no mask.
         fused_gate: Whether gate and activation of a gated feed-forward part are one kernel that keeps its inputs alone.
         copies_attention: Whether fused attention keeps its output in a layout of its own beside the one that the next product reads.
@@ -285,6 +286,7 @@ class Form:
     vocabulary_multiple: int = 1
     expert_weights: Literal["after", "between", "fused"] = "after"
     untied: bool = False
+    grouped_experts: bool = True
     fused_softmax: bool = False
     fused_gate: bool = False
     copies_attention: bool = False

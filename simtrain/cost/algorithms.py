@@ -17,6 +17,7 @@ from simtrain.core.program import IntArray
 from simtrain.core.workload import Collective
 from simtrain.cost.fabric import Fabric
 from simtrain.cost.traffic import Flows, Plan, SwitchFlows, Traffic
+from simtrain.cost.tuner import HOP_US
 
 LAUNCH_LATENCY_S = 8.4e-6
 """Fixed cost of a collective. Source: NCCL's tuning table, ring algorithm, Simple protocol (`src/graph/tuning.cc`), 8.4 us."""
@@ -27,7 +28,7 @@ shipped NCCL tables: 31 us + 7.7 us per rank at sizes from 1 MiB, against 8.4 us
 
 SIMPLE_HOPS = 1.0
 """Latency of a hop that the Simple protocol adds to LL128's, over the latter: 0.8 over NVLink, 1.4 over the network. Source: NCCL's tuning
-table (`src/graph/tuning.cc`, rings)."""
+table (`src/graph/tuning.cc`, rings). For trees the same table has both latencies of a hop (`cost/tuner.py`)."""
 
 TREE_BANDWIDTH_SHARE = 0.9
 """Share of the links' rate that trees sustain, against rings. Source: NCCL's tuning table (`src/graph/tuning.cc`), tree algorithm."""
@@ -105,18 +106,18 @@ def _tree(fabric: Fabric, collective: Collective, ranks: IntArray) -> Plan:
     """
     del collective
     flows: list[Flows] = []
-    deepest_s = 0.0
+    deepest_s = ramp_s = 0.0
     for order in (ranks, ranks[::-1]):
-        child, parent, depth_s = _tree_edges(fabric, order)
-        deepest_s = max(deepest_s, depth_s)
+        child, parent, depth_s, large_s = _tree_edges(fabric, order)
+        deepest_s, ramp_s = max(deepest_s, depth_s), max(ramp_s, 2 * (large_s - depth_s))
         half = np.full(len(child), 0.5)
         flows += [Flows(child, parent, half), Flows(parent, child, half)]
-    ramp_s = _ramp_s(fabric, ranks, 2 * deepest_s)
+    ramp_s = ramp_s if fabric.device_class(int(ranks[0])) == "gpu" else 0.0
     return Plan("tree", (Traffic(tuple(flows)),), LAUNCH_LATENCY_S + 2 * deepest_s, TREE_BANDWIDTH_SHARE, ramp_s)
 
 
-def _tree_edges(fabric: Fabric, order: IntArray) -> tuple[IntArray, IntArray, float]:
-    """Edges (child, parent) of one tree, and the latency from its deepest leaf to its root."""
+def _tree_edges(fabric: Fabric, order: IntArray) -> tuple[IntArray, IntArray, float, float]:
+    """Edges (child, parent) of one tree, and the latency from its deepest leaf to its root, of small and of large messages."""
     node = fabric.node_of[order]
     _, first, counts = np.unique(node, return_index=True, return_counts=True)
     if len(counts) == 1:
@@ -126,12 +127,15 @@ def _tree_edges(fabric: Fabric, order: IntArray) -> tuple[IntArray, IntArray, fl
         follows = np.concatenate([[False], fabric.node_of[by_node][1:] == fabric.node_of[by_node][:-1]])
         child, parent = by_node[follows], by_node[np.roll(follows, -1)]
         leaders = by_node[~follows]
-    chain_s = np.bincount(fabric.node_of[child], fabric.latencies_s(child, parent)).max(initial=0.0)
+    hops = fabric.node_of[child]
+    chain_s = np.bincount(hops, fabric.latencies_s(child, parent)).max(initial=0.0)
     position = np.arange(1, len(leaders))
     up, above = leaders[position], leaders[(position - 1) // 2]
     levels = math.ceil(math.log2(len(leaders) + 1)) - 1
     across_s = levels * fabric.latencies_s(up, above).max(initial=0.0)
-    return np.concatenate([child, up]), np.concatenate([parent, above]), float(chain_s + across_s)
+    large_us = np.bincount(hops).max(initial=0) * HOP_US["nvlink"]["tree"][-1] + levels * HOP_US["network"]["tree"][-1]
+    depth_s = float(chain_s + across_s)
+    return np.concatenate([child, up]), np.concatenate([parent, above]), depth_s, max(large_us * 1e-6, depth_s)
 
 
 def _halving_doubling(fabric: Fabric, collective: Collective, ranks: IntArray) -> Plan:

@@ -106,7 +106,7 @@ class Fabric:
         peer = np.array([n.peer_link.sustained_bytes_per_s if n.peer_link else 0.0 for n in of_rank])
         direct = np.array([max(_group_size(n) - 1, 1) for n in of_rank])
         host = np.array([n.host_link.sustained_bytes_per_s for n in of_rank])
-        memory = np.array([n.host.memory.bandwidth_bytes_per_s * HOST_MEMORY_SHARE if n.host else 0.0 for n in nodes])
+        memory = np.array([n.host_bytes_per_s * HOST_MEMORY_SHARE for n in nodes])
         nic = np.repeat([n.nic.sustained_bytes_per_s if n.nic else 0.0 for n in nodes], self.ports)
         table: list[tuple[str, Iterable[str], FloatArray]] = [
             ("peer out", (f"rank {r} peer out" for r in range(ranks)), peer),
@@ -228,7 +228,7 @@ class Fabric:
         ranks = len(self.places)
         self._view(loads, "host out")[:] += np.bincount(flows.source, flows.size_bytes, ranks)
         self._view(loads, "host in")[:] += np.bincount(flows.target, flows.size_bytes, ranks)
-        shared, switch = self._host_switches
+        shared, switch = self.host_switches
         for key, end in (("uplink out", flows.source), ("uplink in", flows.target)):
             self._view(loads, key)[:] += np.bincount(switch[end], flows.size_bytes * shared[end], ranks)
         known = np.array([n.host is not None for n in self.cluster.nodes])
@@ -279,7 +279,7 @@ class Fabric:
         return reached
 
     @cached_property
-    def _host_switches(self) -> tuple[FloatArray, IntArray]:
+    def host_switches(self) -> tuple[FloatArray, IntArray]:
         """Whether each rank shares a switch to the host, and the first rank of that switch."""
         size = [self.cluster.nodes[n].host_group for n, _ in self.places]
         first = [int(self.first_of[n]) + (i // g * g if g else i) for g, (n, i) in zip(size, self.places, strict=True)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from simtrain.core.errors import InputError, UnknownNameError
+from simtrain.core.errors import InputError, StrategyError, UnknownNameError
 from simtrain.core.result import Result
+from simtrain.core.units import format_time
 
 Objective = Literal["throughput", "step_time", "memory", "energy", "cost", "tokens_per_dollar", "balanced"]
 
@@ -22,6 +24,9 @@ OBJECTIVES: dict[str, Callable[[Result], float]] = {
 """What each objective minimises (energy and cost per sample, dollars per token)."""
 
 BALANCED = "balanced"
+DEGREES = ("data", "tensor", "pipeline", "context")
+"""Fields whose product is the number of devices."""
+
 PRICED = ("cost", "tokens_per_dollar")
 """Objectives that need the price of the devices."""
 
@@ -60,22 +65,29 @@ class Limits:
         memory_margin: Share of device memory that stays free, from 0 to below 1.
         power_w: Most average power of all devices and hosts; 0 for any.
         budget_usd: Most money for `tokens`; 0 for any.
-        tokens: Length of the training for the budget.
+        tokens: Length of the training for the budget and the deadline.
+        deadline_s: Most time for `tokens` without a failure; 0 for any.
+        memory_risk: Highest probability of running out of memory, given how far off predictions of it are; 0 to take them at their word.
     """
 
     memory_margin: float = 0.0
     power_w: float = 0.0
     budget_usd: float = 0.0
     tokens: float = 0.0
+    deadline_s: float = 0.0
+    memory_risk: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.memory_margin < 1:
             raise InputError(f"memory_margin must be a share from 0 to below 1, not {self.memory_margin!r}")
-        for name in ("power_w", "budget_usd", "tokens"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must not be negative, not {getattr(self, name)!r}")
-        if self.budget_usd and not self.tokens:
-            raise InputError("a budget needs the length of the training: give tokens too (tokens=1e12)")
+        for name in ("power_w", "budget_usd", "tokens", "deadline_s"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise InputError(f"{name} must be a number from 0 on, not {getattr(self, name)!r}")
+        if not 0 <= self.memory_risk < 1:
+            raise InputError(f"memory_risk must be a probability from 0 to below 1, not {self.memory_risk!r}")
+        for name, what in (("budget_usd", "a budget"), ("deadline_s", "a deadline")):
+            if getattr(self, name) and not self.tokens:
+                raise InputError(f"{what} needs the length of the training: give tokens too (tokens=1e12)")
 
     def broken_by(self, result: Result) -> str:
         """Says which limit a result breaks, or nothing."""
@@ -84,11 +96,21 @@ class Limits:
             over = memory.device_bytes - memory.capacity_bytes * (1 - self.memory_margin)
             margin = f" with a margin of {self.memory_margin:.0%}" if self.memory_margin else ""
             return f"out of memory by {over / 2**30:.2f} GiB{margin} at {memory.peak_moment}"
-        if self.power_w and result.power_w > self.power_w:
-            return f"draws more than {self.power_w:,.0f} W on average"
-        if self.budget_usd and result.cost_usd * self.tokens / (result.tokens_per_s * result.step_time_s) > self.budget_usd:
-            return f"costs more than {self.budget_usd:,.0f} USD for {self.tokens:.3g} tokens"
-        return ""
+        return next((reason for reason, times in self.asked_of(result) if times > 1), "")
+
+    def asked_of(self, result: Result) -> list[tuple[str, float]]:
+        """What limits other than memory ask, each with how much of it a result takes (above 1 is too much)."""
+        steps = self.tokens / (result.tokens_per_s * result.step_time_s)
+        asked = []
+        if self.power_w:
+            asked.append((f"draws more than {self.power_w:,.0f} W on average", result.power_w / self.power_w))
+        if self.budget_usd:
+            reason = f"costs more than {self.budget_usd:,.0f} USD for {self.tokens:.3g} tokens"
+            asked.append((reason, result.cost_usd * steps / self.budget_usd))
+        if self.deadline_s:
+            reason = f"takes longer than {format_time(self.deadline_s)} for {self.tokens:.3g} tokens"
+            asked.append((reason, result.step_time_s * steps / self.deadline_s))
+        return asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +177,38 @@ class Judge:
 def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether `a` is nowhere worse than `b` and somewhere better."""
     return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+
+
+def check_degrees(fixed: Mapping[str, Any], devices: int, batches: Sequence[int]) -> None:
+    """Refuses fixed fields that contradict the number of devices or the global batch, with what would go.
+
+    Args:
+        fixed: Fields of the strategy.
+        devices: How many are used.
+        batches: Global batches to choose from.
+
+    Raises:
+        StrategyError: They cannot be together.
+    """
+    degrees = {name: fixed[name] for name in DEGREES if fixed.get(name, 1) > 1}
+    product = math.prod(degrees.values())
+    said = " x ".join(f"{name}={degree}" for name, degree in degrees.items())
+    total = f" = {product}" if len(degrees) > 1 else ""
+    if devices % product:
+        near = [n for n in (devices // product * product, (devices // product + 1) * product) if n]
+        raise StrategyError(
+            f"fixed: {said}{total} does not divide {devices} devices: use {' or '.join(map(str, near))} devices (--devices)"
+        )
+    if set(DEGREES) <= set(fixed) and product != devices:
+        raise StrategyError(f"fixed: {said or 'no division'} uses {product} of {devices} devices: leave one degree free, or use {product}")
+    samples = math.prod(fixed.get(name, 1) for name in ("data", "micro_batch", "accumulation"))
+    if all(batch % samples for batch in batches):
+        named = " x ".join(f"{name}={fixed[name]}" for name in ("data", "micro_batch", "accumulation") if name in fixed)
+        below = max(batches) // samples * samples
+        raise StrategyError(
+            f"fixed: {named} does not divide a global batch of {' or '.join(map(str, batches))}: use "
+            f"{' or '.join(str(n) for n in (below, below + samples) if n)}"
+        )
 
 
 def weights_of(given: Mapping[str, float] | Weights | None) -> Weights:

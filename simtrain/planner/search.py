@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simtrain.core import catalog
@@ -20,10 +20,13 @@ from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
-from simtrain.planner.objectives import BALANCED, OBJECTIVES, PRICED, TIMED, Judge, Limits, Objective, Weights, weights_of
+from simtrain.planner.evidence import nearest
+from simtrain.planner.found import Failure, Plan
+from simtrain.planner.objectives import BALANCED, OBJECTIVES, PRICED, TIMED, Judge, Limits, Objective, Weights, check_degrees, weights_of
+from simtrain.planner.robust import FINALISTS, ModelError, check_robust, order, outlooks, settled
 from simtrain.planner.screen import REFUSALS, Screen
 from simtrain.planner.space import Candidate, Wishes, candidates, check_fixed, default_runtimes
-from simtrain.planner.why import Why, feasible, why
+from simtrain.planner.why import feasible, near_limits, why
 from simtrain.step.predict import estimate, schedule, simulate
 
 EXHAUSTIVE = 100
@@ -40,6 +43,9 @@ SIMULATED = 3
 LONG_STEP = 4_000
 """Instructions of a step beyond which it is scheduled for few and simulated for none."""
 
+DIVIDING = ("megatron", "fsdp2")
+"""Runtimes that divide a model over devices."""
+
 PATIENCE_S = 40.0
 """Screening stops after so long and the plan says that it is not complete."""
 
@@ -47,87 +53,6 @@ CHOICES = (
     *("micro_batch", "precision", "checkpoint", "zero", "tensor", "sequence_parallel"),
     *("pipeline", "schedule", "chunks", "context", "expert", "shard"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A combination that does not work, and why.
-
-    Attributes:
-        strategy: As text.
-        reason: In words.
-        over_bytes: By how much it exceeds the device's memory, at least (0 if that is not the reason).
-        term: The memory kind that takes most ("" if that is not the reason).
-        smallest_change: The fitting combination that differs in the fewest choices, as text ("" if there is none).
-        smallest_change_samples_per_s: Its throughput.
-        runtime: What would carry it out.
-    """
-
-    strategy: str
-    reason: str
-    over_bytes: float = 0.0
-    term: str = ""
-    smallest_change: str = ""
-    smallest_change_samples_per_s: float = 0.0
-    runtime: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the search found.
-
-    Attributes:
-        workload: Name.
-        cluster: Name.
-        global_batch: Samples per step (the first where several were allowed).
-        objective: What was optimised (the first where there were several).
-        considered: Combinations in the space; the sum of ranked, failed and passed over.
-        ranked: What fits and was read, best first.
-        failed: What does not, nearest to fitting first.
-        passed_over: Combinations that a bound or a projection of their step time showed to be no match for the best.
-        unread: Combinations that were not looked at because the search took too long; above zero, the plan is not complete.
-        front: With several objectives, what nothing else beats in all of them; else the best alone.
-        objectives: All of them.
-        notes: How it was searched, in words.
-        elapsed_s: How long it took.
-        why: What bounds the best and what would change it, where that was asked for.
-        advice: Where nothing fits, what would.
-    """
-
-    workload: str
-    cluster: str
-    global_batch: int
-    objective: str
-    considered: int
-    ranked: tuple[Result, ...]
-    failed: tuple[Failure, ...]
-    passed_over: int = 0
-    unread: int = 0
-    front: tuple[Result, ...] = ()
-    objectives: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    elapsed_s: float = 0.0
-    why: Why | None = None
-    advice: tuple[str, ...] = ()
-
-    @property
-    def best(self) -> Result | None:
-        """The winner, or `None` if nothing fits."""
-        return self.ranked[0] if self.ranked else None
-
-    @property
-    def complete(self) -> bool:
-        """Whether every combination was accounted for."""
-        return self.unread == 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain data for JSON."""
-        data: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        data["ranked"] = [r.to_dict() for r in self.ranked]
-        data["front"] = [r.to_dict() for r in self.front]
-        data["why"] = asdict(self.why) if self.why else None
-        data["failed"] = [{name: getattr(f, name) for name in Failure.__dataclass_fields__} for f in self.failed]
-        return data
 
 
 def plan(
@@ -148,6 +73,9 @@ def plan(
     progress: Callable[[int, int], None] | None = None,
     patience_s: float = PATIENCE_S,
     explain: bool = False,
+    robust: str = "",
+    jitter: float = 0.0,
+    model_error: ModelError | None = None,
 ) -> Plan:
     """Searches data, tensor, pipeline and context degrees, micro-batch, ZeRO, checkpointing and schedule for a global batch.
 
@@ -160,15 +88,20 @@ def plan(
         checkpoints: Checkpointing to try.
         zeros: ZeRO stages to try (stages above 0 only with more than one replica).
         optimizer: Which one.
-        runtime: What carries it out, or several to choose from; eager PyTorch on one machine, else Megatron-LM and FSDP2.
+        runtime: What carries it out, or several to choose from; eager PyTorch on one machine (and Megatron-LM and FSDP2 where nothing
+            fits under it), else Megatron-LM and FSDP2.
         fixed: Fields of the strategy with the value they must have, such as `{"tensor": 8}`.
         devices: How many of the cluster's devices to use; all by default.
-        limits: Memory margin, power and budget to keep to.
+        limits: What to keep to: memory with a margin or a probability of running out, power, budget, deadline.
         weights: Of the balanced score.
         progress: Called with (done, total).
         patience_s: When to stop; the plan then says how many combinations were not looked at.
         explain: Whether to price the best anew with more of each resource and with single choices changed, or where nothing fits to look
             for what would.
+        robust: "expected" or "worst_decile" to choose among the finalists by that under errors of the model and jitter, not by the best
+            guess; "" for the best guess. Only for objectives that go with the step time.
+        jitter: Relative standard deviation of each rank's computation, for a robust choice.
+        model_error: How far off predictions are, for a robust choice and for `memory_risk`.
 
     Raises:
         StrategyError: The global batch does not divide over the devices, or fixed fields contradict something.
@@ -178,7 +111,10 @@ def plan(
     judge = Judge((objective,) if isinstance(objective, str) else tuple(objective), weights_of(weights))
     work = catalog.workload(workload) if isinstance(workload, str) else workload
     machines = catalog.cluster(cluster) if isinstance(cluster, str) else cluster
-    _check_prices(machines, judge, limits or Limits())
+    errors = model_error or ModelError()
+    kept_to = settled(limits or Limits(), errors)
+    _check_prices(machines, judge, kept_to)
+    check_robust(robust, judge.objectives[0], jitter)
     frameworks = _runtimes(runtime, machines)
     wishes = Wishes(
         precisions=None if precisions is None else tuple(precisions),
@@ -191,17 +127,75 @@ def plan(
     batches = (global_batch,) if isinstance(global_batch, int) else tuple(global_batch)
     if not batches:
         raise InputError("give at least one global batch")
-    choices: list[Candidate] = []
-    for batch in batches:
-        choices += candidates(work, machines, batch, frameworks, wishes)[0]
-    search = _Search(work, machines, tuple(choices), judge, limits or Limits(), progress, patience_s)
+    check_degrees(wishes.fixed, wishes.devices, batches)
+    search = _Search(work, machines, _listed(work, machines, batches, frameworks, wishes), judge, kept_to, progress, patience_s)
     found = search.run(batches[0])
+    others = dividing(machines, frameworks) if runtime is None else ()
+    if found.best is None and others:
+        frameworks, found = _wider(search, frameworks, others, wishes, batches, found)
+    if robust and found.best is not None:
+        found = _robust(found, work, machines, frameworks, robust, errors, jitter)
     if not explain:
         return found
     if found.best is None:
-        return replace(found, advice=feasible(work, machines, batches[0], limits))
+        return replace(found, advice=near_limits(found.failed) or feasible(work, machines, batches[0], kept_to))
     framework = next(r for r in frameworks if r.name == found.best.runtime)
-    return replace(found, why=why(work, machines, found.best.strategy, runtime=framework))
+    reasons = why(work, machines, found.best.strategy, runtime=framework, margin=kept_to.memory_margin)
+    return replace(found, why=reasons, evidence=nearest(work, machines, Strategy.parse(found.best.strategy)))
+
+
+def _listed(
+    workload: Workload, cluster: Cluster, batches: Sequence[int], frameworks: Sequence[Runtime], wishes: Wishes
+) -> tuple[Candidate, ...]:
+    return tuple(c for batch in batches for c in candidates(workload, cluster, batch, frameworks, wishes)[0])
+
+
+def dividing(cluster: Cluster, tried: Sequence[Runtime]) -> tuple[Runtime, ...]:
+    """Runtimes that divide a model over the devices, where that is possible, without those that are tried anyway."""
+    if cluster.size == 1 or any(d.device_class == "cpu" for d in cluster.devices):
+        return ()
+    return tuple(find_runtime(n) for n in DIVIDING if n not in {r.name for r in tried})
+
+
+def _wider(
+    search: _Search, frameworks: tuple[Runtime, ...], others: tuple[Runtime, ...], wishes: Wishes, batches: Sequence[int], found: Plan
+) -> tuple[tuple[Runtime, ...], Plan]:
+    """The same search with the runtimes that divide models, where nothing fits under those that come first."""
+    try:
+        choices = _listed(search.workload, search.cluster, batches, others, wishes)
+    except InputError:  # what is asked for is no choice under them
+        return frameworks, found
+    wider = _Search(search.workload, search.cluster, choices, search.judge, search.limits, search.progress, search.patience_s).run(
+        batches[0]
+    )
+    first, then = (" and ".join(r.name for r in f) for f in (frameworks, others))
+    both = replace(
+        wider,
+        considered=found.considered + wider.considered,
+        failed=(*wider.failed, *found.failed),
+        passed_over=found.passed_over + wider.passed_over,
+        unread=found.unread + wider.unread,
+        notes=(f"nothing fits under {first}, so {then} were searched as well", *wider.notes),
+        elapsed_s=found.elapsed_s + wider.elapsed_s,
+    )
+    return (*frameworks, *others), both
+
+
+def _robust(
+    found: Plan, workload: Workload, cluster: Cluster, frameworks: Sequence[Runtime], by: str, errors: ModelError, jitter: float
+) -> Plan:
+    """The plan with its finalists in the order of what holds when the model errs."""
+    finalists, rest = found.ranked[:FINALISTS], found.ranked[FINALISTS:]
+    by_name = {r.name: r for r in frameworks}
+    asked = [(Candidate(Strategy.parse(r.strategy), by_name[r.runtime]), r) for r in finalists]
+    seen = outlooks(workload, cluster, asked, error=errors, jitter=jitter)
+    places = order(seen, finalists, found.objective, by)
+    return replace(
+        found,
+        ranked=(*(finalists[i] for i in places), *rest),
+        outlooks=tuple(seen[i] for i in places),
+        notes=(*found.notes, f"the first {len(finalists)} are in the order of the {by.replace('_', ' ')} under errors of the model"),
+    )
 
 
 def _check_prices(cluster: Cluster, judge: Judge, limits: Limits) -> None:
@@ -310,7 +304,9 @@ class _Search:
             self.found.append((candidate, result))
             return
         over = max(result.memory.device_bytes - result.memory.capacity_bytes * (1 - self.limits.memory_margin), 0.0)
-        self.failed.append((candidate, _failure(candidate, broken, over, result.memory if over else None)))
+        failure = _failure(candidate, broken, over, result.memory if over else None)
+        taken = max((times for _, times in self.limits.asked_of(result)), default=0.0)
+        self.failed.append((candidate, failure if over else replace(failure, times_limit=taken)))
 
     def _read_projected(self) -> None:
         """Reads the best of what was projected; with objectives other than time, all of it."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from simtrain.core import catalog
-from simtrain.core.errors import InputError
-from simtrain.core.hardware import Cluster, Device, Link
+from simtrain.core.errors import InputError, UnsupportedError
+from simtrain.core.hardware import Cluster
 from simtrain.core.result import Result
 from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
@@ -16,12 +18,19 @@ from simtrain.core.strategy import Strategy
 from simtrain.core.units import format_bytes, format_time
 from simtrain.core.workload import Workload
 from simtrain.planner.objectives import Limits
-from simtrain.planner.screen import REFUSALS, Screen, projected_s
+from simtrain.planner.resources import scaled
+from simtrain.planner.screen import ALWAYS_HOLDING, REFUSALS, Screen, projected_s
 from simtrain.planner.space import HABITS, Candidate, Wishes, candidates, default_runtimes
 from simtrain.step.predict import schedule
 
+if TYPE_CHECKING:
+    from simtrain.planner.found import Failure
+
 MORE = 1.1
 """How much more of a resource is priced."""
+
+ROUND_OFF = 1e-12
+"""Relative differences below this come from adding and subtracting."""
 
 MOST_COPIES = 64
 """Times as many machines as are tried when a model fits nowhere."""
@@ -51,7 +60,7 @@ class Why:
     Attributes:
         strategy: As text.
         bound_by: What the step spends its time on, in words.
-        resources: What 10 % more of each resource is worth, most first.
+        resources: What 10 % more of each resource and a few more devices are worth, most first.
         knobs: What one other choice is worth, best first.
     """
 
@@ -61,14 +70,22 @@ class Why:
     knobs: tuple[Worth, ...]
 
 
-def why(workload: Workload | str, cluster: Cluster | str, strategy: Strategy | str, *, runtime: Runtime | str | None = None) -> Why:
-    """Prices a strategy anew with 10 % more of each resource and with one choice changed, by `schedule`.
+def why(
+    workload: Workload | str,
+    cluster: Cluster | str,
+    strategy: Strategy | str,
+    *,
+    runtime: Runtime | str | None = None,
+    margin: float = 0.0,
+) -> Why:
+    """Prices a strategy anew with 10 % more of each resource, with a few more devices, and with one choice changed, by `schedule`.
 
     Args:
         workload: A workload or the name of a preset.
         cluster: A cluster or its text.
         strategy: What is asked about.
         runtime: What carries it out.
+        margin: Share of memory that must stay free where a change is said to fit.
 
     Raises:
         InputError: See `simtrain.schedule`.
@@ -80,13 +97,13 @@ def why(workload: Workload | str, cluster: Cluster | str, strategy: Strategy | s
     framework = _runtime(runtime, machines)
     candidate = Candidate(how, framework)
     now_s = projected_s(schedule, work, machines, candidate)
-    shown = schedule(work, machines, how.with_(accumulation=min(how.accumulation, 3 * how.pipeline)), runtime=framework)
     resources = [
         _worth(f"10 % more {name}", now_s, projected_s(schedule, work, better, Candidate(how, launcher)))
-        for name, better, launcher in _richer(machines, framework)
+        for name, better, launcher in scaled(machines, framework, MORE)
     ]
+    resources += _more_devices(work, machines, candidate, now_s)
     knobs = []
-    screen = Screen(work, machines)
+    screen = Screen(work, machines, margin)
     for text, changed in neighbours(how, machines, framework):
         try:
             fits = screen.fits(screen.memory(Candidate(changed, framework)))
@@ -95,14 +112,25 @@ def why(workload: Workload | str, cluster: Cluster | str, strategy: Strategy | s
             continue
     resources.sort(key=lambda w: -w.gain)
     knobs.sort(key=lambda w: (not w.fits, -w.gain))
-    return Why(str(how), bound_in_words(shown), tuple(resources), tuple(knobs))
+    return Why(str(how), bound_in_words(_breakdown_s(work, machines, candidate)), tuple(resources), tuple(knobs))
 
 
-def bound_in_words(result: Result) -> str:
+def bound_in_words(breakdown_s: Mapping[str, float]) -> str:
     """Says what the step spends its time on, parts above 1 % in descending order."""
-    parts = sorted(result.breakdown_s.items(), key=lambda item: -item[1])
-    shown = [f"{name} {time_s / result.step_time_s:.0%}" for name, time_s in parts if time_s > 0.01 * result.step_time_s]
+    parts, step_time_s = sorted(breakdown_s.items(), key=lambda item: -item[1]), sum(breakdown_s.values())
+    shown = [f"{name} {time_s / step_time_s:.0%}" for name, time_s in parts if time_s > 0.01 * step_time_s]
     return f"bound by {parts[0][0]}: " + ", ".join(shown)
+
+
+def _breakdown_s(workload: Workload, cluster: Cluster, candidate: Candidate) -> dict[str, float]:
+    """Parts of the step, of long steps from two shorter ones as `projected_s` does for their sum."""
+    strategy, framework = candidate.strategy, candidate.runtime
+    few, more = 2 * strategy.pipeline, 3 * strategy.pipeline
+    if strategy.accumulation <= 4 * strategy.pipeline or strategy.schedule in ALWAYS_HOLDING:
+        return dict(schedule(workload, cluster, strategy, runtime=framework).breakdown_s)
+    shorter, longer = (schedule(workload, cluster, strategy.with_(accumulation=n), runtime=framework).breakdown_s for n in (few, more))
+    further = (strategy.accumulation - few) / (more - few)
+    return {name: time_s + (longer[name] - time_s) * further for name, time_s in shorter.items()}
 
 
 def _runtime(given: Runtime | str | None, cluster: Cluster) -> Runtime:
@@ -116,46 +144,24 @@ def _worth(change: str, before_s: float, after_s: float) -> Worth:
     return Worth(change, after_s, before_s / after_s - 1)
 
 
-def _richer(cluster: Cluster, runtime: Runtime) -> Iterator[tuple[str, Cluster, Runtime]]:
-    """The machines with more of one resource at a time."""
-
-    def faster(device: Device) -> Device:
-        return replace(device, peak_flops={path: rate * MORE for path, rate in device.peak_flops.items()})
-
-    def wider(device: Device) -> Device:
-        return replace(device, memory=replace(device.memory, bandwidth_bytes_per_s=device.memory.bandwidth_bytes_per_s * MORE))
-
-    yield "compute peak", _with_devices(cluster, {d: faster(d) for d in set(cluster.devices)}), runtime
-    yield "memory bandwidth", _with_devices(cluster, {d: wider(d) for d in set(cluster.devices)}), runtime
-    if cluster.size > 1:
-        yield "link bandwidth", _with_links(cluster), runtime
-    if runtime.run_ahead_launches:
-        yield "host launch rate", cluster, runtime.with_(launch_s=runtime.launch_s / MORE, recompute_s=runtime.recompute_s / MORE)
-
-
-def _with_devices(cluster: Cluster, other: dict[Device, Device]) -> Cluster:
-    nodes = tuple(replace(node, devices=tuple(other[d] for d in node.devices)) for node in cluster.nodes)
-    return replace(cluster, nodes=nodes)
-
-
-def _with_links(cluster: Cluster) -> Cluster:
-    def wider(link: Link) -> Link:
-        return replace(link, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s * MORE)
-
-    def quicker(host: Device) -> Device:
-        return replace(host, memory=replace(host.memory, bandwidth_bytes_per_s=host.memory.bandwidth_bytes_per_s * MORE))
-
-    nodes = tuple(
-        replace(
-            node,
-            host=quicker(node.host) if node.host and node.host not in node.devices else node.host,  # traffic without a peer link crosses it
-            host_link=wider(node.host_link),
-            peer_link=wider(node.peer_link) if node.peer_link else None,
-            nic=wider(node.nic) if node.nic else None,
-        )
-        for node in cluster.nodes
-    )
-    return replace(cluster, nodes=nodes)
+def _more_devices(workload: Workload, cluster: Cluster, candidate: Candidate, now_s: float) -> list[Worth]:
+    """The fewest devices more that the global batch divides over, as more replicas; none where the network does not reach them."""
+    how = candidate.strategy
+    samples = how.global_batch // how.micro_batch
+    data = next((d for d in range(how.data + 1, 2 * how.data + 1) if samples % d == 0), 0)
+    if not data:
+        return []
+    more = how.with_(data=data, accumulation=samples // data)
+    nodes = list(cluster.nodes)
+    while sum(len(n.devices) for n in nodes) < more.ranks:
+        nodes.append(nodes[-1])
+    larger = replace(cluster, nodes=tuple(nodes)) if len(nodes) > len(cluster.nodes) else cluster
+    added = more.ranks - how.ranks
+    try:
+        time_s = projected_s(schedule, workload, larger, Candidate(more, candidate.runtime))
+    except (InputError, UnsupportedError):
+        return []
+    return [_worth(f"{added} more device{'s' if added > 1 else ''} (data={data})", now_s, time_s)]
 
 
 def neighbours(strategy: Strategy, cluster: Cluster, runtime: Runtime) -> Iterator[tuple[str, Strategy]]:
@@ -194,6 +200,15 @@ def _traded(strategy: Strategy, name: str, other: str, factor: float) -> dict[st
     if any(v != int(v) or v < 1 for n, v in changes.items() if n != "sequence_parallel"):
         return {}
     return {n: bool(v) if n == "sequence_parallel" else int(v) for n, v in changes.items()}
+
+
+def near_limits(failed: Sequence[Failure]) -> tuple[str, ...]:
+    """Says of limits other than memory how much of them the nearest takes."""
+    lines = []
+    for reason in dict.fromkeys(f.reason for f in failed if f.times_limit > 1):
+        nearest = min((f for f in failed if f.reason == reason), key=lambda f: f.times_limit)
+        lines.append(f"what fits the memory {reason}; the nearest takes {nearest.times_limit:.3g} times that, with {nearest.strategy}")
+    return tuple(lines)
 
 
 def feasible(workload: Workload, cluster: Cluster, global_batch: int, limits: Limits | None = None) -> tuple[str, ...]:
@@ -275,6 +290,14 @@ class Comparison:
         ]
         return "\n".join(lines)
 
+    def report(self, path: Path | str) -> None:
+        """Writes one HTML file about it that needs no network: `simtrain.report.write_page`.
+
+        Raises:
+            InputError: The file cannot be written, or does not end in .html.
+        """
+        import_module("simtrain.report").write_page(self, path)  # by name: planner stands below what people read
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON."""
         return {"a": self.a.to_dict(), "b": self.b.to_dict(), "time_s": self.time_s, "memory_bytes": self.memory_bytes}
@@ -288,6 +311,8 @@ def compare(a: Result, b: Result) -> Comparison:
 def _minus(b: Any, a: Any) -> dict[str, float]:
     names = dict.fromkeys((*a, *b))
     parts = {name: float(b.get(name, 0.0) - a.get(name, 0.0)) for name in names}
+    largest = max((abs(v) for m in (a, b) for v in m.values()), default=0.0)
+    parts = {name: change if abs(change) > ROUND_OFF * largest else 0.0 for name, change in parts.items()}
     return dict(sorted(parts.items(), key=lambda item: -abs(item[1])))
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from simtrain.report.checkpoint_plot import plot_checkpoint_curve
     from simtrain.report.frame import to_frame, to_rows
+    from simtrain.report.page import page_html, write_page
     from simtrain.report.plots import plot_breakdown, plot_memory
     from simtrain.report.roofline import plot_roofline
     from simtrain.report.run_plots import plot_finish, plot_goodput, plot_run, plot_tradeoff
@@ -34,6 +35,7 @@ _HOME = {
     "device_details": "catalog_tables",
     "devices_comparison": "catalog_tables",
     "devices_table": "catalog_tables",
+    "page_html": "page",
     "plan_table": "tables",
     "plot_allocation": "allocation",
     "plot_breakdown": "plots",
@@ -55,6 +57,7 @@ _HOME = {
     "trace_events": "trace",
     "workload_details": "catalog_tables",
     "workloads_table": "catalog_tables",
+    "write_page": "page",
 }
 __all__ = [
     "allocation_table",
@@ -63,6 +66,7 @@ __all__ = [
     "device_details",
     "devices_comparison",
     "devices_table",
+    "page_html",
     "plan_table",
     "plot_allocation",
     "plot_breakdown",
@@ -84,6 +88,7 @@ __all__ = [
     "trace_events",
     "workload_details",
     "workloads_table",
+    "write_page",
 ]
 
 

@@ -37,6 +37,7 @@ PART_COLOURS = {
     "recompute": "#f2b872",
     "optimizer": "#5f9e6e",
     "communication": "#b23a48",
+    "offload": "#2a9d8f",
     "host": "#6a4c93",
     "wait": "#c8c8c8",
 }

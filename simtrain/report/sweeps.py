@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from simtrain.core.units import format_bytes, format_time
-from simtrain.report.text import bullets, plain_table
+from simtrain.report.text import bullets, part_time, plain_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from simtrain.planner.robust import Outlook
     from simtrain.planner.why import Comparison, Why, Worth
 
 
@@ -48,12 +49,9 @@ def comparison_table(found: Comparison) -> RenderableType:
 
     time = plain_table("Time on the slowest rank", "part", "A", "B", "B - A", numeric=("A", "B", "B - A"))
     for name, change in found.time_s.items():
-        time.add_row(
-            name,
-            format_time(found.a.breakdown_s.get(name, 0.0)),
-            format_time(found.b.breakdown_s.get(name, 0.0)),
-            _signed(change, format_time),
-        )
+        longest_s = max(found.a.step_time_s, found.b.step_time_s)
+        parts = [part_time(r.breakdown_s.get(name, 0.0), longest_s) for r in (found.a, found.b)]
+        time.add_row(name, *parts, _signed(change, format_time))
     memory = plain_table("Memory at its peak", "kind", "A", "B", "B - A", numeric=("A", "B", "B - A"))
     for name, change in found.memory_bytes.items():
         before, after = (r.memory.by_kind_bytes.get(name, 0.0) for r in (found.a, found.b))
@@ -80,6 +78,26 @@ def why_table(found: Why) -> RenderableType:
 
 def _worth(worth: Worth) -> tuple[str, str, str]:
     return f"{worth.gain:+.1%}", format_time(worth.step_time_s), "" if worth.fits else "does not fit"
+
+
+def changes_table(found: Sequence[Worth]) -> RenderableType:
+    """The smallest changes with which a strategy fits."""
+    if not found:
+        return "No one or two other choices make it fit on these devices: see simtrain plan."
+    table = plain_table("Smallest changes with which it fits", "change", "throughput", "step time", numeric=("throughput", "step time"))
+    for worth in found:
+        table.add_row(worth.change, f"{worth.gain:+.1%}", format_time(worth.step_time_s))
+    return table
+
+
+def outlook_table(found: Sequence[Outlook]) -> Table:
+    """Finalists under errors of the model."""
+    columns = ("best guess", "expected", "worst decile", "fastest in", "out of memory in")
+    table = plain_table("Finalists under errors of the model", "strategy", *columns, numeric=columns)
+    for o in found:
+        times = (format_time(t) for t in (o.step_time_s, o.expected_s, o.worst_decile_s))
+        table.add_row(o.strategy.replace(",", ", "), *times, f"{o.chance_best:.0%}", f"{o.chance_out:.1%}")
+    return table
 
 
 def advice_list(lines: Sequence[str]) -> RenderableType:

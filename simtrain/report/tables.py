@@ -10,16 +10,15 @@ from simtrain.core.errors import StrategyError
 from simtrain.core.result import MemoryKind, Result
 from simtrain.core.strategy import Strategy
 from simtrain.core.units import format_bytes, format_flops, format_time
-from simtrain.report.sweeps import advice_list, why_table
-from simtrain.report.text import bullets, facts, memory_verdict, plain_table, share
+from simtrain.planner.evidence import in_words
+from simtrain.report.sweeps import advice_list, outlook_table, why_table
+from simtrain.report.text import ROUND_OFF, bullets, facts, memory_verdict, part_time, plain_table, share
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from simtrain.planner.search import Failure, Plan
-
-_ROUND_OFF = 1e-9  # of the step: what is smaller comes from adding and subtracting times
+    from simtrain.planner.found import Failure, Plan
 
 
 def result_table(result: Result) -> RenderableType:
@@ -48,7 +47,7 @@ def _headline(result: Result) -> Table:
                 f"{result.mfu:.1%} (attention in full, as most papers count), "
                 f"{result.mfu_causal:.1%} (causal attention as computed); {format_flops(achieved)} per device",
             ),
-            ("memory", f"{memory_verdict(result.memory.over_bytes)}; peak on {result.memory.rank_class} at {result.memory.peak_moment}"),
+            ("memory", f"{memory_verdict(result.memory)}; peak on {result.memory.rank_class} at {result.memory.peak_moment}"),
             ("energy", f"{_number(result.energy_j)} J per step, {_number(result.power_w)} W on average"),
             ("cost", f"{_number(result.cost_usd)} USD per step" if result.cost_usd else "no price known"),
         ]
@@ -58,8 +57,9 @@ def _headline(result: Result) -> Table:
 def _breakdown_table(result: Result) -> Table:
     table = plain_table("Step time on the slowest rank", "part", "time", "share", numeric=("time", "share"))
     for part, time_s in result.breakdown_s.items():
-        shown_s = time_s if abs(time_s) > _ROUND_OFF * result.step_time_s else 0.0
-        table.add_row(part, format_time(shown_s), share(shown_s, result.step_time_s))
+        if part == "offload" and abs(time_s) <= ROUND_OFF * result.step_time_s:
+            continue  # a part of those steps alone that move something
+        table.add_row(part, part_time(time_s, result.step_time_s), share(abs(time_s), result.step_time_s))
     table.add_section()
     table.add_row("sum = step", format_time(sum(result.breakdown_s.values())), share(sum(result.breakdown_s.values()), result.step_time_s))
     return table
@@ -84,6 +84,10 @@ def _memory_table(result: Result) -> Table:
     table.add_row("reserved by allocator", format_bytes(memory.reserved_bytes), "")
     table.add_row("on the device", format_bytes(memory.device_bytes), "")
     table.add_row("device capacity", format_bytes(memory.capacity_bytes), "")
+    moved = (("host memory", memory.host_bytes, memory.host_capacity_bytes), ("drives", memory.nvme_bytes, memory.nvme_capacity_bytes))
+    for place, size_bytes, capacity_bytes in moved:
+        if size_bytes:
+            table.add_row(f"moved to {place}, a node", format_bytes(size_bytes), f"{share(size_bytes, capacity_bytes)} of it")
     return table
 
 
@@ -115,10 +119,14 @@ def plan_table(plan: Plan, top: int = 10) -> RenderableType:
     else:
         parts.append("Nothing fits.")
         parts.append(advice_list(plan.advice))
+    if plan.outlooks:
+        parts.append(outlook_table(plan.outlooks))
     if len(plan.objectives) > 1 and plan.front:
         parts.append(_ranking(plan.front, f"Pareto front of {', '.join(plan.objectives)}"))
     if plan.why:
         parts.append(why_table(plan.why))
+    if plan.best is not None and plan.why:
+        parts += [f"How sure: {in_words(plan.evidence)}.", ""]
     if plan.failed:
         parts.append(_failures(plan.failed))
     return Group(*parts)
@@ -151,13 +159,20 @@ def _failures(failed: tuple[Failure, ...]) -> Table:
         groups[f"out of memory, mostly {failure.term}" if failure.over_bytes > 0 else failure.reason].append(failure)
     table = plain_table("Why the others fail", "", "why", "over by", "closest to fitting", "would fit with", numeric=("", "over by"))
     for why, group in sorted(groups.items(), key=lambda item: -len(item[1])):
-        closest, furthest = (choose(group, key=lambda f: f.over_bytes) for choose in (min, max))
-        over = " to ".join(dict.fromkeys(format_bytes(f.over_bytes) for f in (closest, furthest) if f.over_bytes > 0))
-        table.add_row(str(len(group)), why, over or "-", closest.strategy.replace(",", ", "), _change(closest))
+        closest, furthest = (choose(group, key=lambda f: (f.over_bytes, f.times_limit)) for choose in (min, max))
+        over = " to ".join(dict.fromkeys(excess(f) for f in (closest, furthest) if excess(f)))
+        table.add_row(str(len(group)), why, over or "-", closest.strategy.replace(",", ", "), smallest_change(closest))
     return table
 
 
-def _change(failure: Failure) -> str:
+def excess(failure: Failure) -> str:
+    """By how much a limit is broken: bytes of memory, or how many times any other; nothing where that is not the reason."""
+    if failure.over_bytes > 0:
+        return format_bytes(failure.over_bytes)
+    return f"{failure.times_limit:.3g} times" if failure.times_limit else ""
+
+
+def smallest_change(failure: Failure) -> str:
     """Names the choices of the smallest change, where they differ from what failed."""
     if not failure.smallest_change:
         return "-"

@@ -6,11 +6,15 @@ import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from simtrain.core.units import format_bytes
+from simtrain.core.units import format_bytes, format_time
+
+ROUND_OFF = 1e-9  # of the step
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+
+    from simtrain.core.result import MemoryReport
 
 
 def render(renderable: RenderableType, width: int = 120) -> str:
@@ -73,8 +77,16 @@ def share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def memory_verdict(over_bytes: float) -> str:
-    """Says how much is left, or by how much it does not fit."""
+def part_time(time_s: float, step_time_s: float) -> str:
+    """Returns a part of a step; what comes from adding and subtracting times is nothing."""
+    return format_time(time_s if abs(time_s) > ROUND_OFF * step_time_s else 0.0)
+
+
+def memory_verdict(memory: MemoryReport) -> str:
+    """Says how much is left, or by how much it does not fit: the device, or what was moved its host."""
+    over_bytes = memory.over_bytes
+    if over_bytes <= 0 and not memory.fits_host:
+        return "DOES NOT FIT the host, see below"
     return f"DOES NOT FIT, over by {format_bytes(over_bytes)}" if over_bytes > 0 else f"fits, {format_bytes(-over_bytes)} left"
 
 

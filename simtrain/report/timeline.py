@@ -23,21 +23,22 @@ CATEGORY_COLOURS: dict[str, str] = {
     "gradient_copy": "#c9a227",
     "collective": "#b23a48",
     "optimizer": "#7a7a7a",
+    "offload": "#2a9d8f",
 }
 """Colour of each category of work."""
 
 MAX_RANK_CLASSES = 8
 """How many rank classes a timeline shows; of more, the slowest and the fastest."""
 
-_OTHER = "#d0d0d0"
-_GAP_SHARE = 0.002  # of the time shown: shorter gaps inside a micro-batch are not worth a hole in the bar
+OTHER_COLOUR = "#d0d0d0"
+GAP_SHARE = 0.002  # of the time shown: shorter gaps inside a micro-batch are not worth a hole in the bar
 _LABEL_SHARE = 0.025  # narrower bars carry no number
 _BAR_HEIGHT = 0.8
 _DARK = {"host", "forward", "backward", "collective", "optimizer"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Bar:
+class Bar:
     """Consecutive work of one category and micro-batch on one stream."""
 
     category: str
@@ -66,7 +67,7 @@ def plot_timeline(result: Result, ax: Axes | None = None) -> Axes:
     span_s = max(e.start_s + e.duration_s for e in result.events) - first_s
     ax = new_axes(12, 1.5 + 0.55 * len(rows)) if ax is None else ax
     for y, events in enumerate(rows.values()):
-        _draw_row(ax, y, _merge(events, span_s * _GAP_SHARE), span_s)
+        _draw_row(ax, y, merged(events, span_s * GAP_SHARE), span_s)
     _label_axes(ax, result, list(rows), hidden)
     ax.set_xlim(first_s * 1e3, (first_s + max(span_s, 1e-9)) * 1e3)
     return ax
@@ -89,27 +90,28 @@ def timeline_rows(result: Result) -> tuple[dict[tuple[str, str], list[TraceEvent
     return {key: events for key, events in rows.items() if key[0] not in hidden}, len(hidden)
 
 
-def _merge(events: Sequence[TraceEvent], gap_s: float) -> list[_Bar]:
-    bars: list[_Bar] = []
+def merged(events: Sequence[TraceEvent], gap_s: float) -> list[Bar]:
+    """Joins work of the same category and micro-batch that follows without a gap longer than `gap_s`."""
+    bars: list[Bar] = []
     for e in sorted(events, key=lambda e: e.start_s):
         end_s = e.start_s + e.duration_s
         last = bars[-1] if bars else None
         if last and (last.category, last.micro_batch) == (e.category, e.micro_batch) and e.start_s - last.end_s <= gap_s:
-            bars[-1] = _Bar(e.category, e.micro_batch, last.start_s, max(last.end_s, end_s))
+            bars[-1] = Bar(e.category, e.micro_batch, last.start_s, max(last.end_s, end_s))
         else:
-            bars.append(_Bar(e.category, e.micro_batch, e.start_s, end_s))
+            bars.append(Bar(e.category, e.micro_batch, e.start_s, end_s))
     return bars
 
 
-def _draw_row(ax: Axes, y: int, bars: Sequence[_Bar], span_s: float) -> None:
-    groups: dict[tuple[str, bool], list[_Bar]] = defaultdict(list)
+def _draw_row(ax: Axes, y: int, bars: Sequence[Bar], span_s: float) -> None:
+    groups: dict[tuple[str, bool], list[Bar]] = defaultdict(list)
     for bar in bars:
         groups[bar.category, bar.micro_batch > 0 and bar.micro_batch % 2 == 1].append(bar)
     for (category, odd), group in groups.items():
         ax.broken_barh(
             [(b.start_s * 1e3, (b.end_s - b.start_s) * 1e3) for b in group],
             (y - _BAR_HEIGHT / 2, _BAR_HEIGHT),
-            facecolors=CATEGORY_COLOURS.get(category, _OTHER),
+            facecolors=CATEGORY_COLOURS.get(category, OTHER_COLOUR),
             alpha=0.72 if odd else 1.0,
             linewidth=0,
         )
@@ -134,5 +136,5 @@ def _label_axes(ax: Axes, result: Result, rows: list[tuple[str, str]], hidden: i
     ax.spines[["top", "right"]].set_visible(False)
     seen = {e.category for e in result.events}
     handles = [Patch(color=colour, label=name.replace("_", " ")) for name, colour in CATEGORY_COLOURS.items() if name in seen]
-    handles += [Patch(color=_OTHER, label=name) for name in sorted(seen - set(CATEGORY_COLOURS))]
+    handles += [Patch(color=OTHER_COLOUR, label=name) for name in sorted(seen - set(CATEGORY_COLOURS))]
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False)

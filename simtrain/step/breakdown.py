@@ -14,9 +14,10 @@ BUSY_PARTS = {
     TermKind.GRADIENT_COPY: "communication",
     TermKind.OPTIMIZER: "optimizer",
 }
-PARTS = ("compute", "recompute", "optimizer", "communication", "host", "bubble", "wait")
+PARTS = ("compute", "recompute", "optimizer", "communication", "offload", "host", "bubble", "wait")
 """Parts of a breakdown: busy with the model's own work, recomputing, updating, communicating (inside layers, copying and waiting for
-gradients and parameters), waiting for the host to issue, for other pipeline stages, for slower ranks."""
+gradients and parameters), waiting for what was moved to the host or is updated there, for the host to issue, for other pipeline stages,
+for slower ranks."""
 
 
 def breakdown(program: Program, start_s: FloatArray, end_s: FloatArray, period_s: float, rank_class: int) -> dict[str, float]:
@@ -33,14 +34,16 @@ def breakdown(program: Program, start_s: FloatArray, end_s: FloatArray, period_s
     stream = next(i for i, s in enumerate(program.streams) if s.rank_classes == (rank_class,) and s.name == "compute")
     terms = np.flatnonzero(program.stream == stream)
     own = [i for i, s in enumerate(program.streams) if rank_class in s.rank_classes]
-    collectives = np.flatnonzero((program.kind == TermKind.COLLECTIVE) & np.isin(program.stream, own))
+    collectives, offloaded = (
+        np.flatnonzero((program.kind == kind) & np.isin(program.stream, own)) for kind in (TermKind.COLLECTIVE, TermKind.OFFLOAD)
+    )
     # one period: from the end of the last term of the step before to the end of the last term of this one
     previous_end = float(end_s[terms[-1]]) - period_s
     for term in terms:
         _work(parts, program, int(term), float(end_s[term] - start_s[term]), float(alone_s[term]))
         gap = float(start_s[term]) - previous_end
         if gap > 0:
-            _attribute(parts, program, int(term), previous_end, gap, start_s, end_s, period_s, collectives)
+            _attribute(parts, program, int(term), previous_end, gap, start_s, end_s, period_s, collectives, offloaded)
         previous_end = float(end_s[term])
     return parts
 
@@ -64,23 +67,34 @@ def _attribute(
     end_s: FloatArray,
     period_s: float,
     collectives: np.ndarray,
+    offloaded: np.ndarray,
 ) -> None:
     binding = _binding(program, term, end_s, period_s)
     if binding is None or program.kind[binding] == TermKind.HOST:
         parts["host"] += gap
         return
+    if program.kind[binding] == TermKind.OFFLOAD:
+        parts["offload"] += gap
+        return
     if program.kind[binding] == TermKind.SEND:
         parts["bubble"] += gap
         return
     # the collective that ends the gap may itself have waited for slower ranks: only its transfers count as communication
-    moving = 0.0
-    for shift in (0.0, -period_s):
-        low = np.maximum(start_s[collectives] + shift, gap_start)
-        high = np.minimum(end_s[collectives] + shift, gap_start + gap)
-        moving += float(np.maximum(high - low, 0.0).sum())
-    moving = min(moving, gap)
+    moving = min(_running(collectives, gap_start, gap, start_s, end_s, period_s), gap)
+    fetched = min(_running(offloaded, gap_start, gap, start_s, end_s, period_s), gap - moving)
     parts["communication"] += moving
-    parts["wait"] += gap - moving
+    parts["offload"] += fetched
+    parts["wait"] += gap - moving - fetched
+
+
+def _running(terms: np.ndarray, gap_start: float, gap: float, start_s: FloatArray, end_s: FloatArray, period_s: float) -> float:
+    """How long terms run within a gap, in this step or in the one before."""
+    total = 0.0
+    for shift in (0.0, -period_s):
+        low = np.maximum(start_s[terms] + shift, gap_start)
+        high = np.minimum(end_s[terms] + shift, gap_start + gap)
+        total += float(np.maximum(high - low, 0.0).sum())
+    return total
 
 
 def _binding(program: Program, term: int, end_s: FloatArray, period_s: float) -> int | None:

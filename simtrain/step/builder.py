@@ -177,6 +177,20 @@ class Builder:
         self.wait(run, waits)
         return run
 
+    def blocked_host(self, lane: int, label: str, waits: Sequence[int]) -> int:
+        """Adds a moment at which a lane's host waits for something, and issues nothing meanwhile; returns it."""
+        host = int(self.hosts[lane])
+        term = self._term(TermKind.HOST, host, label, -1, waits)
+        self.wait(term, waits)
+        return term
+
+    def first_work(self, lane: int) -> int:
+        """First compute term of a lane."""
+        lanes, _, _, runs, *_ = self.works.columns()
+        moment, turn = self.terms.columns()[9:]
+        own = runs[lanes == lane]
+        return int(own[np.lexsort((turn[own], moment[own]))[0]])
+
     def works_of(
         self, lane: IntArray, pieces: Sequence[Piece], chosen: IntArray, micro_batch: IntArray, moment: IntArray, turn: IntArray
     ) -> IntArray:
@@ -222,7 +236,8 @@ class Builder:
         """Adds a collective or a send on a stream."""
         waits = list(waits)
         term = self._term(kind, stream, label, micro_batch, waits, Shares(cost.latency_s, traffic_bytes=cost.traffic_bytes))
-        self.demands.extend(term, *self._loads(cost))
+        if cost.loads:
+            self.demands.extend(term, *self._loads(cost))
         self.wait(term, waits)
         return term
 

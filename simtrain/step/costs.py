@@ -16,6 +16,7 @@ from simtrain.core.catalog import compute_model
 from simtrain.core.errors import InternalError
 from simtrain.core.hardware import Device
 from simtrain.core.kernels import KernelBatch
+from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import Resource, TermKind
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Operator, OperatorKind
@@ -36,6 +37,8 @@ TERM_KINDS = {
 }
 ADDS_GRADIENTS = (Mode.BACKWARD, Mode.BACKWARD_ACCUMULATING, Mode.WEIGHT_GRADIENT)
 """Modes that make gradients of parameters."""
+ATTENTION = (OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD)
+PRODUCTS = (OperatorKind.GEMM, OperatorKind.BATCHED_GEMM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     local = [op for op in operators if op.kind is not OperatorKind.COLLECTIVE]
     kernels = operator_kernels(local, concrete, place.batch, place.sequence)
     local_s = compute_model(place.device.compute_model).kernel_times_s(place.device, kernels)
-    local_s = np.where(_attention(local), local_s / place.runtime.attention_speed, local_s)
+    local_s = local_s / _library_speed(local, place)
     memory_s = _memory_bound_s(place.device, kernels, local_s)
     if len(local) == len(operators):
         alone = interlock(local_s, kernels.launches * place.runtime.launch_s, int(kernels.launches.sum()))
@@ -147,8 +150,11 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     return replace(cost, wire_s=float(times[wired].sum()), memory_s=memory_s, loads=dict(loads))
 
 
-def _attention(operators: Sequence[Operator]) -> list[bool]:
-    return [op.kind in (OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD) for op in operators]
+def _library_speed(operators: Sequence[Operator], place: Place) -> FloatArray:
+    """How fast the framework's kernels are over those that the compute model knows."""
+    products = place.runtime.hopper_products if place.device.since_hopper else 1.0
+    speeds = dict.fromkeys(ATTENTION, place.runtime.attention_speed) | dict.fromkeys(PRODUCTS, products)
+    return np.array([speeds.get(op.kind, 1.0) for op in operators], dtype=np.float64)
 
 
 @lru_cache(maxsize=20_000)

@@ -11,7 +11,7 @@ Pipelines and fully sharded replicas are composed in `simtrain.step.estimate_chu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,7 +34,12 @@ NOTE = "closed form: hosts and devices are composed per step, transients between
 
 
 def estimate_setting(setting: Setting) -> Result:
-    """Predicts a step in closed form."""
+    """Predicts a step in closed form, or by its longest path where something is moved to the host and back."""
+    if setting.strategy.moved.anything:
+        from simtrain.step.schedule import schedule_setting
+
+        found = schedule_setting(setting)
+        return replace(found, reader="estimate", events=(), memory=replace(found.memory, timeline=None))
     layout = lay_out(setting)
     sharded = setting.strategy.zero == 3 and layout.grid.holders > 1
     if layout.grid.pipeline > 1 or sharded:

@@ -16,7 +16,7 @@ from simtrain.core.workload import Collective
 from simtrain.step.breakdown import PARTS
 from simtrain.step.costs import PassCost, chain
 from simtrain.step.exchange import Quantized, averaging, pack_cost, reductions, restore_cost
-from simtrain.step.fully_sharded import gathered_bytes, scattered_bytes, scattered_parameters, stage_visits
+from simtrain.step.fully_sharded import gathered_bytes, prefetched, scattered_bytes, scattered_parameters, stage_visits
 from simtrain.step.instructions import Step, chunk_costs
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
@@ -114,6 +114,7 @@ class _Walk:
     def _run(self) -> None:
         plan = self.layout.plan
         pointer, predecessor = plan.gates
+        waiting = plan.targets if self.setting.runtime.blocking_sends else ()
         end = [0.0] * len(plan)
         arrival: dict[tuple[int, int], float] = {}
         for i in range(len(plan)):
@@ -128,6 +129,8 @@ class _Walk:
                 else:
                     at = max(at, end[j])
             end[i] = self.free[stage] = self._instruction(i, stage, at)
+            for to in dict.fromkeys(int(plan.rank[j]) for j in waiting[i]) if waiting else ():
+                self.free[stage] = max(self.free[stage], arrival.setdefault((i, to), self._sent(i, stage, to, end[i])))
 
     def _sent(self, i: int, source: int, to: int, ready: float) -> float:
         plan, lane = self.layout.plan, self.lanes[source]
@@ -235,7 +238,7 @@ class _Shards:
     def run(self, chunk: int, step: Step, at: float) -> float:
         """Gathers what is needed and what comes next, runs a pass, scatters its gradients; returns when the pass has ended."""
         n = len(self.ends)
-        for visit in range(len(self.gathered), min(n + 1 + self.prefetch, len(self.visits))):
+        for visit in range(len(self.gathered), min(n + 1 + prefetched(self.layout.setting.runtime, step), len(self.visits))):
             (owner, layer), anew = self.visits[visit]
             size = gathered_bytes(self.layout, self.lane, owner, layer) if anew else 0.0
             earlier = visit - 1 - self.prefetch

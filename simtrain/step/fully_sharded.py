@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from simtrain.core.program import TermKind
+from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Collective
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.cost.compression import quantized_bytes
@@ -21,6 +22,7 @@ from simtrain.step.exchange import WEIGHT_BITS, Quantized
 from simtrain.step.instructions import Step, chunk_costs, gradient_order
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
+from simtrain.step.offload_program import HostSide
 from simtrain.step.schedules import Action
 from simtrain.step.shard import REST
 from simtrain.step.synchronise import update_cost
@@ -74,6 +76,11 @@ def scattered_bytes(layout: Layout, lane: Lane, chunk: int, step: Step) -> float
     return float(scattered_parameters(lane, chunk, step) * width)
 
 
+def prefetched(runtime: Runtime, step: Step) -> int:
+    """How many visits ahead parameters are gathered when a pass is issued."""
+    return 0 if runtime.late_prefetch and step.which.mode in ADDS_GRADIENTS else runtime.prefetch
+
+
 class FullySharded:
     """Replicas that hold shards; see `simtrain.step.synchronise.Synchroniser`."""
 
@@ -81,6 +88,7 @@ class FullySharded:
 
     def __init__(self, layout: Layout, build: Builder) -> None:
         self.layout, self.build, self.setting = layout, build, layout.setting
+        self.host = HostSide.of(layout, build)
         strategy, grid = self.setting.strategy, layout.grid
         self.shard = strategy.shard or grid.holders
         stages = range(grid.pipeline)
@@ -108,7 +116,7 @@ class FullySharded:
         """Gathers the layer's parameters, and those of the layers ahead."""
         stage = lanes[0].stage
         n = self.next[stage]
-        ahead = min(n + 1 + self.setting.runtime.prefetch, len(self.visits[stage]))
+        ahead = min(n + 1 + prefetched(self.setting.runtime, steps[0]), len(self.visits[stage]))
         for visit in range(len(self.gathered[stage]), ahead):
             self.gathered[stage].append(self._gather(lanes, visit))
         self.next[stage] = n + 1
@@ -131,6 +139,8 @@ class FullySharded:
         # what is gathered takes the room of the layer before last
         earlier = visit - 1 - self.setting.runtime.prefetch
         waits = self.computed[stage][earlier] if earlier >= 0 else []
+        if self.host:
+            waits = self.host.fetch(lanes, size / self.shard, waits)
         term = self.build.transfer(TermKind.COLLECTIVE, self._stream(lanes), "gather parameters", price, waits)
         self.latest[stage, chunk, layer] = term
         return term
@@ -149,6 +159,9 @@ class FullySharded:
         price = self._cost(stage, Collective.REDUCE_SCATTER, size, self.inside[stage])
         stream = self._stream(lanes)
         self.reduced[stage] = self.build.transfer(TermKind.COLLECTIVE, stream, "scatter gradients", price, terms)
+        if self.host:
+            elements = scattered_parameters(lanes[0], chunk, steps[0]) / self.shard
+            self.host.gradients(lanes, elements, [self.reduced[stage]], again=micro_batch > 0)
         if self.shard < self.layout.grid.holders and steps[0].last:
             price = self._cost(stage, Collective.ALL_REDUCE, size / self.shard, self.across[stage])
             self.reduced[stage] = self.build.transfer(TermKind.COLLECTIVE, stream, "reduce shards", price, terms)
@@ -193,6 +206,9 @@ class FullySharded:
         for lane in self.layout.lanes:
             own = [self.reduced[lane.stage]] if lane.stage in self.reduced else []
             waits = everyone if self.setting.runtime.global_norm else own
+            if self.host:
+                updates.append(self.host.update(lane, [*waits, last[lane.index]]))
+                continue
             price = update_cost(self.setting, lane)
             updates.append(self.build.work(lane.index, TermKind.OPTIMIZER, "optimizer", price, -1, waits, sync=True))
         for stage, lanes in enumerate(self.layout.by_stage):

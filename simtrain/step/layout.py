@@ -112,9 +112,9 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
     if setting.cuts and len(setting.cuts) != order.positions:
         raise StrategyError(
             f"cuts={strategy.cuts} names {len(setting.cuts)} chunks, but the {schedule} schedule over pipeline={strategy.pipeline} has "
-            f"{order.positions}"
+            f"{order.positions}: name so many, or leave cuts empty"
         )
-    cuts = setting.cuts or even_cuts(local, order.positions)
+    cuts = setting.cuts or even_cuts(local, order.positions, -(-order.positions // strategy.pipeline))
     pieces = chunks(local, cuts, setting.precision, setting.runtime, selective=strategy.checkpoint == "selective")
     fabric = Fabric(setting.cluster)
     kinds = _replica_kinds(setting, grid, split)

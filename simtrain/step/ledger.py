@@ -18,14 +18,16 @@ from simtrain.core.runtime import Runtime
 from simtrain.step.costs import ADDS_GRADIENTS
 from simtrain.step.instructions import FORWARD_MODES, chunk_costs, gradient_order
 from simtrain.step.layout import Lane
-from simtrain.step.occupancy import KINDS, Occupancy, Sizer, occupancy, unsaved_cast_bytes
+from simtrain.step.occupancy import KINDS, Mode, Occupancy, Sizer, occupancy, unsaved_cast_bytes
+from simtrain.step.offload_activations import MovedRows, moved_items
+from simtrain.step.offload_memory import leaving_share, left_on_device
 from simtrain.step.passes import Pass, received_kind
 from simtrain.step.remat import segments
 from simtrain.step.schedules import Action, SchedulePlan
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk
 from simtrain.step.specialize import ConcreteLayer
-from simtrain.step.states import FullShards, holds_gradients, optimizer_transients, persistent
+from simtrain.step.states import FullShards, holds_gradients, optimizer_transients, persistent, whole_gradients
 
 SHOWN_MICRO_BATCHES = 16
 """Micro-batches that a ledger replays; from the second on they are alike, so more would not change the peak."""
@@ -92,7 +94,7 @@ def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
         plan: What they do in which order.
     """
     book = _Book(setting, lane, plan)
-    base = persistent(setting, lane)
+    base = left_on_device(setting, lane, persistent(setting, lane))
     labels, rows, owner = ["start"], [base[None]], [np.array([-1])]
     instructions = book.instructions()
     stretches = [book.stretch(*i[:3]) for i in instructions]
@@ -106,7 +108,8 @@ def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
         base = base + stretch.net
         index += stretch.count
     labels.append("optimizer")
-    rows.append((base + optimizer_transients(setting, lane))[None])
+    update = 0.0 if setting.strategy.moved.optimizer else optimizer_transients(setting, lane)
+    rows.append((base + update)[None])
     owner.append(np.array([index]))
     return Ledger(tuple(labels), np.concatenate(rows), np.concatenate(owner).astype(np.int64))
 
@@ -118,6 +121,8 @@ class _Book:
         self.setting, self.lane, self.plan = setting, lane, plan
         self.costs = [chunk_costs(setting, lane, chunk) for chunk in lane.chunks]
         self.sharded = FullShards.of(setting, lane)
+        self.leaving = leaving_share(setting)
+        self.moved = MovedRows(moved_items(setting, lane))
         self.memo: dict[tuple[object, ...], Occupancy] = {}
         self.known: dict[tuple[Action, int, bool], _Stretch] = {}
 
@@ -146,7 +151,7 @@ class _Book:
         chunk, strategy = self.lane.chunks[number], self.setting.strategy
         passes = self.costs[number].passes(action, adding=adding)
         base = self._arriving(chunk, action)
-        casts = np.zeros(len(KINDS))
+        casts, again = np.zeros(len(KINDS)), np.zeros(len(KINDS))
         names: list[str] = []
         rows, owner = [], []
         for i, step in enumerate(passes):
@@ -154,14 +159,18 @@ class _Book:
             sizer = Sizer(concrete, strategy.micro_batch, self.lane.place.sequence, self.setting.runtime)
             replay = self._occupancy(step, concrete, sizer)
             held = self.sharded.held(chunk, passes, i) if self.sharded else 0.0
+            if step.mode not in FORWARD_MODES:
+                base = base + self.moved.coming(passes, i)
             name = chunk.workload.layers[step.kind].name
             names += [f"{step.mode.value}/{name}.{chunk.start + step.layer}/{op}" for op in replay.names]
-            rows.append(base + replay.moments + held)
+            rows.append(base + replay.moments + held + again)
             owner += [i] * len(replay.names)
             base = base + replay.net
-            if self.sharded and step.mode in ADDS_GRADIENTS:
-                base = base - self.sharded.scattered(concrete, sizer, step.mode, adding)
+            again = np.zeros(len(KINDS)) if step.mode is not Mode.RECOMPUTE or step.context.last_of_segment else again + replay.casts
+            if self.leaving and step.mode in ADDS_GRADIENTS:
+                base = base - self.leaving * whole_gradients(concrete, sizer, step.mode, adding)
             if step.mode in FORWARD_MODES:
+                base = base - self.moved.gone(step)
                 casts = casts + unsaved_cast_bytes(concrete, step.mode, sizer)
         if action is Action.FORWARD:
             base = base - casts  # autocast is left after the loss

@@ -24,9 +24,11 @@ from simtrain.step.fully_sharded import FullySharded
 from simtrain.step.instructions import Step, chunk_costs
 from simtrain.step.layout import Lane, Layout, lay_out
 from simtrain.step.occupancy import Mode
+from simtrain.step.offload_activations import ActivationMoves
 from simtrain.step.passes import Pass
 from simtrain.step.schedules import Action
 from simtrain.step.setting import Setting
+from simtrain.step.states import fully_sharded
 from simtrain.step.synchronise import Replicated, Synchroniser
 
 
@@ -37,7 +39,7 @@ class Lowered:
     Attributes:
         layout: Who does what.
         program: Terms for `schedule` and `simulate`.
-        pass_terms: For each lane, the compute term of each pass in execution order, the optimizer last.
+        pass_terms: For each lane, the compute term of each pass in execution order, the optimizer last (its begin, if it is the host's).
     """
 
     layout: Layout
@@ -79,8 +81,8 @@ class _Lowering:
         setting = layout.setting
         self.layout, self.plan = layout, layout.plan
         self.build = Builder(setting.runtime, layout.classes, setting.precision.loss_scaling)
-        sharded = setting.strategy.zero == 3 and layout.grid.holders > 1
-        self.sync: Synchroniser = FullySharded(layout, self.build) if sharded else Replicated(layout, self.build)
+        self.sync: Synchroniser = FullySharded(layout, self.build) if fully_sharded(setting) else Replicated(layout, self.build)
+        self.moves = ActivationMoves.of(layout, self.build)
         self.costs = {(lane.index, c): chunk_costs(setting, lane, chunk) for lane in layout.lanes for c, chunk in enumerate(lane.chunks)}
         self.coarse = layout.grid.pipeline > 1 and not self.sync.gathers
         kinds = len(layout.by_stage[0])
@@ -102,7 +104,8 @@ class _Lowering:
         final = plan.rank_order[plan.rank_pointer[1:] - 1]
         updates = self.sync.finish([int(self.last[final[lane.stage], lane.kind]) for lane in layout.lanes])
         program, number = self.build.finish(np.append(plan.level, plan.level.max() + 1))
-        own: list[list[IntArray]] = [[np.array([number[update]])] for update in updates]
+        begun = self.sync.host.begun if self.sync.host else updates
+        own: list[list[IntArray]] = [[np.array([number[update]])] for update in begun]
         for lane, terms, times in self.passes:
             own[lane].append(np.repeat(number[terms], times))
         return Lowered(layout, program, tuple(np.sort(np.concatenate(terms)) for terms in own))
@@ -138,7 +141,7 @@ class _Lowering:
                 # the links of a stage are priced once for all its replicas, so that those of several kinds cannot meet on them
                 cost = replace(cost, loads={})
             pieces.append(Piece(TERM_KINDS[part[-1].which.mode], _label(lane, chunk, part, self.coarse), cost))
-        return _Task(steps, cuts, tuple(pieces), self.sync.acts(steps))
+        return _Task(steps, cuts, tuple(pieces), self.sync.acts(steps) or self.moves is not None)
 
     def _cuts(self, steps: Sequence[Step], lane: Lane, chunk: int) -> tuple[int, ...]:
         """Where an instruction is cut into terms: at every pass, or only where gradients are reduced meanwhile."""
@@ -180,15 +183,18 @@ class _Lowering:
         for k, (start, end) in enumerate(pairwise(own[0].cuts)):
             part = own[0].steps[start:end]
             gathered = self.sync.before(lanes, chunk, part, micro_batch)
+            moved = self.moves.before(lanes, part[0]) if self.moves else [[] for _ in lanes]
             terms = []
-            for lane, task in zip(lanes, own, strict=True):
+            for lane, task, fetched in zip(lanes, own, moved, strict=True):
                 piece = task.pieces[k]
-                term = self.build.work(lane.index, piece.kind, piece.label, piece.cost, micro_batch, gathered)
+                term = self.build.work(lane.index, piece.kind, piece.label, piece.cost, micro_batch, [*gathered, *fetched])
                 self.passes.append((lane.index, np.array([term]), np.array([end - start])))
                 terms.append(term)
             if k == 0:
                 self.first[i] = terms
             self.sync.after(lanes, chunk, part, terms, micro_batch)
+            if self.moves:
+                self.moves.after(lanes, part[0], terms)
         self.last[i] = terms
 
     def _send(self) -> None:

@@ -73,11 +73,13 @@ class Occupancy:
         names: Operator of each moment.
         moments: Bytes by kind at each moment, relative to the start of the pass.
         net: Bytes by kind that the pass leaves behind (may be negative).
+        casts: Of a recomputation: casts that nothing saves, which autocast keeps until the whole segment is there again; not in `net`.
     """
 
     names: list[str] = field(default_factory=list)
     moments: FloatArray = field(default_factory=lambda: np.zeros((0, len(KINDS))))
     net: FloatArray = field(default_factory=lambda: np.zeros(len(KINDS)))
+    casts: FloatArray = field(default_factory=lambda: np.zeros(len(KINDS)))
 
 
 class Sizer:
@@ -137,6 +139,9 @@ def occupancy(concrete: ConcreteLayer, mode: Mode, context: PassContext, sizer: 
     operators = mode_operators(concrete, mode, last_of_segment=context.last_of_segment)
     replay = _Replay(concrete, mode, context, sizer)
     last = {name: i for i, op in enumerate(operators) for name in _touched(op)}
+    if backward and mode is not Mode.WEIGHT_GRADIENT and context.input_kind is not None and "x" not in last:
+        # PyTorch's checkpoint holds what it was called with as long as one of the tensors that it made again
+        last["x"] = max((last[name] for name in concrete.saved if name in last), default=len(operators) - 1)
     out = Occupancy()
     rows: list[FloatArray] = []
     base = np.zeros(len(KINDS))
@@ -145,11 +150,12 @@ def occupancy(concrete: ConcreteLayer, mode: Mode, context: PassContext, sizer: 
             base = base + replay.allocate(tensor, op)
         rows.append(base + sizer.workspace(op))
         out.names.append(op.name)
-        for name in _touched(op):
+        for name in dict.fromkeys((*_touched(op), "x") if last.get("x") == i else _touched(op)):
             if last[name] == i and replay.may_release(name):
                 base = base - replay.release(name)
     if mode is Mode.RECOMPUTE:
-        base = base - replay.unsaved_casts()
+        out.casts = replay.unsaved_casts()
+        base = base - out.casts
     if not backward and context.input_kind is not None:
         base = base - sizer.crossing(concrete.before, context.input_kind)
     out.moments = np.array(rows).reshape(len(rows), len(KINDS))
@@ -189,7 +195,6 @@ class _Replay:
         self.keeps: frozenset[str] = frozenset() if self.backward or mode is Mode.FORWARD_DROPPING else concrete.saved
         self.from_forward = {w.name: w for op in concrete.forward for w in op.writes}
         self.rows: dict[str, FloatArray] = {}
-        self.taken: set[str] = set()
 
     def allocate(self, tensor: Tensor, op: Operator) -> FloatArray:
         if tensor.name == "y":
@@ -200,7 +205,7 @@ class _Replay:
         if op.kind is OperatorKind.ELEMENTWISE and tensor.name.startswith("grad:"):
             for name in self.concrete.summed_into.intersection(op.reads):
                 row = row - self.release(name)
-                self.taken.add(name)
+                self.rows[name] = np.zeros(len(KINDS))  # nothing is left to release
         return row
 
     def _kind(self, tensor: Tensor, *, saved: bool) -> MemoryKind:
@@ -235,8 +240,6 @@ class _Replay:
         return left
 
     def release(self, name: str) -> FloatArray:
-        if name in self.taken:
-            return np.zeros(len(KINDS))
         if name in self.rows:
             return self.rows[name]
         if name == "dy":

@@ -63,8 +63,9 @@ def micro_batch_passes(
         members = list(zip(segment.layers, segment.kinds, strict=True))
         if segment.recomputed:
             for layer, kind in members:
-                held = MemoryKind.RECOMPUTED if layer != segment.layers[0] else kept_as[layer - 1]
-                input_kind = None if "x" in concrete[kind].saved else held
+                # what a segment starts from stays until its last saved tensor has been read in backward
+                inside = layer != segment.layers[0]
+                input_kind = MemoryKind.RECOMPUTED if inside and "x" not in concrete[kind].saved else None
                 context = PassContext(input_kind, MemoryKind.RECOMPUTED, recomputed=True, last_of_segment=layer == segment.layers[-1])
                 backward.append(Pass(layer, kind, Mode.RECOMPUTE, context))
         for layer, kind in reversed(members):
@@ -108,7 +109,7 @@ def _backward_context(
     before = order[place - 1]
     # a recomputed segment makes its own copy of its last output
     needed_before = place > 0 and ("y" in concrete[before[1]].saved if inside else _reads_own_output(before, concrete))
-    mine = "x" in concrete[kind].saved and not needed_before
+    mine = ("x" in concrete[kind].saved or (segment.recomputed and not inside)) and not needed_before
     held = MemoryKind.RECOMPUTED if inside else kept_as[place - 1]
     return PassContext(
         held if mine else None,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from simtrain.core.checkpoint import blocks_text, budget_bytes, is_optimal
-from simtrain.core.errors import StrategyError
+from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.units import format_bytes, format_time
 from simtrain.step.costs import layer_pass_cost
@@ -56,11 +56,20 @@ class Question:
 
     @classmethod
     def of(cls, setting: Setting) -> Question:
-        """Prepares the choice for a setting on one pipeline stage, whatever it says of checkpointing."""
+        """Prepares the choice for a setting on one pipeline stage, whatever it says of checkpointing.
+
+        Raises:
+            UnsupportedError: Activations move, so that there is more to choose (`simtrain.step.remat_moves_choice`).
+        """
+        if setting.strategy.moved.activations:
+            raise UnsupportedError(
+                f"offload={setting.strategy.offload}: this is about recomputation alone; leave activations out, or predict "
+                "checkpoint=optimal"
+            )
         plain = replace(setting, strategy=setting.strategy.with_(checkpoint="none"))
         layout = lay_out(plain)
-        lane = max(layout.lanes, key=lambda x: _times(x)[0].sum())
-        forward_s, inner_s, last_s, backward_s = _times(lane)
+        lane = max(layout.lanes, key=lambda x: layer_times(x)[0].sum())
+        forward_s, inner_s, last_s, backward_s = layer_times(lane)
         chunk, runtime = lane.chunks[0], setting.runtime
         adding = setting.strategy.accumulation > 1 or holds_gradients(setting)
         batch = setting.strategy.micro_batch
@@ -139,6 +148,10 @@ def settle(setting: Setting) -> Setting:
     asked = setting.strategy.checkpoint
     if not is_optimal(asked):
         return setting
+    if setting.strategy.moved.activations:
+        from simtrain.step.remat_moves_choice import settle_moves
+
+        return settle_moves(setting)
     question, given = Question.of(setting), budget_bytes(asked)
     plan = question.within(question.capacity_bytes if given is None else min(given, question.capacity_bytes))
     lines = []
@@ -205,7 +218,7 @@ def _totals(book: Ledger) -> FloatArray:
     return totals
 
 
-def _times(lane: Lane) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+def layer_times(lane: Lane) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Device times of each layer: forward, recomputation within and at the end of a segment, backward."""
     chunk = lane.chunks[0]
     modes = ((Mode.FORWARD, False), (Mode.RECOMPUTE, False), (Mode.RECOMPUTE, True), (Mode.BACKWARD, False))
@@ -216,4 +229,4 @@ def _times(lane: Lane) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     return columns[0], columns[1], columns[2], columns[3]
 
 
-__all__ = ["Question", "findings", "settle"]
+__all__ = ["Question", "findings", "layer_times", "settle"]

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simtrain.core.errors import InputError, InternalError, UnsupportedError
 from simtrain.core.polynomial import FloatArray
+
+if TYPE_CHECKING:
+    from scipy.optimize import LinearConstraint
 
 INFEASIBLE = 2
 """Status of `scipy.optimize.milp`."""
@@ -90,19 +94,32 @@ def replay(graph: Graph, computed: NDArray[np.bool_], carried: NDArray[np.bool_]
 
 
 @dataclass(slots=True)
-class _Program:
+class LinearProgram:
     """Variables and constraints in the sparse form that the solver takes."""
 
     count: int = 0
     rows: list[tuple[list[int], list[float], float, float]] = field(default_factory=list)
 
     def variables(self, *shape: int) -> NDArray[np.int64]:
+        """Numbers of new variables, as an array of this shape."""
         first, self.count = self.count, self.count + int(np.prod(shape))
         return np.arange(first, self.count).reshape(shape)
 
     def add(self, terms: Iterable[tuple[int, float]], low: float, high: float) -> None:
+        """Adds a row: variables with their factors, and what their sum lies between."""
         names, factors = zip(*terms, strict=True)
         self.rows.append(([int(n) for n in names], list(factors), low, high))
+
+    def constraints(self) -> LinearConstraint:
+        """All rows, as the solver takes them."""
+        from scipy.optimize import LinearConstraint
+        from scipy.sparse import csr_array
+
+        columns = np.concatenate([np.array(names) for names, *_ in self.rows])
+        factors = np.concatenate([np.array(values) for _, values, *_ in self.rows])
+        pointer = np.cumsum([0, *(len(names) for names, *_ in self.rows)])
+        matrix = csr_array((factors, columns, pointer), shape=(len(self.rows), self.count))
+        return LinearConstraint(matrix, [r[2] for r in self.rows], [r[3] for r in self.rows])
 
 
 def optimal_graph(graph: Graph, budget_bytes: float, *, time_limit_s: float = 60.0) -> GraphPlan | None:
@@ -119,11 +136,10 @@ def optimal_graph(graph: Graph, budget_bytes: float, *, time_limit_s: float = 60
     Raises:
         UnsupportedError: No plan was found in time.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
+    from scipy.optimize import Bounds, milp
 
     n = len(graph.time_s)
-    program = _Program()
+    program = LinearProgram()
     run, carry, used = program.variables(n, n), program.variables(n, n), program.variables(n, n)
     free = {(i, k): program.variables(n) for i, k in _freed(graph)}
     binary = program.count
@@ -139,12 +155,9 @@ def optimal_graph(graph: Graph, budget_bytes: float, *, time_limit_s: float = 60
     integral[used.ravel()] = 0
     cost = np.zeros(binary)
     cost[run] = graph.time_s
-    columns = np.concatenate([np.array(names) for names, *_ in program.rows])
-    factors = np.concatenate([np.array(values) for _, values, *_ in program.rows])
-    pointer = np.cumsum([0, *(len(names) for names, *_ in program.rows)])
-    matrix = csr_array((factors, columns, pointer), shape=(len(program.rows), binary))
-    limits = LinearConstraint(matrix, [r[2] for r in program.rows], [r[3] for r in program.rows])
-    answer = milp(cost, integrality=integral, bounds=Bounds(low, high), constraints=limits, options={"time_limit": time_limit_s})
+    answer = milp(
+        cost, integrality=integral, bounds=Bounds(low, high), constraints=program.constraints(), options={"time_limit": time_limit_s}
+    )
     if answer.status == INFEASIBLE:
         return None
     if answer.x is None:
@@ -159,7 +172,7 @@ def _freed(graph: Graph) -> list[tuple[int, int]]:
     return [(i, i) for i in range(len(graph.time_s))] + list(graph.edges)
 
 
-def _runs(program: _Program, graph: Graph, run: NDArray[np.int64], carry: NDArray[np.int64]) -> None:
+def _runs(program: LinearProgram, graph: Graph, run: NDArray[np.int64], carry: NDArray[np.int64]) -> None:
     """Nothing runs without what it reads, and only what was there is carried on."""
     n = len(graph.time_s)
     for stage in range(n):
@@ -172,7 +185,7 @@ def _runs(program: _Program, graph: Graph, run: NDArray[np.int64], carry: NDArra
 
 
 def _memory(
-    program: _Program,
+    program: LinearProgram,
     graph: Graph,
     size: FloatArray,
     variables: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],

@@ -14,11 +14,14 @@ from simtrain.step.exchange import notes as exchange_notes
 from simtrain.step.kernels import CONVOLUTIONS
 from simtrain.step.layout import Layout
 from simtrain.step.ledger import Ledger, ledger, report
+from simtrain.step.offload import offload_notes, offload_sources
+from simtrain.step.offload_memory import host_memory, shortage
 from simtrain.step.setting import Setting
+from simtrain.step.workspace import blas_bytes
 
 NOT_MODELLED = (
     "data loading, evaluation, snapshots and network or driver hiccups are not modelled",
-    "collectives and the computation beside them contend for multiprocessors and links, not for device memory",
+    "collectives take multiprocessors, memory bandwidth and links from what runs beside them; the step's closed form leaves memory out",
 )
 
 
@@ -30,12 +33,15 @@ def by_rank(classes: Sequence[RankClass], values: Sequence[float]) -> list[float
 
 def lane_ledgers(layout: Layout) -> list[Ledger]:
     """The ledger of every lane; lanes of one stage share one where libraries take the same workspaces on their devices."""
-    known: dict[tuple[int, bool], Ledger] = {}
+    known: dict[tuple[int, bool, int], Ledger] = {}
+    books = []
     for lane in layout.lanes:
-        key = (lane.stage, lane.place.device.since_hopper)
+        device = lane.place.device
+        key = (lane.stage, device.since_hopper, blas_bytes(device))
         if key not in known:
             known[key] = ledger(layout.setting, lane, layout.plan)
-    return [known[lane.stage, lane.place.device.since_hopper] for lane in layout.lanes]
+        books.append(known[key])
+    return books
 
 
 def tightest_lane(layout: Layout, books: Sequence[Ledger]) -> int:
@@ -49,7 +55,15 @@ def lane_report(layout: Layout, books: Sequence[Ledger], lane: int, times: Float
     name = chosen.place.device.name if layout.grid.pipeline == 1 else chosen.rank_class.name
     peaks = {other.rank_class.name: book.peak_bytes for other, book in zip(layout.lanes, books, strict=True)}
     own = report(books[lane], chosen.place.device, communicators(layout.setting), layout.setting.runtime, name, times)
-    return replace(own, allocated_by_class_bytes=peaks)
+    outside = host_memory(layout)
+    return replace(
+        own,
+        allocated_by_class_bytes=peaks,
+        host_bytes=outside.host_bytes,
+        host_capacity_bytes=outside.host_capacity_bytes,
+        nvme_bytes=outside.nvme_bytes,
+        nvme_capacity_bytes=outside.nvme_capacity_bytes,
+    )
 
 
 def communicators(setting: Setting) -> int:
@@ -108,6 +122,7 @@ def assemble(
     energy_j = sum(energy.device_energy_j(d, step_time_s, b) for d, b in zip(devices, busy, strict=True))
     nodes_used = _nodes_used(setting)
     energy_j += setting.cluster.host_power_w * nodes_used * step_time_s
+    moved = [*shortage(host_memory(layout)), *offload_notes(setting, busy_s)]
     return Result(
         workload=workload.name,
         cluster=setting.cluster.name,
@@ -130,7 +145,15 @@ def assemble(
         power_w=energy_j / step_time_s,
         cost_usd=sum(energy.device_cost_usd(d, step_time_s) for d in devices),
         bound_by=max(breakdown_s, key=lambda k: breakdown_s[k]),
-        assumptions=(*setting.cluster.assumptions, *layout.local.assumptions, *setting.notes, *_notes(setting), *notes, *NOT_MODELLED),
+        assumptions=(
+            *setting.cluster.assumptions,
+            *layout.local.assumptions,
+            *setting.notes,
+            *_notes(setting),
+            *moved,
+            *notes,
+            *NOT_MODELLED,
+        ),
         sources=_sources(setting),
         events=tuple(events),
     )
@@ -166,5 +189,7 @@ def _sources(setting: Setting) -> tuple[str, ...]:
         lines += [f"{device.name}: {s}" for s in dict.fromkeys(p.source for p in device.provenance.values())]
         lines += compute_model(device.compute_model).sources(device)
     lines += setting.runtime.sources
+    if setting.strategy.moved.anything:
+        lines += offload_sources(setting)
     lines.append(energy.SOURCE)
     return tuple(dict.fromkeys(lines))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from simtrain.core import catalog
 from simtrain.core.checkpoint import is_explicit, is_optimal
@@ -14,6 +15,7 @@ from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.step.buckets import gradient_bytes
+from simtrain.step.offload_checks import check_offload
 from simtrain.step.shard import stated_cuts
 
 
@@ -70,6 +72,7 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     _refuse_cpu_dropout(work, framework)
     _refuse_exchanges(how)
     _refuse_formats(how, recipe, framework)
+    check_offload(how, framework, devices[0])
     return Setting(
         work, machines, how, recipe, framework, devices, stated_cuts(work.with_micro_batch(how.micro_batch), how.blocks_per_chunk)
     )
@@ -106,14 +109,17 @@ def _refuse_exchanges(strategy: Strategy) -> None:
     if not asked:
         return
     if compression != "none" and rare:
-        raise UnsupportedError(f"{asked}: compressing what is exchanged every few steps is not modelled; give one of the two")
+        raise UnsupportedError(
+            f"{asked}: compressing what is exchanged every few steps is not modelled: use compression=none, or leave "
+            "low_communication empty"
+        )
     if rare:
         if strategy.data == 1:
-            raise StrategyError(f"{asked} is between replicas, of which there is one: use data=2 or more, or leave it away")
+            raise StrategyError(f"{asked} is between replicas, of which there is one: use data=2 or more")
         if strategy.zero:
             raise StrategyError(
                 f"{asked} lets replicas differ between exchanges, but zero={strategy.zero} shards one state over them, which needs every "
-                "step's gradients: use zero=0"
+                f"step's gradients: use {_unsharded(strategy)}"
             )
         for name in ("context", "expert"):
             if getattr(strategy, name) > 1:
@@ -130,8 +136,12 @@ def _refuse_exchanges(strategy: Strategy) -> None:
         if strategy.shard not in (0, strategy.data * strategy.context):
             raise UnsupportedError(f"compression=zero++ within hybrid shards (shard={strategy.shard}) is not modelled: use shard=0")
     elif strategy.zero:
-        fix = "zero=0, or compression=zero++" if strategy.zero == 3 else "zero=0"
+        fix = f"{_unsharded(strategy)}, or compression=zero++" if strategy.zero == 3 else _unsharded(strategy)
         raise UnsupportedError(f"{asked} is modelled for gradients that every replica gets whole, not for zero={strategy.zero}: use {fix}")
+
+
+def _unsharded(strategy: Strategy) -> str:
+    return "zero=0 and shard=0" if strategy.shard else "zero=0"
 
 
 def _refuse_formats(strategy: Strategy, recipe: Precision, runtime: Runtime) -> None:
@@ -153,12 +163,19 @@ def _too_many(strategy: Strategy, cluster: Cluster) -> str:
     product = " x ".join(f"{n}={v}" for n, v in degrees.items())
     least = strategy.ranks // strategy.data
     fits = cluster.size // least
-    fix = (
-        f"use data={fits} or fewer"
-        if fits
-        else f"one replica needs {least} of them: lower {' or '.join(n for n in degrees if n != 'data')}"
-    )
+    fix = f"use data={fits} or fewer" if fits else f"one replica needs {least} of them: use {_smaller(degrees, cluster.size)}"
     return f"{product} needs {strategy.ranks} devices, but {cluster.name!r} has {cluster.size}: {fix}"
+
+
+def _smaller(degrees: dict[str, int], devices: int) -> str:
+    """Degrees of one replica that fit, the larger ones lowered first."""
+    kept = {name: degree for name, degree in degrees.items() if name != "data"}
+    changed = {"data": 1} if "data" in degrees else {}
+    for name in sorted(kept, key=lambda n: -kept[n]):
+        others = prod(d for n, d in kept.items() if n != name)
+        if others * kept[name] > devices:
+            changed[name] = kept[name] = max(devices // others, 1)
+    return " and ".join(f"{name}={degree}" for name, degree in changed.items())
 
 
 def _refuse_unmodelled(strategy: Strategy) -> None:
@@ -167,7 +184,7 @@ def _refuse_unmodelled(strategy: Strategy) -> None:
     if strategy.pipeline > 1 and (is_explicit(strategy.checkpoint) or is_optimal(strategy.checkpoint)):
         raise UnsupportedError(
             f"checkpoint={strategy.checkpoint} with pipeline={strategy.pipeline} is not modelled: what a stage holds depends on how many "
-            "micro-batches are in flight, for which no choice of layers is proven best; use none, full, sqrt or every:K"
+            "micro-batches are in flight, for which no choice of layers is proven best; use checkpoint=full, none, sqrt or every:K"
         )
     holders = strategy.data * strategy.context
     if holders % strategy.expert:
@@ -177,9 +194,9 @@ def _refuse_unmodelled(strategy: Strategy) -> None:
         )
     if strategy.expert > 1 and (strategy.zero == 3 or strategy.shard):
         field = "zero=3" if strategy.zero == 3 else f"shard={strategy.shard}"
+        whole = "expert=1" if strategy.compression == "zero++" else "zero=2 and shard=0, or less, or expert=1"
         raise UnsupportedError(
-            f"{field} with expert={strategy.expert} is not modelled (experts would be sharded over other ranks than the rest): "
-            "use zero=2 or less without shard, or expert=1"
+            f"{field} with expert={strategy.expert} is not modelled (experts would be sharded over other ranks than the rest): use {whole}"
         )
     if strategy.shard and (holders % strategy.shard or strategy.shard > holders):
         fits = max(d for d in range(1, min(strategy.shard, holders) + 1) if holders % d == 0)

@@ -82,6 +82,7 @@ def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime, devices:
         UnsupportedError: Only the whole of it is known.
     """
     workload = workload.with_micro_batch(strategy.micro_batch)
+    experts = any(p.expert for layer in workload.layers for p in layer.parameters)
     form = Form(
         tensor=strategy.tensor,
         sequence_parallel=strategy.sequence_parallel,
@@ -91,7 +92,8 @@ def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime, devices:
         loss=runtime.loss,
         regather=runtime.regather,
         overlap=runtime.overlap_tensor,
-        expert_weights=runtime.expert_weights if any(p.expert for layer in workload.layers for p in layer.parameters) else "after",
+        expert_weights=runtime.expert_weights if experts else "after",
+        grouped_experts=runtime.grouped_experts or not experts,
         vocabulary_multiple=runtime.vocabulary_multiple,
         untied=strategy.pipeline > 1,
         fused_softmax=runtime.fused_softmax,
@@ -127,10 +129,15 @@ def tied_parameter(whole: Workload, local: Workload) -> Parameter | None:
     return next(p for layer in local.layers for p in layer.parameters if f"{layer.name}.{p.name}" == name)
 
 
-def even_cuts(workload: Workload, positions: int) -> tuple[tuple[int, int], ...]:
+def even_cuts(workload: Workload, positions: int, per_rank: int = 1) -> tuple[tuple[int, int], ...]:
     """Cuts a model into half-open ranges of layers: blocks as evenly as they go, what stands before them first, what stands behind last.
 
     Where blocks do not divide, the ends get fewer, because embedding and head are theirs too.
+
+    Args:
+        workload: The model.
+        positions: Ranges.
+        per_rank: How many of them a stage holds (for the advice where there are too many).
 
     Raises:
         StrategyError: Fewer blocks than chunks.
@@ -142,9 +149,8 @@ def even_cuts(workload: Workload, positions: int) -> tuple[tuple[int, int], ...]
     if not blocks:
         flags, blocks = [True] * len(flags), len(flags)
     if blocks < positions:
-        raise StrategyError(
-            f"{workload.name} has {blocks} blocks, fewer than {positions} pipeline chunks: use pipeline x chunks of at most {blocks}"
-        )
+        fix = f"use pipeline={blocks // per_rank} or fewer" if blocks >= per_rank else f"use chunks={blocks} or fewer"
+        raise StrategyError(f"{workload.name} has {blocks} blocks, fewer than {positions} pipeline chunks: {fix}")
     share, more = divmod(blocks, positions)
     middle_first = sorted(range(positions), key=lambda i: (i in (0, positions - 1), i == positions - 1, i))
     counts = [share + (i in middle_first[:more]) for i in range(positions)]

@@ -25,6 +25,7 @@ from simtrain.step.passes import Pass
 from simtrain.step.setting import Setting
 from simtrain.step.shard import REST, Chunk
 from simtrain.step.specialize import ConcreteLayer
+from simtrain.step.workspace import blas_bytes
 
 STEP_COUNTER_BYTES = 4
 """AdamW keeps a step counter tensor per parameter (`torch/optim/adamw.py`)."""
@@ -42,6 +43,12 @@ def shards(setting: Setting, *, expert: bool = False) -> int:
     return max(holders // strategy.expert, 1) if expert else holders
 
 
+def fully_sharded(setting: Setting) -> bool:
+    """Whether parameters are gathered for every pass: sharded over several ranks, or fetched from the host by one."""
+    strategy = setting.strategy
+    return strategy.zero == 3 and (strategy.data * strategy.context > 1 or bool(strategy.moved.parameters))
+
+
 def holds_gradients(setting: Setting) -> bool:
     """Whether gradients have a place of their own from the start, so that what a backward pass makes is added to it and let go."""
     strategy, runtime = setting.strategy, setting.runtime
@@ -56,7 +63,7 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     parameters = [p for chunk in lane.chunks for p in chunk.parameters]
     adam = OPTIMIZERS[strategy.optimizer] == 2
     states = OPTIMIZERS[strategy.optimizer] + (precision.master is not None)
-    whole_size = 0 if strategy.zero == 3 and precision.master is not None else precision.parameter.size_bytes
+    whole_size = 0 if fully_sharded(setting) and precision.master is not None else precision.parameter.size_bytes
     for parameter in parameters:
         over = shards(setting, expert=parameter.expert)
         spread = over if strategy.zero == 3 else 1
@@ -89,8 +96,10 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
 def _workspaces(setting: Setting, lane: Lane) -> float:
     """What libraries hold on a device, and the buffer that some unfused attention takes for its scores."""
     runtime = setting.runtime
-    hopper = lane.place.device.since_hopper and runtime.hopper_workspace_bytes
+    device = lane.place.device
+    hopper = device.since_hopper and runtime.hopper_workspace_bytes
     own = runtime.hopper_workspace_bytes if hopper else runtime.workspace_bytes
+    own += runtime.blas_handles * blas_bytes(device)
     if not runtime.score_buffer or runtime.fused_attention:
         return own
     return own + max(
@@ -176,21 +185,19 @@ class FullShards:
     Attributes:
         precision: Format of what is gathered.
         ahead: Layers gathered ahead.
-        over: Ranks that share them.
         quantized: Whether weights arrive and gradients leave quantized.
     """
 
     precision: Precision
     ahead: int
-    over: int
     quantized: bool = False
 
     @classmethod
     def of(cls, setting: Setting, lane: Lane) -> FullShards | None:  # noqa: ARG003
         """Returns `None` where parameters are not sharded."""
-        if setting.strategy.zero < 3 or setting.strategy.data * setting.strategy.context == 1:
+        if not fully_sharded(setting):
             return None
-        return cls(setting.precision, setting.runtime.prefetch, shards(setting), setting.strategy.compression == "zero++")
+        return cls(setting.precision, setting.runtime.prefetch, setting.strategy.compression == "zero++")
 
     def held(self, chunk: Chunk, passes: Sequence[Pass], at: int) -> FloatArray:
         """Gathered parameters while a pass runs: its block, those gathered ahead, and what is no block."""
@@ -208,13 +215,14 @@ class FullShards:
         row[COLUMN[MemoryKind.COMMUNICATION]] = held * self.precision.parameter.size_bytes + quantized
         return row
 
-    def scattered(self, concrete: ConcreteLayer, sizer: Sizer, mode: Mode, adding: bool) -> FloatArray:
-        """Whole gradients of a layer, which go once their shards are summed, less these shards, which stay."""
-        row = np.zeros(len(KINDS))
-        if mode is Mode.BACKWARD_ACCUMULATING or adding:
-            return row  # let go by the pass itself
-        for op in concrete.backward:
-            for tensor in op.writes:
-                if tensor.name.startswith("grad:") and any(tensor.name == f"grad:{p.name}" for p in concrete.layer.parameters):
-                    row += sizer.tensor(tensor, MemoryKind.GRADIENT)
-        return row * (1 - 1 / self.over)
+
+def whole_gradients(concrete: ConcreteLayer, sizer: Sizer, mode: Mode, adding: bool) -> FloatArray:
+    """Whole gradients that a backward pass leaves behind, and which go once their shards are summed or the host has them."""
+    row = np.zeros(len(KINDS))
+    if mode is Mode.BACKWARD_ACCUMULATING or adding:
+        return row  # let go by the pass itself
+    for op in concrete.backward:
+        for tensor in op.writes:
+            if tensor.name.startswith("grad:") and any(tensor.name == f"grad:{p.name}" for p in concrete.layer.parameters):
+                row += sizer.tensor(tensor, MemoryKind.GRADIENT)
+    return row

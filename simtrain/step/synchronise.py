@@ -20,6 +20,7 @@ from simtrain.step.instructions import FORWARD_MODES, Step
 from simtrain.step.kernels import optimizer_kernels
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
+from simtrain.step.offload_program import HostSide
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, tied_parameter
 from simtrain.step.states import shards
@@ -33,9 +34,11 @@ class Synchroniser(Protocol):
 
     Attributes:
         gathers: Whether parameters are gathered for every pass, which then is a term of its own.
+        host: What is exchanged with the host, where the update runs there.
     """
 
     gathers: bool
+    host: HostSide | None
 
     def ready_after(self, lane: Lane, chunk: int) -> frozenset[int]:
         """Layers of a chunk whose last backward pass makes something ready to be reduced."""
@@ -132,6 +135,7 @@ class Replicated:
 
     def __init__(self, layout: Layout, build: Builder) -> None:
         self.layout, self.build, self.setting = layout, build, layout.setting
+        self.host = HostSide.of(layout, build)
         self.buckets: dict[Cell, tuple[tuple[Bucket, Placed], ...]] = {}
         for stage, held in enumerate(layout.plan.placement):
             for chunk in range(len(held)):
@@ -149,7 +153,8 @@ class Replicated:
 
     def acts(self, steps: Sequence[Step]) -> bool:
         """See `Synchroniser`."""
-        return any(s.ends_gradients and (s.last or self._every_time) for s in steps)
+        every = self._every_time or bool(self.setting.strategy.moved.gradients)
+        return any(s.ends_gradients and (s.last or every) for s in steps)
 
     def before(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], micro_batch: int) -> Sequence[int]:  # noqa: ARG002
         """See `Synchroniser`."""
@@ -162,10 +167,14 @@ class Replicated:
             for lane, term in zip(lanes, terms, strict=True):
                 for step in steps:
                     self.first_forward.setdefault((lane.index, chunk, step.which.layer), term)
-        done = {s.which.layer for s in steps if s.ends_gradients and (s.last or self._every_time)}
+        every = self._every_time or bool(self.setting.strategy.moved.gradients)
+        done = {s.which.layer for s in steps if s.ends_gradients and (s.last or every)}
         if not done:
             return
         last = any(s.last for s in steps)
+        if self.host and not self.buckets[cell]:
+            for layer in sorted(done):
+                self.host.gradients(lanes, self._trained(lanes[0], chunk, layer), terms, again=micro_batch > 0)
         for bucket, placed in self.buckets[cell]:
             if bucket.ready_after_layer not in done:
                 continue
@@ -174,6 +183,8 @@ class Replicated:
                 self.waiting.append((cell, bucket, placed))
             else:
                 term = self._reduce(cell, bucket, placed, lanes, terms)
+                if self.host:
+                    self.host.gradients(lanes, sum(bucket.gradients) / shards(self.setting), [term], again=micro_batch > 0)
                 if last:
                     self.reduced[cell].append((bucket, placed, term))
 
@@ -201,12 +212,16 @@ class Replicated:
 
     def finish(self, last: Sequence[int]) -> list[int]:
         """See `Synchroniser`."""
-        layout, build = self.layout, self.build
+        layout = self.layout
         for cell, bucket, placed in self.waiting:
             holders = layout.plan.holders[layout.by_stage[cell[0]][0].chunks[cell[1]].position]
             if cell[0] == holders[0]:  # a chunk that two stages hold is reduced once
                 lanes = [lane for s in holders for lane in layout.by_stage[s]]
                 term = self._reduce(cell, bucket, placed, lanes, [last[lane.index] for lane in lanes])
+                if self.host:
+                    self.host.gradients(
+                        lanes, sum(bucket.gradients) / shards(self.setting), [term], again=self.setting.strategy.accumulation > 1
+                    )
                 for stage in holders:
                     chunk = next(c for c, p in enumerate(layout.plan.placement[stage]) if p == layout.plan.placement[cell[0]][cell[1]])
                     self.reduced[stage, chunk].append((bucket, placed, term))
@@ -219,12 +234,17 @@ class Replicated:
         updates = []
         for lane, own in zip(layout.lanes, ends, strict=True):
             waits = self._everyone(lane, ends, last) if self.setting.runtime.global_norm else own[-1:]
-            cost_of = update_cost(self.setting, lane)
-            updates.append(build.work(lane.index, TermKind.OPTIMIZER, "optimizer", cost_of, -1, waits, sync=True))
+            updates.append(self.host.update(lane, [*waits, *own, last[lane.index]]) if self.host else self._update(lane, waits))
         if self.setting.strategy.zero and layout.grid.holders > 1:
             self._gather(updates)
         self._average(updates)
         return updates
+
+    def _update(self, lane: Lane, waits: Sequence[int]) -> int:
+        return self.build.work(lane.index, TermKind.OPTIMIZER, "optimizer", update_cost(self.setting, lane), -1, waits, sync=True)
+
+    def _trained(self, lane: Lane, chunk: int, layer: int) -> int:
+        return sum(p.elements for p in list(lane.chunks[chunk].workload)[layer].trained)
 
     def _everyone(self, lane: Lane, ends: Sequence[Sequence[int]], last: Sequence[int]) -> list[int]:
         """What the norm of all gradients waits for: all ranks, or those of one's own replica where replicas differ."""

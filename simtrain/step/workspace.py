@@ -1,17 +1,32 @@
-"""Memory that library kernels take only while they run, on top of an operator's tensors.
+"""Memory that libraries take on top of an operator's tensors: while a kernel runs (oneDNN), or for good (cuBLAS, hipBLAS).
 
 oneDNN computes convolutions in blocked layouts. For tensors in the ordinary layout (channels before pixels) it copies operands into
 blocked ones, computes, and copies results back; PyTorch's allocator sees these copies, its dispatcher does not. The rules below follow
 the order in which the copies come and go, read from allocator events of PyTorch 2.13 (oneDNN 3.12, one thread, AVX-512) for single
 convolutions; with channels last only filters are copied.
+
+PyTorch gives each handle of cuBLAS a workspace from its own allocator when it is first used on a stream: one in the thread of the forward
+pass, one in that of autograd. Their size is read from PyTorch's `aten/src/ATen/cuda/CublasHandlePool.cpp` (`parseChosenWorkspaceSize`),
+not measured here; `CUBLAS_WORKSPACE_CONFIG` changes it. Not counted: 1 MiB of cuBLASLt (76 MiB of hipBLASLt) where a product adds a bias,
+as the same file has it, and what cuDNN takes, which depends on the algorithm that it chooses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from simtrain.core.hardware import Device
 from simtrain.core.workload import Operator, OperatorKind
 from simtrain.cost.onednn import convolves_natively
+
+CUBLAS_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
+"""`:4096:2:16:8`, the default but for Hopper; a memory snapshot of a user's shows 8,519,680 bytes (discuss.pytorch.org, topic 178671)."""
+CUBLAS_HOPPER_BYTES = 8 * 4096 * 1024
+"""The default for compute capability 9.0 alone."""
+HIPBLAS_BYTES = 32 * 1024 * 1024
+HIPBLAS_CDNA3_BYTES = 128 * 1024 * 1024
+"""The default for gfx94x and gfx95x: AMD's accelerators since the MI300."""
+CDNA3_YEAR = 2023
 
 Bytes = Callable[[str], float]
 """Bytes of a tensor by name."""
@@ -21,6 +36,18 @@ BLOCK_CHANNELS = 16
 
 PLAIN_CHANNELS = 3
 """Images of at most so many channels are read as they are."""
+
+
+def blas_bytes(device: Device) -> int:
+    """Returns what one handle of the device's library of matrix products holds by default; 0 where no such library is known."""
+    if device.device_class != "gpu":
+        return 0
+    vendor = device.vendor.upper()
+    if vendor == "NVIDIA":
+        return CUBLAS_HOPPER_BYTES if device.is_hopper else CUBLAS_BYTES
+    if vendor == "AMD":
+        return HIPBLAS_CDNA3_BYTES if device.memory.is_hbm and device.year >= CDNA3_YEAR else HIPBLAS_BYTES
+    return 0
 
 
 def onednn_bytes(op: Operator, bytes_of: Bytes, batch: int, sequence: int, element_bytes: int) -> float:

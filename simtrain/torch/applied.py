@@ -13,6 +13,7 @@ from simtrain.core.checkpoint import is_explicit, is_optimal, parse_blocks
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.precision import DType, Precision, precision
 from simtrain.core.strategy import Strategy, checkpoint_segment
+from simtrain.torch.offloaded import ActivationOffload, offloaded_blocks
 from simtrain.torch.pieces import block_paths
 from simtrain.torch.recompute import Recomputation, block_segments, check_names
 
@@ -37,6 +38,7 @@ class Applied:
         optimizer: The one given.
         blocks: Module paths of the blocks, in order; their numbers are those of `checkpoint=layers:...`.
         notes: What is not carried out as the strategy says, in words.
+        offloaded: What moves the activations of blocks; `None` where they stay.
     """
 
     def __init__(
@@ -46,7 +48,6 @@ class Applied:
         optimizer: torch.optim.Optimizer,
         blocks: Sequence[str],
         *,
-        offload: bool = False,
         batch_norms: bool = False,
     ) -> None:
         self.strategy, self.optimizer, self.blocks = strategy, optimizer, tuple(blocks)
@@ -54,11 +55,8 @@ class Applied:
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.notes: list[str] = []
         self._recomputation = Recomputation(model, self.blocks, _segments(strategy, self.blocks), batch_norms=batch_norms)
-        self._offload = offload and self._device.type != "cpu"
-        if offload and not self._offload:
-            self.notes.append("activations are not offloaded: the model is on the CPU already")
+        self.offloaded = self._offloaded(model)
         self.model = _wrapped(strategy, model, optimizer, self.blocks)
-        self._held = {p.untyped_storage()._cdata for p in model.parameters()}
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision.loss_scaling)
         self._done = 0
 
@@ -74,7 +72,7 @@ class Applied:
 
     @contextmanager
     def forward(self) -> Generator[None, None, None]:
-        """Surrounds a forward pass: autocast, offload, and no reduction of gradients before the last micro-batch of a step."""
+        """Surrounds a forward pass: autocast, and no reduction of gradients before the last micro-batch of a step."""
         last = self._done % self.strategy.accumulation == self.strategy.accumulation - 1
         with ExitStack() as stack:
             if self.strategy.data > 1 and self.strategy.zero == 0 and not last:
@@ -82,8 +80,6 @@ class Applied:
             elif self.strategy.data > 1 and self.strategy.zero == 3:
                 self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
             stack.enter_context(_autocast(self._precision, self._device.type))
-            if self._offload:
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._away, _back))
             yield
 
     def backward(self, loss: Tensor) -> bool:
@@ -102,20 +98,17 @@ class Applied:
         self.optimizer.zero_grad(set_to_none=True)
         return True
 
-    def _away(self, saved: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        """Moves a saved activation to host memory; parameters stay."""
-        if saved.device.type == "cpu" or saved.untyped_storage()._cdata in self._held:
-            return saved
-        host = torch.empty(saved.size(), dtype=saved.dtype, layout=saved.layout, pin_memory=True)
-        host.copy_(saved, non_blocking=True)
-        return saved.device, host
-
-
-def _back(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
-    device, host = packed
-    return host.to(device, non_blocking=True)
+    def _offloaded(self, model: nn.Module) -> ActivationOffload | None:
+        """Moves the activations that the strategy moves, unless the model is where they would go."""
+        if not self.strategy.moved.activations:
+            return None
+        if self._device.type == "cpu":
+            self.notes.append("activations are not offloaded: the model is on the CPU already")
+            return None
+        chosen = offloaded_blocks(self.strategy, self.blocks)
+        if both := [name for name in chosen if name in self.recomputed]:
+            self.notes.append(f"recomputed blocks keep their inputs on the device, which PyTorch's checkpoints hold: {', '.join(both)}")
+        return ActivationOffload(model, chosen, recomputed=self.recomputed)
 
 
 def apply(
@@ -124,7 +117,6 @@ def apply(
     optimizer: torch.optim.Optimizer,
     *,
     blocks: Sequence[str] | None = None,
-    offload_activations: bool = False,
     recompute_batch_norms: bool = False,
 ) -> Applied:
     """Carries a strategy out on a model, in three lines of a normal training loop; see `Applied`.
@@ -140,7 +132,6 @@ def apply(
         optimizer: Of its parameters.
         blocks: Module paths of the blocks, in the order in which they run; by default those that a capture finds (children of
             `ModuleList` and `Sequential`).
-        offload_activations: Keep what backward needs in host memory meanwhile.
         recompute_batch_norms: Recompute blocks with batch norms too. Gradients stay the same; running statistics are updated twice.
 
     Raises:
@@ -152,7 +143,7 @@ def apply(
     _refuse(how, optimizer)
     found = list(blocks) if blocks is not None else _found(model)
     check_names(model, found, dict(model.named_modules()))
-    return Applied(how, model, optimizer, found, offload=offload_activations, batch_norms=recompute_batch_norms)
+    return Applied(how, model, optimizer, found, batch_norms=recompute_batch_norms)
 
 
 def _found(model: nn.Module) -> list[str]:
@@ -168,6 +159,11 @@ def _refuse(strategy: Strategy, optimizer: torch.optim.Optimizer) -> None:
             )
     if strategy.zero in (1, 2) or strategy.shard:
         raise UnsupportedError("zero=1, zero=2 and shard are not carried out here: use zero=0 (DDP) or zero=3 (FSDP2)")
+    if strategy.moved.optimizer or strategy.moved.activations == "nvme":
+        raise UnsupportedError(
+            f"offload={strategy.offload}: only activations are moved here, to host memory (offload=activations); optimizer, gradients and "
+            "weights are DeepSpeed's to move"
+        )
     if is_optimal(strategy.checkpoint):
         raise StrategyError(
             f"checkpoint={strategy.checkpoint} depends on the machines: "

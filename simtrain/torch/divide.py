@@ -20,11 +20,12 @@ WAYS = ("column", "row", "vocabulary", "gather")
 
 KNOWN: Plan = {
     **dict.fromkeys(("*q_proj", "*k_proj", "*v_proj", "*gate_proj", "*up_proj", "*c_attn", "*c_fc"), "column"),
-    **dict.fromkeys(("*o_proj", "*down_proj", "*c_proj"), "row"),
-    **dict.fromkeys(("*embed_tokens", "*wte"), "vocabulary"),
-    "*lm_head": "gather",
+    **dict.fromkeys(("*self.query", "*self.key", "*self.value", "*intermediate.dense"), "column"),
+    **dict.fromkeys(("*o_proj", "*down_proj", "*c_proj", "*output.dense"), "row"),
+    **dict.fromkeys(("*embed_tokens", "*wte", "*word_embeddings"), "vocabulary"),
+    **dict.fromkeys(("*lm_head", "*predictions.decoder", "*predictions"), "gather"),
 }
-"""Names that Hugging Face's models use."""
+"""Names that Hugging Face's models use: Llama and its kin, GPT-2, BERT."""
 
 _PRODUCTS = (OperatorKind.GEMM, OperatorKind.BATCHED_GEMM)
 _MOVED = (OperatorKind.ELEMENTWISE, OperatorKind.CAST, OperatorKind.COPY)
@@ -124,7 +125,8 @@ class _Divider:
         return replace(parameter, shape=tuple(n // self.degree if i == side else n for i, n in enumerate(parameter.shape)))
 
     def _operator(self, whole: Operator, *, backward: bool) -> list[Operator]:
-        op = replace(whole, reads=tuple(self.aliases.get(n, n) for n in whole.reads))
+        reads, in_part = (tuple(self.aliases.get(n, n) for n in names) for names in (whole.reads, whole.partial))
+        op = replace(whole, reads=reads, partial=in_part)
         module = op.name.rsplit(".", 2 if ".backward" in op.name else 1)[0]
         gathers = self._way(module) == "gather"
         before: list[Operator] = []
@@ -139,12 +141,13 @@ class _Divider:
         if cut:
             self.parts.update(t.name for t in op.writes)
             self.shared.update({t.name: True for t in op.writes if t.name.startswith("shared:")})
-        after = [self._reduce(op)] if partial else [self._gather(whole)] if gathers and cut and not backward and op.dims else []
+        after = [self._reduce(op)] if partial else self._gather(whole) if gathers and cut and not backward and op.dims else []
         return [*before, op, *after]
 
     def _follow(self, op: Operator) -> tuple[bool, bool]:
         """Whether what an operator writes is divided, and whether it is a partial sum."""
-        reads = [n for n in op.reads if n not in op.partial]
+        # what comes first is read, be it in part (a slice); what is partial behind it may only be held
+        reads = [n for i, n in enumerate(op.reads) if not i or n not in op.partial]
         parts = [n for n in reads if n in self.parts]
         if op.kind is OperatorKind.EMBEDDING:
             return False, any(n in self.parts for n in op.reads)
@@ -211,18 +214,20 @@ class _Divider:
         name = op.writes[0].name
         return Operator(f"{name}.all_reduce", OperatorKind.COLLECTIVE, updates=(name,), collective=Collective.ALL_REDUCE, group="tensor")
 
-    def _gather(self, whole: Operator) -> Operator:
+    def _gather(self, whole: Operator) -> list[Operator]:
+        """All columns: what arrives lies rank by rank, and a copy puts it side by side."""
         source = whole.writes[0]
-        gathered = replace(source, name=f"{source.name}.whole")
+        arrived, gathered = (replace(source, name=f"{source.name}.{end}") for end in ("arrived", "whole"))
         self.aliases[source.name] = gathered.name
-        return Operator(
+        gather = Operator(
             f"{source.name}.all_gather",
             OperatorKind.COLLECTIVE,
             (source.name,),
-            (gathered,),
+            (arrived,),
             collective=Collective.ALL_GATHER,
             group="tensor",
         )
+        return [gather, Operator(f"{source.name}.side_by_side", OperatorKind.COPY, (arrived.name,), (gathered,))]
 
     def _slice(self, op: Operator) -> tuple[list[Operator], Operator]:
         """This rank's columns of the gradient of what was gathered."""

@@ -75,6 +75,8 @@ class RankRecorder(Recorder):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor | AsyncCollectiveTensor) for t in types):
             return NotImplemented  # they come again as operators on this rank's tensors
+        if func.namespace in _NAMESPACES and func._opname == "wait_tensor":
+            return args[0]  # as it does for real; on tensors without values PyTorch hands out a new one
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace in _NAMESPACES and func._opname not in _NO_TRANSFER:
             self._collective(func, (*args, *(kwargs or {}).values(), out))

@@ -52,7 +52,18 @@ def test_choices_can_be_repeated(run_json):
 
 
 def test_nothing_fits_is_an_answer_with_exit_code_1(run, run_json):
-    hopeless = ("plan", "llama3-70b", "--cluster", "4x rtx-3090", "--global-batch", 4, "--precision", "bf16-amp")
+    hopeless = (
+        "plan",
+        "llama3-70b",
+        "--cluster",
+        "4x rtx-3090",
+        "--global-batch",
+        4,
+        "--precision",
+        "bf16-amp",
+        "--runtime",
+        "torch-eager",
+    )
     code, out, _ = run(*hopeless)
     assert code == 1
     assert "Nothing fits." in out
@@ -112,3 +123,26 @@ def test_progress_stays_away_from_files_and_pipes(monkeypatch, capsys):
     with plan_command.SlowProgress("planning") as progress:
         progress(1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_report_is_one_file(run, tmp_path):
+    path = tmp_path / "plan.html"
+    code, out, err = run(*PLAN, "--report", path)
+    assert code == 0
+    assert "Best" in out
+    assert f"wrote {path}" in err
+    assert "How sure" in path.read_text(encoding="utf-8")
+    code, _, err = run(*PLAN, "--report", tmp_path / "plan.pdf")
+    assert code == 2
+    assert ".html" in err
+
+
+def test_limits_and_a_robust_choice(run, run_json):
+    code, out, _ = run(*PLAN, "--runtime", "torch-eager", "--deadline", "1 s", "--tokens", 1e9)
+    assert code == 1
+    assert "takes longer than 1.00 s" in out
+    assert "the nearest takes" in out
+    code, data = run_json(*PLAN, "--runtime", "torch-eager", "--robust", "worst-decile", "--memory-risk", 0.01)
+    assert code == 0
+    assert [o["strategy"] for o in data["outlooks"]] == [r["strategy"] for r in data["ranked"][: len(data["outlooks"])]]
+    assert all(o["chance_out"] <= 0.01 for o in data["outlooks"])

@@ -159,3 +159,10 @@ def test_a_device_without_the_arithmetic_is_not_modelled(run_json):
     code, data = run_json("predict", "gpt2-small", "--cluster", "1x v100-sxm-32g", "--strategy", "data=1,precision=tf32")
     assert code == 3
     assert "no tf32 arithmetic; it has" in data["error"]["message"]
+
+
+def test_what_does_not_fit_is_told_the_smallest_change_that_does(run):
+    code, out, _ = run("predict", "gpt2-small", "--cluster", "4x rtx-3090", "--strategy", "data=4,micro_batch=32")
+    assert code == 1
+    assert "Smallest changes with which it fits" in out
+    assert "micro_batch=16, accumulation=2" in out

@@ -110,6 +110,13 @@ def test_trees_over_many_nodes_need_fewer_steps():
     assert tree.latency_s == pytest.approx(LAUNCH_LATENCY_S + 2 * (7 * 1e-6 + 6 * 1e-5), rel=1e-5)
 
 
+def test_large_messages_pay_the_latencies_of_the_simple_protocol_on_trees():
+    fabric = nodes(2, 8, 8)
+    small, large = (all_reduce(fabric, range(16), size, "tree").latency_s for size in (1.0, 2.0**40))
+    assert small == pytest.approx(LAUNCH_LATENCY_S + 2 * (7e-6 + 1e-5), rel=1e-4)
+    assert large == pytest.approx(LAUNCH_LATENCY_S + 2 * (7 * 28e-6 + 50e-6), rel=1e-4)  # NCCL's table: 28 us inside, 50 us between
+
+
 def test_a_tree_crosses_each_node_boundary_once_each_way():
     loads = all_reduce(nodes(2, 8, 1), range(16), 1e6, "tree").loads
     crossing = sum(v for r, v in loads.items() if "network out" in r.name)

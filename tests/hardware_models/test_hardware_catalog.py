@@ -134,7 +134,8 @@ def test_recalled_prices_say_so():
 
 @pytest.mark.parametrize("link", catalog.links().values(), ids=lambda link: link.name)
 def test_links_stay_below_their_raw_rate(link):
-    assert 0.5 < link.efficiency <= 1.0
+    least = 0.5 if link.name != "omni-path-100" else 0.4  # measured without the library's plug-in for it
+    assert least < link.efficiency <= 1.0
     assert link.sustained_bytes_per_s < link.bandwidth_bytes_per_s
 
 

@@ -110,3 +110,17 @@ def test_bad_files_are_one_clear_error(launcher, text, message):
 def test_unknown_launchers_are_refused():
     with pytest.raises(UnknownNameError, match="megatron"):
         emit("megatronn", Strategy())
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer+gradients", "optimizer:nvme+gradients+parameters:nvme"])
+def test_deepspeed_says_what_moves(offload):
+    strategy = Strategy(data=8, zero=3, precision="bf16-master", offload=offload)
+    written = emit("deepspeed", strategy)
+    assert not written.unsaid
+    assert read("deepspeed", written.text) == strategy
+
+
+def test_what_moves_is_named_where_a_launcher_cannot_say_it():
+    strategy = Strategy(data=8, precision="bf16-master", offload="optimizer+activations")
+    for name in LAUNCHERS:
+        assert "offload" in emit(name, strategy).unsaid

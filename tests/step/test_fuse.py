@@ -69,3 +69,17 @@ def test_blocking_launches_add_host_time_and_slow_attention_its_share():
     assert time_s(base.with_(attention_speed=0.5)) > time_s(base) > time_s(base.with_(attention_speed=1.5))
     with pytest.raises(InputError, match="attention_speed"):
         base.with_(attention_speed=0.0)
+
+
+def test_older_libraries_slow_matrix_products_on_hopper_alone():
+    work = st.workload("gpt", layers=4, hidden=2048, heads=16, vocabulary=32000, seq_len=1024)
+    base = runtime("fsdp2")
+    old = base.with_(hopper_products=0.8)
+
+    def time_s(device, framework):
+        return st.estimate(work, device, "micro_batch=8,precision=bf16-master", runtime=framework).step_time_s
+
+    assert time_s("a100-sxm-80g", old) == time_s("a100-sxm-80g", base)
+    assert 1.05 < time_s("h100-sxm", old) / time_s("h100-sxm", base) < 1.25
+    with pytest.raises(InputError, match="hopper_products"):
+        base.with_(hopper_products=0.0)

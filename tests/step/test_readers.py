@@ -8,6 +8,7 @@ from hypothesis import strategies as some
 
 import simtrain as st
 from simtrain.core.errors import InputError, StrategyError, UnknownNameError, UnsupportedError
+from simtrain.core.runtime import runtime
 
 SMALL = {"layers": 4, "hidden": 256, "heads": 4, "vocabulary": 2048, "seq_len": 256}
 BOX = "4x rtx-3090"
@@ -67,6 +68,22 @@ def test_estimate_is_close_to_the_schedule(strategy, runtime, machines):
     assert estimated.step_time_s == pytest.approx(scheduled.step_time_s, rel=0.03)
     assert estimated.energy_j == pytest.approx(scheduled.energy_j, rel=0.03)
     assert estimated.memory.allocated_bytes == scheduled.memory.allocated_bytes
+
+
+def test_sends_that_a_stage_waits_for_take_its_time_in_every_reader(gpt):
+    strategy = "data=1,pipeline=4,micro_batch=1,accumulation=8,schedule=1f1b"
+    free = runtime("megatron").with_(blocking_sends=False)
+    results = [read(gpt, "4x rtx-3090", strategy, runtime=free.with_(blocking_sends=True)) for read in (st.estimate, st.schedule)]
+    assert results[0].step_time_s == pytest.approx(results[1].step_time_s, rel=1e-9)
+    assert results[0].step_time_s > st.estimate(gpt, "4x rtx-3090", strategy, runtime=free).step_time_s
+
+
+def test_parameters_asked_for_late_wait_behind_gradients(gpt):
+    strategy = "data=4,zero=3,micro_batch=4,precision=bf16"
+    early, late = (runtime("fsdp2").with_(late_prefetch=flag) for flag in (False, True))
+    estimated, scheduled = (read(gpt, BOX, strategy, runtime=late).step_time_s for read in (st.estimate, st.schedule))
+    assert estimated == pytest.approx(scheduled, rel=0.02)
+    assert estimated > st.estimate(gpt, BOX, strategy, runtime=early).step_time_s
 
 
 def test_mfu_is_model_flops_over_peak_time(gpt):

@@ -21,7 +21,7 @@ from workloads.transformer.operators import workload
 from workloads.transformer.presets import spec as preset
 
 BATCH = 4
-EXACT = {"allocator": "exact", "library": "stated", "optimizer_style": "single", "workspace_bytes": 0}
+EXACT = {"allocator": "exact", "library": "stated", "optimizer_style": "single", "blas_handles": 0}
 """What a replay without device and libraries sees."""
 ALONE = runtime("torch-eager-cpu").with_(library="stated")
 TEXT: dict[str, Any] = {"layers": 4, "hidden": 48, "heads": 4, "vocabulary": 101, "max_positions": 40, "sequence": 33, "dropout": 0.0}
@@ -36,6 +36,9 @@ STRATEGIES = (
     "optimizer=adamw,checkpoint=every:2,precision=bf16",
     "optimizer=sgd,precision=bf16-amp,accumulation=2",
     "optimizer=adamw,checkpoint=full,precision=bf16-amp",
+    "optimizer=sgd,checkpoint=every:2,precision=bf16-amp",
+    "optimizer=sgd,checkpoint=full,accumulation=2",
+    "optimizer=sgd,checkpoint=every:2,precision=bf16-amp,accumulation=2",
 )
 
 Real = tuple[Workload, Callable[[], nn.Module], tuple[Tensor, ...]]

@@ -78,6 +78,8 @@ def test_parameter_counts_are_the_published_ones(name: str) -> None:
         ("qwen3-30b-a3b", 30.5, 0.005),
         ("qwen3-235b-a22b", 235, 0.005),
         ("dbrx", 132, 0.005),
+        ("grok-1", 314, 0.006),
+        ("deepseek-v3", 671, 0.001),
     ],
 )
 def test_models_have_their_names_in_parameters(name: str, billions: float, rel: float) -> None:
@@ -93,6 +95,7 @@ def test_models_have_their_names_in_parameters(name: str, billions: float, rel: 
         ("qwen3-235b-a22b", 22),
         ("dbrx", 36),
         ("deepseek-moe-16b", 2.8),
+        ("deepseek-v3", 37),
     ],
 )
 def test_a_token_meets_as_many_parameters_as_published(name: str, billions: float) -> None:
@@ -101,7 +104,7 @@ def test_a_token_meets_as_many_parameters_as_published(name: str, billions: floa
     inside = sum(p.elements * layer.repeats for layer in work.layers for p in layer.parameters if p.expert)
     active = work.parameter_count - inside * (1 - made.top_k / made.experts)
     assert active == pytest.approx(billions * 1e9, rel=0.02)
-    attention = 12 * made.layers * made.query_width * work.sequence
+    attention = 12 * made.layers * (made.query_width + made.rotary_width / 2) * work.sequence
     token = 6 * (active - made.vocabulary * made.hidden) + attention
     assert work.model_flops(1) / work.sequence == pytest.approx(token, rel=0.002)
 

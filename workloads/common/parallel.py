@@ -224,3 +224,29 @@ def _add_bias(tape: Tape, x: str, bias: str, out: str, width: int) -> str:
 
 
 __all__ = ["Product", "column_parallel", "row_parallel", "sum_partial"]
+
+
+def gather_rows(tape: Tape, x: str, form: Form) -> str:
+    """Gives every tensor-parallel rank all rows; in backward their gradients are summed."""
+    like, out = tape.tensors[x], f"{x}.gathered"
+    if form.sequence_parallel:
+        whole = Tensor(out, like.elements * form.tensor, like.role)
+        tape.run(Operator(f"{out}.all_gather", OperatorKind.COLLECTIVE, (x,), (whole,), collective=Collective.ALL_GATHER, group="tensor"))
+
+        def scatter() -> None:
+            dx, reads = tape.gradient_tensor(x), (tape.gradient(out),)
+            kind = Collective.REDUCE_SCATTER
+            tape.run_backward(Operator(f"{out}.reduce_scatter", OperatorKind.COLLECTIVE, reads, (dx,), collective=kind, group="tensor"))
+            tape.give(x, dx.name)
+
+        tape.node(scatter)
+        return out
+
+    def reduce() -> None:
+        name = tape.gradient(x)
+        tape.run_backward(
+            Operator(f"{name}.all_reduce", OperatorKind.COLLECTIVE, updates=(name,), collective=Collective.ALL_REDUCE, group="tensor")
+        )
+
+    tape.node(reduce)
+    return x

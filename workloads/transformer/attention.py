@@ -14,6 +14,7 @@ from simtrain.core.workload import Collective, Dim, Operator, OperatorKind, Role
 from workloads.common.parallel import Product, column_parallel, row_parallel
 from workloads.common.pieces import FP32, HIGH, LOW, Axis, linear, norm
 from workloads.common.tape import Tape
+from workloads.transformer.latent import latent_operands
 from workloads.transformer.part import Part
 from workloads.transformer.unfused import Operand, unfused_product
 
@@ -24,6 +25,8 @@ def attention(tape: Tape, x: str, out: str, part: Part) -> str:
     One matrix for queries, keys and values is split by views, so that its gradient is one concatenation of three.
     """
     spec = part.spec
+    if spec.kv_rank:
+        return _latent(tape, x, out, part)
     q, k, v = _project(tape, x, part)
     if spec.qk_norm:
         q, k = normalize_heads(tape, q, part.heads, part), normalize_heads(tape, k, part.kv_width // spec.size_of_head, part)
@@ -35,6 +38,13 @@ def attention(tape: Tape, x: str, out: str, part: Part) -> str:
         exchange(tape, "attended.by_head", "attended")
     else:
         product(tape, (q, k, v), "attended", part)
+    return leave(tape, "attended", "attention.proj", out, Axis(Role.HEADS, part.query_width), part, holds=(x, q, k, v))
+
+
+def _latent(tape: Tape, x: str, out: str, part: Part) -> str:
+    """Multi-head latent attention, always as one kernel."""
+    q, k, v = latent_operands(tape, x, part)
+    product(tape, (q, k, v), "attended", part)
     return leave(tape, "attended", "attention.proj", out, Axis(Role.HEADS, part.query_width), part, holds=(x, q, k, v))
 
 
@@ -122,7 +132,9 @@ def rotate(tape: Tape, x: str, part: Part) -> str:
 def product(tape: Tape, sources: tuple[str, ...], out: str, part: Part) -> str:
     """`softmax(Q K^T / sqrt(d)) V` as one kernel that keeps only the log-sum-exp of every row of scores."""
     spec, form = part.spec, part.form
-    width, kv_width, head = part.query_width, part.kv_width, as_polynomial(spec.size_of_head)
+    width, kv_width, extra = part.query_width, part.kv_width, spec.rotary_head
+    # queries and keys may be wider than values
+    head = as_polynomial(spec.size_of_head + extra / 2)
     tokens = part.tokens
     heads, queries, keys, causal = _shape(part)
     around = form.context > 1 and form.context_style != "ulysses"
@@ -133,17 +145,18 @@ def product(tape: Tape, sources: tuple[str, ...], out: str, part: Part) -> str:
         else tuple(tape.gradient_tensor(n) for n in sources)
     )
     operands = {n: Operand(s, g.name, g.elements) for n, s, g in zip("qkv", sources, gradients, strict=True)}
-    forward, backward = ((), ()) if form.context > 1 else unfused_product(part, operands, out, f"d{out}")
+    forward, backward = ((), ()) if form.context > 1 or extra else unfused_product(part, operands, out, f"d{out}")
     dims = (Dim(Role.HEADS, heads), Dim(Role.SEQUENCE, queries), Dim(Role.SEQUENCE, keys), Dim(Role.HEAD_DIM, head))
-    matrix_product: Polynomial = 2 * (heads * queries * keys * head)
+    # both products of a pass together; the fused kernel's way back has five of which one computes the scores anew
+    products: Polynomial = 4 * (heads * queries * keys * head)
     kept = f"{out}.by_sample" if form.copies_attention else out
     outs = tuple(Tensor(n, tokens * width, LOW) for n in dict.fromkeys((kept, out)))
     written = (*outs, Tensor(f"{out}.log_sum_exp", heads * queries, FP32))
     reads = tuple(dict.fromkeys(sources))
-    passed = 2 * kv_width * tokens * form.context
+    passed = (2 * kv_width + part.heads * extra) * tokens * form.context
     if around:
         tape.run(_pass_around("attention.keys", reads, passed))
-    operator = Operator("attention", OperatorKind.ATTENTION, reads, written, dims=dims, flops=2 * matrix_product, causal=causal)
+    operator = Operator("attention", OperatorKind.ATTENTION, reads, written, dims=dims, flops=products, causal=causal)
     tape.run(replace(operator, unfused=forward))
 
     def node() -> None:
@@ -155,7 +168,7 @@ def product(tape: Tape, sources: tuple[str, ...], out: str, part: Part) -> str:
             (tape.gradient(out), *reads, kept, f"{out}.log_sum_exp"),
             gradients,
             dims=dims,
-            flops=5 * matrix_product,
+            flops=2.5 * products,
             causal=causal,
             launches=3,
             workspace=_workspace(part, heads, queries),
@@ -198,4 +211,4 @@ def _workspace(part: Part, heads: Polynomial, queries: Polynomial) -> Polynomial
     implementation `flash_api.cpp` (`dq_accum`, `softmax_d`, `dk_expanded`), without their padding.
     """
     shared = part.tokens * part.query_width if part.kv_width != part.query_width else ZERO
-    return part.tokens * part.query_width + heads * queries + shared
+    return part.tokens * (part.query_width + part.heads * part.spec.rotary_head) + heads * queries + shared

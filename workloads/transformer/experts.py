@@ -1,9 +1,10 @@
 """The feed-forward part as a mixture of experts: a router, tokens sorted by expert, grouped products, and their weighted sum.
 
-Every token goes to the experts with its highest scores; none is dropped. On one rank the rows that experts compute are as many as there
-are choices, however they are spread. Where ranks share the experts, choices travel to the rank of their expert and back (Lepikhin et al.
-2021, GShard; dropless: Gale et al. 2023, MegaBlocks); the fullest rank gets `load` times as many as the mean one. Tensor-parallel ranks
-also share each expert's matrices, as Megatron-LM's experts do by default.
+Every token goes to the experts with its highest scores. Without a capacity none is dropped: on one rank the rows that experts compute are
+as many as there are choices, however they are spread (dropless: Gale et al. 2023, MegaBlocks). With one, every expert computes as many
+rows, padded or cut (Lepikhin et al. 2021, GShard). Where ranks share the experts, rows travel to the rank of their expert and back; the
+fullest rank gets `load` times as many as the mean one. Tensor-parallel ranks also share each expert's matrices, as Megatron-LM's experts
+do by default.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from simtrain.core.polynomial import Polynomial, as_polynomial
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import Collective, Dim, Operator, OperatorKind, Role, Tensor, gemm_flops
-from workloads.common.parallel import sum_partial
+from workloads.common.parallel import gather_rows, sum_partial
 from workloads.common.pieces import FP32, LOW, Axis, add, linear, multiply, unary
 from workloads.common.tape import Tape, hold
 from workloads.transformer.part import Part
@@ -31,7 +32,7 @@ class Choices:
         order: Position of each choice among those of the tokens, sorted by expert.
         rows: Token of each choice, sorted by expert.
         ends: End of each expert's choices.
-        count: Number of choices.
+        kept: Rows that experts compute for this rank's tokens.
         held: What else Python names keep until the experts are done.
     """
 
@@ -39,7 +40,7 @@ class Choices:
     order: str
     rows: str
     ends: str
-    count: Polynomial
+    kept: Polynomial
     held: tuple[str, ...]
 
 
@@ -57,11 +58,11 @@ def experts(tape: Tape, x: str, out: str, part: Part, shared: Callable[[str, str
     spec = part.spec
     low = tape.cast(x, LOW)
     chosen = _route(tape, low, part, (x, *holds))
-    rows = _take(tape, low, chosen.rows, "e.tokens", chosen.count * spec.hidden)
+    rows = _take(tape, low, chosen.rows, "e.tokens", chosen.kept * spec.hidden)
     inside = _enter(tape, rows, part, spec.hidden)
     name = f"{out}.routed" if spec.shared_ffn else out
     if part.form.expert_weights != "after":
-        weights = _enter(tape, _take(tape, chosen.weights, chosen.order, "e.weights.sorted", chosen.count), part, 1)
+        weights = _enter(tape, _take(tape, chosen.weights, chosen.order, "e.weights.sorted", chosen.kept), part, 1)
         back = _leave(tape, _products(tape, inside, chosen, part, weights), part)
         routed = _add_up(tape, back, chosen, name, part, held=(x, low))
     else:
@@ -88,7 +89,7 @@ def _route(tape: Tape, x: str, part: Part, holds: tuple[str, ...]) -> Choices:
     tape.run(Operator("experts.numbers", OperatorKind.ELEMENTWISE, (), (numbers,)))
     tape.run(Operator("choices.ends", OperatorKind.ELEMENTWISE, ("e.sorted", numbers.name), (ends,)))
     tape.run(Operator("choices.rows", OperatorKind.ELEMENTWISE, ("e.order",), (Tensor("e.rows", count, INDEX),)))
-    return Choices(weights, "e.order", "e.rows", "e.ends", count, ("e.chosen", "e.sorted", scores))
+    return Choices(weights, "e.order", "e.rows", "e.ends", part.kept_rows, ("e.chosen", "e.sorted", scores))
 
 
 def _softmax(tape: Tape, x: str, out: str) -> str:
@@ -143,7 +144,7 @@ def _take(tape: Tape, x: str, index: str, out: str, elements: Polynomial) -> str
 def _scale(tape: Tape, x: str, chosen: Choices) -> str:
     """Rows times the weights of their choices."""
     like = tape.tensors[x]
-    weights = tape.cast(_take(tape, chosen.weights, chosen.order, "e.weights.sorted", chosen.count), like.role)
+    weights = tape.cast(_take(tape, chosen.weights, chosen.order, "e.weights.sorted", chosen.kept), like.role)
     scaled = replace(like, name="e.scaled")
     tape.run(Operator("scale", OperatorKind.ELEMENTWISE, (x, weights), (scaled,)))
 
@@ -241,24 +242,27 @@ def _weigh(tape: Tape, x: str, weights: str) -> str:
 
 
 def _grouped(tape: Tape, x: str, name: str, out: str, part: Part, ends: str, *, up: bool) -> str:
-    """One product per expert, all in one kernel."""
+    """One product per expert, all in one kernel or one after the other (the host then launches each; the device takes as long)."""
     spec, local = part.spec, part.local_experts
+    launches = 2 if part.form.grouped_experts else local
     width = part.expert_width
     ins, outs = (spec.hidden, width) if up else (width, spec.hidden)
     weight = tape.cast(tape.parameter(name, local, ins, outs, expert=True), LOW)
     rows = part.expert_rows
     batch, each = Dim(Role.EXPERTS, as_polynomial(local)), Dim(Role.TOKENS, rows * (1 / local))
     wide, deep = Dim(Role.FFN, as_polynomial(outs)), Dim(Role.FFN, as_polynomial(ins))
-    flops = gemm_flops(batch.size, each.size, wide.size, deep.size)
+    # padding is no work of the model
+    counted = rows * (1 / spec.capacity) if spec.capacity else rows
+    flops = gemm_flops(batch.size, counted * (1 / local), wide.size, deep.size)
     kind = OperatorKind.BATCHED_GEMM
     written = Tensor(out, rows * outs, LOW)
-    tape.run(Operator(name, kind, (x, weight, ends), (written,), dims=(batch, each, wide, deep), flops=flops, launches=2))
+    tape.run(Operator(name, kind, (x, weight, ends), (written,), dims=(batch, each, wide, deep), flops=flops, launches=launches))
 
     def node() -> None:
         dout, dx, dw = tape.gradient(out), tape.gradient_tensor(x), tape.gradient_tensor(weight)
         tape.run_backward(
-            Operator(f"{name}.dw", kind, (dout, x, ends), (dw,), dims=(batch, deep, wide, each), flops=flops, launches=2),
-            Operator(f"{name}.dx", kind, (dout, weight, ends), (dx,), dims=(batch, each, deep, wide), flops=flops, launches=2),
+            Operator(f"{name}.dw", kind, (dout, x, ends), (dw,), dims=(batch, deep, wide, each), flops=flops, launches=launches),
+            Operator(f"{name}.dx", kind, (dout, weight, ends), (dx,), dims=(batch, each, deep, wide), flops=flops, launches=launches),
         )
         tape.give(weight, dw.name)
         tape.give(x, dx.name)
@@ -274,7 +278,7 @@ def _enter(tape: Tape, x: str, part: Part, width: int) -> str:
         x = _exchange(tape, x, f"{x}.received", part.exchanged_rows * width, part, width)
         if part.local_experts > 1:
             x = _regroup(tape, x)
-    return _gather(tape, x, part) if form.tensor > 1 else x
+    return gather_rows(tape, x, form) if form.tensor > 1 else x
 
 
 def _leave(tape: Tape, x: str, part: Part) -> str:
@@ -285,7 +289,7 @@ def _leave(tape: Tape, x: str, part: Part) -> str:
     if form.expert > 1:
         if part.local_experts > 1:
             x = _regroup(tape, x)
-        x = _exchange(tape, x, "e.returned", part.chosen_rows * width, part, width)
+        x = _exchange(tape, x, "e.returned", part.kept_rows * width, part, width)
     return x
 
 
@@ -320,32 +324,6 @@ def _regroup(tape: Tape, x: str) -> str:
 
     tape.node(node)
     return out
-
-
-def _gather(tape: Tape, x: str, part: Part) -> str:
-    """Gives every tensor-parallel rank all rows; in backward their gradients are summed."""
-    form, like, out = part.form, tape.tensors[x], f"{x}.gathered"
-    if form.sequence_parallel:
-        whole = Tensor(out, like.elements * form.tensor, like.role)
-        tape.run(Operator(f"{out}.all_gather", OperatorKind.COLLECTIVE, (x,), (whole,), collective=Collective.ALL_GATHER, group="tensor"))
-
-        def scatter() -> None:
-            dx, reads = tape.gradient_tensor(x), (tape.gradient(out),)
-            kind = Collective.REDUCE_SCATTER
-            tape.run_backward(Operator(f"{out}.reduce_scatter", OperatorKind.COLLECTIVE, reads, (dx,), collective=kind, group="tensor"))
-            tape.give(x, dx.name)
-
-        tape.node(scatter)
-        return out
-
-    def reduce() -> None:
-        name = tape.gradient(x)
-        tape.run_backward(
-            Operator(f"{name}.all_reduce", OperatorKind.COLLECTIVE, updates=(name,), collective=Collective.ALL_REDUCE, group="tensor")
-        )
-
-    tape.node(reduce)
-    return x
 
 
 __all__ = ["experts"]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the usual name)
 from torch import Tensor, nn
 
+from simtrain.core.errors import UnsupportedError
 from workloads.transformer.spec import TransformerSpec
 
 AttentionForm = Literal["fused", "unfused"]
@@ -58,6 +59,42 @@ class Attention(nn.Module):
         return mixed
 
 
+class LatentAttention(nn.Module):
+    """Self-attention whose queries, keys and values come from narrow latent vectors (DeepSeek-AI 2024, DeepSeek-V2, section 2.1).
+
+    Part of each query and one key for all heads carry the position.
+    """
+
+    def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
+        super().__init__()
+        self.spec = spec
+        self.attend = fused_attention if form == "fused" else unfused_attention
+        self.q_down = nn.Linear(spec.hidden, spec.query_rank, bias=False)
+        self.q_norm = make_norm(spec, spec.query_rank)
+        self.q_up = nn.Linear(spec.query_rank, spec.query_width + spec.rotary_width, bias=False)
+        self.kv_down = nn.Linear(spec.hidden, spec.kv_rank, bias=False)
+        self.kv_norm = make_norm(spec, spec.kv_rank)
+        self.k_rotary = nn.Linear(spec.hidden, spec.rotary_head, bias=False)
+        self.k_up = nn.Linear(spec.kv_rank, spec.query_width, bias=False)
+        self.v_up = nn.Linear(spec.kv_rank, spec.query_width, bias=False)
+        self.proj = nn.Linear(spec.query_width, spec.hidden, bias=False)
+        self.register_buffer("rotation", rotation_table(spec), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns what every position gathers from the others."""
+        spec, table = self.spec, self.get_buffer("rotation")
+        q = self.q_up(self.q_norm(self.q_down(x))).view(*x.shape[:2], spec.heads, -1)
+        plain, turned = q.split([spec.size_of_head, spec.rotary_head], dim=-1)
+        q = torch.cat([plain, rotate(turned, table)], dim=-1)
+        latent = self.kv_norm(self.kv_down(x))
+        shared = rotate(self.k_rotary(x)[:, :, None], table).expand(-1, -1, spec.heads, -1)
+        k = torch.cat([self.k_up(latent).view(*x.shape[:2], spec.heads, -1), shared], dim=-1)
+        v = self.v_up(latent).view(*x.shape[:2], spec.heads, -1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        mixed: Tensor = self.proj(self.attend(q, k, v, spec.causal, 0.0).transpose(1, 2).flatten(2))
+        return mixed
+
+
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
     """Attention over `(batch, heads, sequence, head size)` as one operator."""
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
@@ -76,7 +113,8 @@ def unfused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: fl
 
 def rotation_table(spec: TransformerSpec) -> Tensor:
     """One rotation per position and pair of neighbours, as bits, which survive a change of the model's number format."""
-    frequencies = spec.rotary_base ** -(torch.arange(0, spec.size_of_head, 2) / spec.size_of_head)
+    width = spec.rotary_head or spec.size_of_head
+    frequencies = spec.rotary_base ** -(torch.arange(0, width, 2) / width)
     angles = torch.outer(torch.arange(spec.max_positions), frequencies)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).view(torch.int32)
 
@@ -170,6 +208,10 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, spec: TransformerSpec) -> None:
         super().__init__()
+        if spec.capacity:
+            raise UnsupportedError(
+                f"the real module drops no choices: capacity={spec.capacity:g} can be predicted, not run; set capacity = 0"
+            )
         self.top_k, self.pre_softmax = spec.top_k, spec.pre_softmax
         self.router = nn.Linear(spec.hidden, spec.experts, bias=False)
         self.experts = GroupedExperts(spec)
@@ -211,7 +253,7 @@ class PreNormBlock(nn.Module):
     def __init__(self, spec: TransformerSpec, form: AttentionForm, has_experts: bool) -> None:
         super().__init__()
         self.norm_1 = make_norm(spec)
-        self.attention = Attention(spec, form)
+        self.attention = make_attention(spec, form)
         self.norm_2 = make_norm(spec)
         self.mlp = MixtureOfExperts(spec) if has_experts else make_feed_forward(spec, spec.ffn_width)
         self.dropout = make_dropout(spec)
@@ -228,7 +270,7 @@ class PostNormBlock(nn.Module):
 
     def __init__(self, spec: TransformerSpec, form: AttentionForm, has_experts: bool) -> None:
         super().__init__()
-        self.attention = Attention(spec, form)
+        self.attention = make_attention(spec, form)
         self.norm_1 = make_norm(spec)
         self.mlp = MixtureOfExperts(spec) if has_experts else make_feed_forward(spec, spec.ffn_width)
         self.norm_2 = make_norm(spec)
@@ -324,7 +366,7 @@ class Transformer(nn.Module):
         self.head = head
         self.apply(_initialize)
         if spec.positions == "rotary":
-            layers = [m for m in self.modules() if isinstance(m, Attention)]
+            layers = [m for m in self.modules() if isinstance(m, Attention | LatentAttention)]
             for layer in layers:
                 layer.rotation = layers[0].get_buffer("rotation")  # one table for all
         if spec.predicts_tokens and spec.tied_head:
@@ -337,6 +379,11 @@ class Transformer(nn.Module):
             x = block(x)
         loss: Tensor = self.head(x, targets)
         return loss
+
+
+def make_attention(spec: TransformerSpec, form: AttentionForm) -> nn.Module:
+    """Returns the spec's kind of attention."""
+    return LatentAttention(spec, form) if spec.kv_rank else Attention(spec, form)
 
 
 def make_norm(spec: TransformerSpec, width: int = 0) -> nn.Module:

@@ -19,6 +19,7 @@ from workloads.transformer.attention import attention, leave
 from workloads.transformer.experts import experts
 from workloads.transformer.loss import HEADS
 from workloads.transformer.part import Part
+from workloads.transformer.routing import dropped_share
 from workloads.transformer.spec import TransformerSpec
 
 
@@ -75,17 +76,26 @@ def embedding(part: Part) -> Layer:
         x = _normalize(tape, x, "norm", "normalized", part)
     x = dropout(tape, x, "dropped", spec.dropout)
     if spec.positions == "rotary":
-        tape.buffer(4 * spec.max_positions * spec.size_of_head)  # the table of rotations, which all blocks share
+        tape.buffer(4 * spec.max_positions * (spec.rotary_head or spec.size_of_head))  # the table of rotations, which all blocks share
     return tape.layer("embedding", out=x, cut=wide, inputs=False)
 
 
 def _spread(part: Part) -> tuple[str, ...]:
     """What is taken to be so about the router's choices."""
-    if part.form.expert == 1:
-        return ()
-    load = part.spec.load
-    share = "as many tokens as any other (load=1)" if load == 1 else f"{load:g} times as many tokens as the mean (load={load:g})"
-    return (f"the fullest rank of those that share the experts gets {share}, in every block; its pace is that of all",)
+    spec, found = part.spec, []
+    if spec.kv_rank:
+        found.append("latent attention runs as one kernel, whatever the runtime; copies around it are listed, not measured")
+    if spec.capacity:
+        lost = dropped_share(spec.spread or "uniform", spec.experts, spec.top_k, spec.capacity)
+        found.append(
+            f"experts compute {spec.capacity:g} times the mean number of choices, padded (capacity={spec.capacity:g}); with "
+            f"{spec.spread or 'equal'} shares {lost:.1%} of the choices are dropped; model FLOPs count all of them"
+        )
+    elif part.form.expert > 1:
+        load, why = part.load, f"spread={spec.spread}" if spec.spread else f"load={spec.load:g}"
+        share = f"as many tokens as any other ({why})" if load == 1 else f"{load:.4g} times as many tokens as the mean ({why})"
+        found.append(f"the fullest rank of those that share the experts gets {share}, in every block; its pace is that of all")
+    return tuple(found)
 
 
 def blocks(part: Part) -> tuple[Layer, ...]:

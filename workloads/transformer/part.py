@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simtrain.core.errors import StrategyError
+from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.polynomial import B, Polynomial, S
 from simtrain.core.workload import Form
+from workloads.transformer.routing import fullest_over_mean
 from workloads.transformer.spec import TransformerSpec
 
 
@@ -29,12 +30,18 @@ class Part:
         self._divides("heads", self.spec.heads, self.form.tensor, "tensor")
         self._divides("ffn width", self.spec.ffn_width, self.form.tensor, "tensor")
         self._check_experts()
+        if self.spec.kv_rank and self.form.context > 1 and self.form.context_style == "ulysses":
+            raise UnsupportedError("context_style=ulysses is not modelled with latent attention: use context_style=ring")
         if self.form.sequence_parallel and self.form.tensor == 1:
-            raise StrategyError("sequence_parallel splits tokens over tensor-parallel ranks: with tensor=1 leave it off")
+            raise StrategyError(
+                "sequence_parallel splits tokens over tensor-parallel ranks: use sequence_parallel=false, or tensor=2 or more"
+            )
         if self.form.context > 1 and self.form.context_style == "ulysses":
             self._divides("heads per tensor-parallel rank", self.heads, self.form.context, "context")
         if self.form.sequence_parallel and not self.spec.predicts_tokens:
-            raise StrategyError("a span head compares the positions of a whole sequence, which sequence_parallel splits: leave it off")
+            raise StrategyError(
+                "a span head compares the positions of a whole sequence, which sequence_parallel splits: use sequence_parallel=false"
+            )
 
     def _check_experts(self) -> None:
         spec, form = self.spec, self.form
@@ -54,7 +61,7 @@ class Part:
     def _divides(self, what: str, size: int, degree: int, field: str) -> None:
         if size % degree:
             near = max(d for d in range(1, degree) if size % d == 0)
-            raise StrategyError(f"{field}={degree} does not divide the model's {size} {what}: the next degree below that does is {near}")
+            raise StrategyError(f"{field}={degree} does not divide the model's {size} {what}: use {field}={near}, the next below that does")
 
     @property
     def whole(self) -> bool:
@@ -118,9 +125,25 @@ class Part:
         return self.resident * self.spec.top_k
 
     @property
+    def kept_rows(self) -> Polynomial:
+        """Rows that are made of these choices: all of them, or every expert's room, filled or not."""
+        return self.chosen_rows * self.spec.capacity if self.spec.capacity else self.chosen_rows
+
+    @property
+    def load(self) -> float:
+        """Choices that the fullest rank gets over the mean; rooms are equal."""
+        spec, ranks = self.spec, self.form.expert
+        if ranks == 1 or spec.capacity:
+            return 1.0
+        if not spec.spread:
+            return spec.load
+        choices = round(self.chosen_rows(1, spec.sequence))
+        return fullest_over_mean(spec.spread, spec.experts, spec.top_k, ranks, choices)
+
+    @property
     def exchanged_rows(self) -> Polynomial:
-        """Choices that it gets when they are exchanged: those of the fullest rank."""
-        return self.chosen_rows * self.spec.load if self.form.expert > 1 else self.chosen_rows
+        """Rows that it gets when they are exchanged: those of the fullest rank."""
+        return self.kept_rows * self.load
 
     @property
     def expert_rows(self) -> Polynomial:

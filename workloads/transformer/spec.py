@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from simtrain.core.errors import InputError
 from workloads.common.options import check_at_least, check_types, merged
+from workloads.transformer.routing import expert_shares
 
 Positions = Literal["learned", "rotary", "none"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -14,6 +15,7 @@ NormPosition = Literal["pre", "post"]
 Activation = Literal["gelu", "gelu-tanh", "relu-squared", "swiglu"]
 HeadKind = Literal["lm", "mlm", "span"]
 
+_LATENT = ("query_rank", "kv_rank", "rotary_head")
 _EXPERT_SIZES = ("experts", "top_k", "expert_ffn", "shared_ffn", "dense_layers")
 
 
@@ -27,6 +29,9 @@ class TransformerSpec:
         heads: Query heads.
         kv_heads: Key and value heads; 0 means as many as query heads (fewer is grouped-query attention).
         head_dim: Width of one head; 0 means hidden / heads.
+        query_rank: Width of the latent vector that a token's queries are made from, with `kv_rank`; 0 for none.
+        kv_rank: The same for keys and values (multi-head latent attention); 0 for ordinary attention.
+        rotary_head: Width that the rotation of positions adds to each head under latent attention, where the rest is not rotated.
         ffn: Inner width of the feed-forward part; 0 means 4 x hidden.
         vocabulary: Rows of the token table.
         max_positions: Longest sequence.
@@ -50,7 +55,7 @@ class TransformerSpec:
         norm_epsilon: Added to variances.
         rotary_base: Base of the rotation's wavelengths.
         experts: Experts that the feed-forward part of a block is made of; 0 for an ordinary (dense) one.
-        top_k: Experts that a token goes to. None is dropped.
+        top_k: Experts that a token goes to.
         expert_ffn: Inner width of one expert; 0 means that of the feed-forward part.
         shared_ffn: Inner width of the experts that every token passes, together; 0 for none.
         pre_softmax: Whether scores become probabilities over all experts, of which the best are the weights; else the best scores
@@ -58,6 +63,9 @@ class TransformerSpec:
         dense_layers: Blocks at the beginning that have an ordinary feed-forward part.
         expert_every: One block in so many has experts, the last of each group (2 in GShard and GLaM).
         load: Choices that the fullest of the ranks that share the experts gets, over their mean; 1 is balanced.
+        spread: In place of `load`: how choices are spread over experts, from which it follows; see `workloads.transformer.routing`.
+        capacity: Rows that each expert computes, over the mean number of choices: buffers are padded to it and choices beyond it
+            dropped (Lepikhin et al. 2021, GShard); 0 drops none and pads nothing.
     """
 
     layers: int
@@ -68,6 +76,9 @@ class TransformerSpec:
     sequence: int
     kv_heads: int = 0
     head_dim: int = 0
+    query_rank: int = 0
+    kv_rank: int = 0
+    rotary_head: int = 0
     ffn: int = 0
     causal: bool = True
     positions: Positions = "learned"
@@ -92,14 +103,17 @@ class TransformerSpec:
     dense_layers: int = 0
     expert_every: int = 1
     load: float = 1.0
+    spread: str = ""
+    capacity: float = 0.0
 
     def __post_init__(self) -> None:
         check_types(self)
         check_at_least(self, 1, ("layers", "hidden", "heads", "vocabulary", "max_positions", "sequence"))
-        check_at_least(self, 0, ("kv_heads", "head_dim", "ffn", "token_types", *_EXPERT_SIZES))
+        check_at_least(self, 0, ("kv_heads", "head_dim", "ffn", "token_types", *_LATENT, *_EXPERT_SIZES))
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must lie in [0, 1), not {self.dropout}")
         self._check_heads()
+        self._check_latent()
         self._check_experts()
         self.check_sequence(self.sequence)
 
@@ -116,9 +130,30 @@ class TransformerSpec:
         if self.qk_norm and self.fused_qkv:
             raise InputError("norms of queries and keys need separate projections of both: set fused_qkv = false")
 
+    def _check_latent(self) -> None:
+        given = {name: getattr(self, name) for name in _LATENT}
+        if not any(given.values()):
+            return
+        if not all(given.values()):
+            raise InputError(f"latent attention needs all of {', '.join(_LATENT)}, not {given}")
+        if (
+            self.positions != "rotary"
+            or self.fused_qkv
+            or self.bias
+            or self.dropout
+            or self.qk_norm
+            or self.kv_heads not in (0, self.heads)
+        ):
+            raise InputError(
+                'latent attention goes with positions = "rotary", fused_qkv = false, bias = false, dropout = 0, qk_norm = false and as '
+                "many key as query heads"
+            )
+        if self.rotary_head % 2:
+            raise InputError(f"rotary positions need an even rotary_head, not {self.rotary_head}")
+
     def _check_experts(self) -> None:
         if not self.experts:
-            for name in (*_EXPERT_SIZES, "expert_every", "load", "pre_softmax"):
+            for name in (*_EXPERT_SIZES, "expert_every", "load", "spread", "capacity", "pre_softmax"):
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise InputError(f"{name}={getattr(self, name)} is for a mixture of experts: give experts and top_k too")
             return
@@ -133,10 +168,23 @@ class TransformerSpec:
             )
         if self.load < 1:
             raise InputError(f"load is the fullest rank's share over the mean, so at least 1, not {self.load}")
+        self._check_spread()
         if self.bias:
             raise InputError("experts have no biases: set bias = false")
         if self.dropout:
             raise InputError("dropout beside experts is not modelled: set dropout = 0")
+
+    def _check_spread(self) -> None:
+        if self.spread:
+            expert_shares(self.spread, self.experts, self.top_k)
+            if self.load != 1:
+                raise InputError(f"load={self.load:g} follows from spread={self.spread}: give one of the two")
+        if not (self.capacity == 0 or 0 < self.capacity <= self.experts / self.top_k):
+            raise InputError(
+                f"capacity must be 0 or lie above it, up to experts / top_k = {self.experts / self.top_k:g}, not {self.capacity}"
+            )
+        if self.capacity and self.load != 1:
+            raise InputError(f"what capacity={self.capacity:g} drops does not follow from load={self.load:g}: give spread instead")
 
     def check_sequence(self, sequence: int) -> None:
         """Refuses a sequence length that this model cannot process.
@@ -168,6 +216,11 @@ class TransformerSpec:
     def kv_width(self) -> int:
         """Width of all key heads together (values have the same)."""
         return (self.kv_heads or self.heads) * self.size_of_head
+
+    @property
+    def rotary_width(self) -> int:
+        """Width that latent attention adds to all query heads together for positions."""
+        return self.heads * self.rotary_head
 
     @property
     def ffn_width(self) -> int:

@@ -1,7 +1,8 @@
 """Python that shards a model with `torch.distributed.fsdp.fully_shard` as a strategy says.
 
 Source: PyTorch, `torch.distributed.fsdp.fully_shard` (`reshard_after_forward`, `MixedPrecisionPolicy`, a mesh of two dimensions for hybrid
-sharding) and `torch.distributed.device_mesh.init_device_mesh`; Hugging Face documentation, "FSDP2".
+sharding) and `torch.distributed.device_mesh.init_device_mesh`; Hugging Face documentation, "FSDP2". What is written is run by the tests
+with two processes.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
 _BODY = '''
 def shard(model, blocks):
     """Shards the blocks of a model, then what is left of it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = tuple(MESH.values())
-    mesh = init_device_mesh("cuda", sizes, mesh_dim_names=tuple(MESH)) if MESH["replicate"] > 1 else init_device_mesh("cuda", sizes[1:])
+    mesh = init_device_mesh(device, sizes, mesh_dim_names=tuple(MESH)) if MESH["replicate"] > 1 else init_device_mesh(device, sizes[1:])
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, PARAM_DTYPE), reduce_dtype=torch.float32)
+    if RECOMPUTE_BLOCKS:
+        chosen = {id(block) for block in blocks}
+        checkpoint_wrapper.apply_activation_checkpointing(model, check_fn=lambda module: id(module) in chosen)
+        blocks = [module for module in model.modules() if isinstance(module, checkpoint_wrapper.CheckpointWrapper)]
     for block in blocks:
-        if RECOMPUTE_BLOCKS:
-            checkpoint_wrapper.apply_activation_checkpointing(block, check_fn=lambda module, own=block: module is own)
         fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=RESHARD_AFTER_FORWARD)
     return fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=RESHARD_AFTER_FORWARD)
 

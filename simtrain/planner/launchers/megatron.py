@@ -1,10 +1,10 @@
 """Arguments of Megatron-LM.
 
-Sources: NVIDIA Megatron-LM, README of its "Distributed Optimizer" and Megatron Core's parallelism guide and `ModelParallelConfig`
-(docs.nvidia.com/megatron-core: tensor, pipeline, virtual pipeline, context and sequence parallelism; `--use-megatron-fsdp` with
-`--data-parallel-sharding-strategy optim | optim_grads | optim_grads_params` for ZeRO 1, 2 and 3); Megatron-SWIFT's table of command line
-parameters (recomputation: full with `uniform` units of so many layers, or selective). `--cp-comm-type` and
-`--num-virtual-stages-per-pipeline-rank`: recalled, seen in scripts of others, not looked up in Megatron-LM itself.
+Source: NVIDIA/Megatron-LM at 000c4ac24f, `megatron/training/arguments.py`: the declarations of the arguments (names, kinds and choices are
+kept in the tests, which parse with them what is written) and what `validate_args` asks for, such as `--ckpt-format fsdp_dtensor` and more
+than one hardware queue (CUDA_DEVICE_MAX_CONNECTIONS) with `--use-megatron-fsdp`. `--sequence-parallel`, `--bf16`, `--fp16`,
+`--optimizer` and `--expert-model-parallel-size`: README of its "Distributed Optimizer" and Megatron Core's parallelism guide and
+`ModelParallelConfig`. Its `main` was never run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from simtrain.planner.launchers.form import Written, accumulation_of, ranks_of, 
 NAME = "Megatron-LM"
 PRECISIONS = {"bf16-master": "--bf16", "fp16-master": "--fp16", "fp32": ""}
 SHARDING = {2: "optim_grads", 3: "optim_grads_params"}
+FSDP_NEEDS = "; CUDA_DEVICE_MAX_CONNECTIONS must not be 1"
 STYLES = {"ring": "p2p", "ulysses": "a2a"}
 OPTIMIZERS = {"adamw": "adam", "sgd-momentum": "sgd"}
 
@@ -38,7 +39,7 @@ def write(strategy: Strategy, per_node: int) -> Written:
     if s.zero == 1:
         lines.append("--use-distributed-optimizer")
     elif s.zero:
-        lines += ["--use-megatron-fsdp", f"--data-parallel-sharding-strategy {SHARDING[s.zero]}"]
+        lines += ["--use-megatron-fsdp", f"--data-parallel-sharding-strategy {SHARDING[s.zero]}", "--ckpt-format fsdp_dtensor"]
     if s.shard:
         unsaid["shard"] = f"sharding over groups of {s.shard} ranks"
     _pipeline(s, lines, unsaid)
@@ -50,7 +51,8 @@ def write(strategy: Strategy, per_node: int) -> Written:
         lines.append(f"--optimizer {OPTIMIZERS[s.optimizer]}")
     else:
         unsaid["optimizer"] = f"{s.optimizer}: Megatron-LM's adam decays weights as AdamW does, its sgd has momentum"
-    return Written(f"# Megatron-LM, {s.ranks} ranks\n" + "\n".join(lines) + "\n", unsaid)
+    head = f"# Megatron-LM, {s.ranks} ranks{FSDP_NEEDS if s.zero > 1 else ''}\n"
+    return Written(head + "\n".join(lines) + "\n", unsaid)
 
 
 def _pipeline(s: Strategy, lines: list[str], unsaid: dict[str, str]) -> None:

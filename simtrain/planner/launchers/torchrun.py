@@ -1,7 +1,8 @@
 """The command that starts the ranks.
 
-Source: PyTorch, `torch.distributed.run` (options `--nnodes`, `--nproc-per-node`, `--rdzv-backend`, `--rdzv-endpoint`): recalled, not
-looked up. It knows ranks only; how they divide the work is the program's business.
+Source: PyTorch 2.13, `torch.distributed.run.get_args_parser` (options `--nnodes`, `--nproc-per-node`, `--rdzv-backend`,
+`--rdzv-endpoint`, `--standalone`); the tests parse with it what is written, and run it with two processes. It knows ranks only; how they
+divide the work is the program's business.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def single_placement(name: str, stages: int, chunks: int) -> Placement:
     """
     if chunks != 1:
         raise StrategyError(
-            f"schedule {name!r} runs one chunk per stage, not {chunks}: leave chunks at 1, or use schedule 'interleaved' or 'breadth-first'"
+            f"schedule {name!r} runs one chunk per stage, not {chunks}: use chunks=1, or schedule=interleaved or schedule=breadth-first"
         )
     return looped_placement(stages, 1)
 

@@ -103,6 +103,17 @@ class SchedulePlan:
         after[self.before[self.before >= 0]] = np.flatnonzero(self.before >= 0)
         return _csr(_gated(waits, np.where(self.with_next, after, -1), self.rank))
 
+    @property
+    def targets(self) -> list[list[int]]:
+        """Instructions on other ranks that wait for each instruction."""
+        pointer, predecessor = self.gates
+        waiting: list[list[int]] = [[] for _ in range(len(self))]
+        owner = np.repeat(np.arange(len(self)), np.diff(pointer))
+        across = self.rank[owner] != self.rank[predecessor]
+        for target, source in zip(owner[across].tolist(), predecessor[across].tolist(), strict=True):
+            waiting[source].append(target)
+        return waiting
+
     def of_rank(self, rank: int) -> IntArray:
         """Instructions of a rank in its order."""
         return self.rank_order[self.rank_pointer[rank] : self.rank_pointer[rank + 1]]

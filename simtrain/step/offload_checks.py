@@ -1,0 +1,58 @@
+"""What a strategy cannot move off its devices, or what is not modelled."""
+
+from __future__ import annotations
+
+from simtrain.core.errors import InputError, StrategyError, UnsupportedError
+from simtrain.core.hardware import Device
+from simtrain.core.runtime import Runtime
+from simtrain.core.strategy import Strategy
+
+HOST_OPTIMIZERS = ("adamw", "adam", "sgd", "sgd-momentum")
+"""Optimizers whose update on the host is bound by its memory, with states in the format of the master weights."""
+
+
+def check_offload(strategy: Strategy, runtime: Runtime, device: Device) -> None:
+    """Refuses what cannot be moved, or is not modelled.
+
+    Args:
+        strategy: What moves what.
+        runtime: Who carries it out.
+        device: From where.
+
+    Raises:
+        InputError: The device is the host.
+        StrategyError: Parts that need another way of sharding.
+        UnsupportedError: Combinations that are not modelled.
+    """
+    moved = strategy.moved
+    if not moved.anything:
+        return
+    asked = f"offload={strategy.offload}"
+    if runtime.run_ahead_launches == 0:
+        raise InputError(f"{asked}: {device.name} computes in host memory already, so nothing can be moved there")
+    for name, plain in (("compression", "none"), ("low_communication", ""), ("expert", 1)):
+        if (given := getattr(strategy, name)) != plain:
+            raise UnsupportedError(f"{asked} beside {name}={given} is not modelled: use {name}={plain or repr('')}, or offload=none")
+    if moved.optimizer and strategy.optimizer not in HOST_OPTIMIZERS:
+        raise UnsupportedError(
+            f"{asked} with optimizer={strategy.optimizer} is not modelled: on the host run {', '.join(HOST_OPTIMIZERS)}; use one of these"
+        )
+    if strategy.pipeline > 1 and strategy.offload not in ("optimizer", "optimizer:host", "optimizer:nvme"):
+        raise UnsupportedError(
+            f"{asked} with pipeline={strategy.pipeline} is not modelled but for the optimizer alone: use offload=optimizer, or pipeline=1"
+        )
+    replicas = strategy.data * strategy.context > 1
+    if moved.parameters and strategy.zero != 3:
+        raise StrategyError(f"{asked} fetches weights layer by layer, which is ZeRO stage 3 (of one rank, if need be): use zero=3")
+    if moved.gradients and replicas and strategy.zero < 2:
+        raise StrategyError(
+            f"{asked}: with zero={strategy.zero} every replica would send all gradients to the host: use zero=2 or 3, or offload=optimizer"
+        )
+    if moved.gradients and replicas and strategy.zero == 2 and strategy.accumulation > 1 and not runtime.reduce_every:
+        raise UnsupportedError(
+            f"{asked}: runtime {runtime.name!r} adds up whole gradients on the device before zero=2 shards them, so that moving the "
+            "shards would save little: use zero=3, accumulation=1, or a runtime that reduces every micro-batch (deepspeed)"
+        )
+
+
+__all__ = ["check_offload"]

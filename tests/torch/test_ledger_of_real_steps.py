@@ -1,0 +1,30 @@
+"""The ledger against the allocator of real steps, where tensors without values cannot tell: they never add gradients in place."""
+
+import pytest
+
+from simtrain.core import catalog
+from simtrain.core.runtime import runtime
+from simtrain.core.strategy import Strategy
+from tests.step.books import ledger_of
+from validation.allocation_peak import allocation_peak_bytes
+from validation.steps import TrainingStep
+from validation.training import Training
+
+WIDE = {"layers": 2, "hidden": 128, "heads": 4, "max_positions": 16, "vocabulary": 2048}
+"""The table outweighs everything, so that memory peaks where its two gradients meet."""
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("how", ["fp32", "bf16-amp", "fp32,accumulation=2", "fp32,checkpoint=full", "bf16-amp,checkpoint=full"])
+def test_the_two_gradients_of_a_tied_weight_meet_as_in_a_real_step(tied: bool, how: str) -> None:
+    options = WIDE | {"tied_head": tied}
+    text = f"micro_batch=1,optimizer=sgd,precision={how}"
+
+    def run() -> None:
+        training = Training(TrainingStep("tied", "gpt", 16, text, options))
+        for _ in range(2):
+            training.step()
+
+    book = ledger_of(catalog.workload("gpt", seq_len=16, **options), Strategy.parse(text), runtime("torch-eager-cpu"))
+    peak = allocation_peak_bytes(run)
+    assert book.moments[book.peak].sum() == pytest.approx(peak, rel=0.005)

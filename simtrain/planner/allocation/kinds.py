@@ -53,7 +53,8 @@ def kinds_of(cluster: Cluster, runtime: Runtime | str | None, recipe: str | None
     Args:
         cluster: Whose devices.
         runtime: What carries work out; by default eager PyTorch, on CPUs that of CPUs.
-        recipe: Precision; by default the first 16-bit recipe that all devices have arithmetic for, else the first for each kind, else fp32.
+        recipe: Precision; by default the first 16-bit recipe that all devices of its class have, else the first that it has, else
+            fp32.
 
     Raises:
         UnsupportedError: A device lacks the arithmetic of the recipe, or CPUs are mixed with accelerators.
@@ -75,11 +76,11 @@ def kinds_of(cluster: Cluster, runtime: Runtime | str | None, recipe: str | None
             rank += len(ranks)
     devices = {d.name: d for d in cluster.devices}
     names = [str(key[0]) for key in found]
-    common = _common(tuple(devices.values())) if recipe is None else recipe
     made = []
     for i, (key, nodes) in enumerate(found.items()):
         device = devices[str(key[0])]
-        own = common or _common((device,)) or "fp32"
+        alike = tuple(d for d in devices.values() if d.device_class == device.device_class)
+        own = recipe or _common(alike) or _common((device,)) or "fp32"
         device.peak(precision(own).arithmetic)
         number = f"#{names[: i + 1].count(names[i])}" if names.count(names[i]) > 1 else ""
         made.append(Kind(f"{device.name}{number}", device, tuple(nodes), framework, own))

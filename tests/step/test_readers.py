@@ -135,7 +135,7 @@ def test_links_order_the_box(gpt):
         ({"strategy": "data=5"}, StrategyError, "data=4 or fewer"),
         ({"strategy": "data=4,tensor=2"}, StrategyError, "data=4 x tensor=2 needs 8 devices, .* use data=2"),
         ({"strategy": "pipeline=8"}, StrategyError, "one replica needs 8"),
-        ({"strategy": "tensor=3"}, StrategyError, "does not divide the model's 4 heads: the next degree below that does is 2"),
+        ({"strategy": "tensor=3"}, StrategyError, "does not divide the model's 4 heads: use tensor=2, the next below that does"),
         ({"strategy": "data=2,expert=3"}, StrategyError, "use expert=2"),
         ({"strategy": "data=4,zero=1,shard=3"}, StrategyError, "use shard=2"),
         ({"strategy": "pipeline=2,schedule=zigzag"}, UnknownNameError, "zigzag"),

@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
     validate.command("published")(validate_published)
     validate.command("collectives")(validate_collectives)
     validate.command("kernels")(validate_kernels)
+    validate.command("precision")(validate_precision)
     validate.command("decisions")(validate_decisions)
     validate.command("allocation")(validate_allocation)
     validate.command("regret")(validate_regret)
@@ -191,6 +192,17 @@ def validate_kernels(as_json: Json = False) -> None:
         typer.echo("\n\n".join(str(r) for r in (*kernels, *held_out)))
         typer.echo("\nConstants were fitted on the rows that follow: what is left of their errors is no prediction.")
         typer.echo("\n\n".join(str(r) for r in fitted))
+
+
+def validate_precision(as_json: Json = False) -> None:
+    """Compare what mixed precision gains over fp32 and TF32 with published pairs of runs, beside one ratio per device."""
+    from validation.precision_ratios import compare
+
+    reports = compare()
+    if as_json:
+        write_json([r.to_dict() for r in reports])
+    else:
+        typer.echo("\n\n".join(map(str, reports)))
 
 
 def validate_decisions(

@@ -118,7 +118,7 @@ class Screen:
 
     def _price(self, lone: Strategy, runtime: Runtime) -> Work:
         layout = lay_out(resolve(self.workload, self.cluster, lone, runtime))
-        lane = max(layout.lanes, key=lambda x: x.place.device.peak(layout.setting.precision.arithmetic))
+        lane = max(layout.lanes, key=lambda x: x.place.device.peak(layout.setting.precision.fastest))
         chunk = lane.chunks[0]
         costs = chunk_costs(layout.setting, lane, chunk)
         certain = lone.checkpoint in ("none", "selective", "full")

@@ -288,5 +288,5 @@ def _precisions(cluster: Cluster, habits: Habits, wishes: Wishes) -> Sequence[st
     if wishes.precisions is not None:
         return wishes.precisions
     devices = set(cluster.devices)
-    found = [n for n in habits.precisions if all(PRECISIONS[n].arithmetic in d.peak_flops for d in devices)]
+    found = [n for n in habits.precisions if all(PRECISIONS[n].fastest in d.peak_flops for d in devices)]
     return found[:1] if habits.one_precision else found

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from simtrain.core.errors import InputError, UnknownNameError, UnsupportedError
+from simtrain.core.errors import InputError, StrategyError, UnknownNameError, UnsupportedError
 from simtrain.core.hardware import Cluster
+from simtrain.core.precision import precision
 from simtrain.core.result import Result
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
@@ -19,6 +20,7 @@ from simtrain.core.workload import Workload
 from simtrain.run.course import Course, Evaluation, Learning, Phase, Target, plan_course
 from simtrain.run.faults import Faults
 from simtrain.run.loss_laws import KAPLAN_NOISE, LOSS_LAWS, KaplanLaw, LossLaw, NoiseGrowth
+from simtrain.run.loss_scale import Overflow, lengthened
 from simtrain.run.policies import Planner, Policy
 from simtrain.run.question import Ledger, RunQuestion
 from simtrain.run.run_result import Quantiles, RunResult
@@ -64,6 +66,7 @@ def simulate_run(
     noise: NoiseGrowth | None = KAPLAN_NOISE,
     parameters: float | None = None,
     efficiency: float | None = None,
+    overflow: Overflow | None = None,
     runtime: Runtime | str | None = None,
     seed: int = 0,
     seeds: int = 1,
@@ -88,6 +91,7 @@ def simulate_run(
         parameters: Of the model, for the law; the workload's by default.
         efficiency: Effect of compression or of synchronising every few steps on convergence, which no published law knows: tokens that
             would bring as much with every step's gradients, over tokens processed (1 for no loss).
+        overflow: Of scaled gradients in fp16: the steps that a dynamic loss scaler skips; none by default.
         runtime: What carries it out.
         seed: The first seed.
         seeds: How many are simulated.
@@ -109,7 +113,10 @@ def simulate_run(
     _check_devices(book, base, policy)
     parts = _parts(book, base, phases)
     learning = _learning(book, until, law, noise, parameters, _efficiency(efficiency, [p.inexact for _, p in parts], until, law))
-    course = plan_course(parts, until, learning)
+    course, skips = plan_course(parts, until, learning), 0
+    if overflow is not None:
+        _check_scaling([price.name for _, price in parts])
+        course, skips = lengthened(course, overflow, until, seed)
     chosen = snapshots if snapshots is not None else Snapshots() if faults.any else None
     question = _question(book, base, course, faults, chosen, policy, evaluation)
     ledgers = _simulate(question, range(seed, seed + seeds), executor)
@@ -140,9 +147,30 @@ def simulate_run(
         progress=_thinned([*ledger.progress, (outcomes[median]["time_s"], float(course.steps))]),
         curve=course.curve,
         batch_overhead=course.overhead,
-        assumptions=_assumptions(book, question, chosen, site, learning),
+        assumptions=(*_skip_notes(overflow, skips, course), *_assumptions(book, question, chosen, site, learning)),
         sources=_sources(book, site, learning),
         **{k: v for k, v in outcomes[median].items() if k != "goodput"},
+    )
+
+
+def _check_scaling(strategies: Sequence[str]) -> None:
+    """Refuses an overflow of scaled gradients where a strategy does not scale its loss."""
+    for text in strategies:
+        try:
+            recipe = precision(Strategy.parse(text).precision)
+        except StrategyError:
+            continue  # a stated price has a name of its own
+        if not recipe.loss_scaling:
+            raise InputError(f"overflow is of loss scaling, which precision={recipe.name} does not do: use fp16-amp or fp16-master")
+
+
+def _skip_notes(overflow: Overflow | None, skips: int, course: Course) -> tuple[str, ...]:
+    if overflow is None:
+        return ()
+    share = skips / course.steps
+    return (
+        f"{skips} steps ({share:.3%}) are skipped because scaled gradients leave fp16's range: largest gradient "
+        f"{overflow.largest_gradient:g}, spread {overflow.spread:g} as given; skipped steps take as long as others and read samples",
     )
 
 

@@ -125,8 +125,7 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
         operators = fused_operators(tuple(operators), concrete)
     local = [op for op in operators if op.kind is not OperatorKind.COLLECTIVE]
     kernels = operator_kernels(local, concrete, place.batch, place.sequence)
-    local_s = compute_model(place.device.compute_model).kernel_times_s(place.device, kernels)
-    local_s = local_s / _library_speed(local, place)
+    local_s = _local_times(local, kernels, concrete, place) / _library_speed(local, place)
     memory_s = _memory_bound_s(place.device, kernels, local_s)
     if len(local) == len(operators):
         alone = interlock(local_s, kernels.launches * place.runtime.launch_s, int(kernels.launches.sum()))
@@ -155,6 +154,20 @@ def _library_speed(operators: Sequence[Operator], place: Place) -> FloatArray:
     products = place.runtime.hopper_products if place.device.since_hopper else 1.0
     speeds = dict.fromkeys(ATTENTION, place.runtime.attention_speed) | dict.fromkeys(PRODUCTS, products)
     return np.array([speeds.get(op.kind, 1.0) for op in operators], dtype=np.float64)
+
+
+def _local_times(operators: Sequence[Operator], kernels: KernelBatch, concrete: ConcreteLayer, place: Place) -> FloatArray:
+    """Device times of operators that do not communicate, each on its own arithmetic path."""
+    model = compute_model(place.device.compute_model)
+    paths = [concrete.arithmetic(op) for op in operators]
+    if all(path is kernels.arithmetic for path in paths):
+        return model.kernel_times_s(place.device, kernels)
+    times = np.zeros(len(operators))
+    for path in dict.fromkeys(paths):
+        chosen = np.array([p is path for p in paths])
+        own = [op for op, p in zip(operators, paths, strict=True) if p is path]
+        times[chosen] = model.kernel_times_s(place.device, operator_kernels(own, concrete, place.batch, place.sequence, path))
+    return times
 
 
 @lru_cache(maxsize=20_000)

@@ -116,7 +116,7 @@ def assemble(
     micro_batches = strategy.data * strategy.accumulation
     flops = workload.model_flops(strategy.micro_batch) * micro_batches
     causal = workload.model_flops(strategy.micro_batch, causal_as_done=True) * micro_batches
-    peak = sum(d.peak(setting.precision.arithmetic) for d in devices)
+    peak = sum(d.peak(setting.precision.fastest) for d in devices)
     samples_per_s = strategy.global_batch / step_time_s
     busy = busy_by_rank if busy_by_rank is not None else [busy_s.get("compute", 0.0)] * len(devices)
     energy_j = sum(energy.device_energy_j(d, step_time_s, b) for d, b in zip(devices, busy, strict=True))

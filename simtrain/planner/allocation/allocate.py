@@ -19,7 +19,6 @@ from simtrain.planner.allocation.engine_prices import market as engine_market
 from simtrain.planner.allocation.families import Family, family
 from simtrain.planner.allocation.kinds import Kind, carrier, kinds_of
 from simtrain.planner.allocation.place import Placement, improve, place_shares
-from simtrain.planner.allocation.prices import Market
 from simtrain.planner.allocation.program import Reading, read
 from simtrain.planner.allocation.result import Allocation, Worth
 from simtrain.planner.allocation.search import Found, search

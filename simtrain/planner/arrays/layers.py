@@ -96,7 +96,7 @@ class Probe:
     """
 
     setting: Setting
-    wire: Wire
+    wire: Wire | None
     split: bool = False
 
     @cached_property

@@ -23,7 +23,7 @@ from simtrain.step.exchange import reductions, restore_cost
 from simtrain.step.fully_sharded import gathered_bytes, scattered_width
 from simtrain.step.grid import Grid
 from simtrain.step.layout import Lane, Layout
-from simtrain.step.network import Wire, cost, place, send, stage_wire
+from simtrain.step.network import cost, place, send
 from simtrain.step.occupancy import KINDS
 from simtrain.step.results import communicators
 from simtrain.step.schedules import SchedulePlan, plan
@@ -116,11 +116,6 @@ class Division:
         cuts = even_cuts(self.local, self.order.positions)
         return chunks(self.local, cuts, self.setting.precision, self.setting.runtime, selective=strategy.checkpoint == "selective")
 
-    @cached_property
-    def wire(self) -> Wire:
-        """Collectives inside the layers of the first stage, which stand for those of all."""
-        return stage_wire(self.fabric, self.grid, 0)
-
     @property
     def stages(self) -> tuple[int, ...]:
         """The stages that are looked at."""
@@ -190,7 +185,8 @@ class Division:
         found = []
         for target in (1, self.per_node):
             pair = (0, target) if target < self.grid.pipeline else (0, 1)
-            found.append([send(self.fabric, self.grid, *pair, size).time_s for size in SEND_SIZES])
+            offset = self.grid.rank(pair[1]) - self.grid.rank(pair[0])
+            found.append([send(self.fabric, self.grid.stage(pair[0]), offset, size).time_s for size in SEND_SIZES])
         rates = [(b - a) / (SEND_SIZES[1] - SEND_SIZES[0]) for a, b in found]
         return np.array([found[0][0] - rates[0] * SEND_SIZES[0], found[1][0] - rates[1] * SEND_SIZES[0], *rates])
 

@@ -72,7 +72,7 @@ class Tables:
         plain = {f.name: f.default for f in fields(Strategy)}
         usual = all(name in COVERED or value == plain[name] for name, value in {**block.degrees, **block.rest}.items())
         joined = runtime.global_norm or block.degrees["pipeline"] == 1
-        no_part = runtime.run_ahead_launches > 0 and not runtime.overlap_gather and not runtime.blocking_sends
+        no_part = runtime.run_ahead_launches > 0 and not (runtime.overlap_gather or runtime.blocking_sends or runtime.late_prefetch)
         return self.pattern is not None and alike and usual and joined and no_part and runtime.library == "stated"
 
     def runs(self, block: Block) -> np.ndarray:
@@ -84,24 +84,26 @@ class Tables:
         chunks = np.array([c or find(s).default_chunks for s, c in block.schedules])[block.codes[:, 5]]
         return np.asarray((~looped | ((accumulation % stages == 0) & (chunks <= most))) & (stages <= blocks_of(self.workload)))
 
-    def wire(self, strategy: Strategy) -> Wire:
+    def wire(self, strategy: Strategy) -> Wire | None:
         """Collectives inside layers; groups that take equally long share one, so that rows do too."""
         wire = stage_wire(self.fabric, Grid.of(strategy), 0)
+        if wire is None:
+            return None
         kinds = (Collective.ALL_REDUCE, Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.ALL_TO_ALL, Collective.POINT_TO_POINT)
         key = tuple(
-            (name, *(wire.time_s(k, name, size) for k in kinds[: 5 if len(placed.ranks) == 2 else 4] for size in WIRE_SIZES))
+            (name, *(wire.cost(k, name, size).time_s for k in kinds[: 5 if len(placed.ranks) == 2 else 4] for size in WIRE_SIZES))
             for name, placed in wire.groups.items()
         )
         return self.wires.setdefault((key, strategy.tensor, strategy.context), wire)
 
-    def layer(self, strategy: Strategy, runtime: Runtime, wire: Wire) -> LayerRow:
+    def layer(self, strategy: Strategy, runtime: Runtime, wire: Wire | None) -> LayerRow:
         """What the passes of a strategy's layers cost."""
         key = (*_form(strategy, runtime), strategy.micro_batch, id(wire))
         if key not in self.layers:
             self.layers[key] = Probe(resolve(self.workload, self.cluster, strategy, runtime), wire).costs()
         return self.layers[key]
 
-    def memory(self, strategy: Strategy, runtime: Runtime, wire: Wire, lengths: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
+    def memory(self, strategy: Strategy, runtime: Runtime, wire: Wire | None, lengths: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
         """What the instructions of a strategy occupy; see `LayerMemory.at`."""
         form = (*_form(strategy, runtime), lengths)
         if form not in self.memories:

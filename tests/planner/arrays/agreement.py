@@ -97,5 +97,5 @@ QUESTIONS = (
         ("bf16-amp", "fp16-amp", "fp32"),
         (("layers", 22), ("hidden", 2048), ("heads", 16), ("vocabulary", 50257), ("seq_len", 1024)),
     ),
-    Question("llama3-70b", "128x h100-sxm", 256, ("megatron", "fsdp2"), ("bf16-master",)),
+    Question("llama3-70b", "128x h100-sxm", 256, ("megatron",), ("bf16-master",)),
 )

@@ -13,7 +13,7 @@ from simtrain.planner.arrays.tables import Tables
 from simtrain.planner.space import Block, Wishes, blocks
 from tests.planner.arrays.agreement import QUESTIONS, Gap, gaps, summary
 
-BATCHES = (512, 768, 1024, 1536, 2048, 3072)
+BATCHES = (512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144)
 PLANS = (
     ("gpt3-175b", "64x a100-sxm-80g", 256),
     ("gpt3-175b", "512x a100-sxm-80g", 1536),
@@ -39,9 +39,9 @@ def widened(block: Block, wide: st.Workload) -> Block:
     return Block(block.runtime, block.degrees, *axes, block.rest, codes)
 
 
-def test_a_million_candidates_of_gpt3_on_512_gpus(benchmark):
+def test_hundreds_of_thousands_of_candidates_of_gpt3_on_512_gpus(benchmark):
     workload, cluster = st.workload("gpt3-175b"), st.cluster("512x a100-sxm-80g")
-    names = ("megatron", "megatron-local")
+    names = ("megatron",)
     wishes = Wishes(None, None, None, "adamw", cluster.size, {})
     narrow = [b for batch in BATCHES for b in blocks(workload, cluster, batch, [runtime(n) for n in names], wishes)[0]]
     space = [widened(b, workload) for b in narrow]
@@ -62,7 +62,7 @@ def test_a_million_candidates_of_gpt3_on_512_gpus(benchmark):
         "more_memory_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
     }
     print(benchmark.extra_info)
-    assert known > 1_000_000
+    assert known > 300_000
 
 
 def test_a_thousand_random_strategies(benchmark):

@@ -203,7 +203,7 @@ class _Part:
         work = passes @ np.array([blocks, 1.0, 1.0])
         busy = np.minimum(self._accumulation * work / self.stages + self._gather("update_s").mean(axis=1), times)
         hosts = -(-ranks // len(cluster.nodes[0].devices)) * cluster.host_power_w * times
-        return ranks * (device.idle_power_w * times + (device.power_w - device.idle_power_w) * busy) + hosts
+        return np.asarray(ranks * (device.idle_power_w * times + (device.power_w - device.idle_power_w) * busy) + hosts)
 
     def _samples(self) -> FloatArray:
         return np.array([mb for mb, _ in self.block.micro_batches], dtype=np.float64)[self.codes[:, 0]]
@@ -284,7 +284,7 @@ class _Part:
         if self.stages == 1:
             whole = np.array([counts[0], 1.0, 1.0])
             self.sure[rows] = issued @ whole <= own @ whole
-            return np.maximum(found, accumulation * (issued @ whole))
+            return np.asarray(np.maximum(found, accumulation * (issued @ whole)))
         middle = counts[1:-1].max() if self.stages > 2 else 0
         shares = np.array([[counts[0], 1.0, 0.0], [middle, 0.0, 0.0], [counts[-1], 0.0, 1.0]]).T
         found = np.maximum(found, accumulation * (issued @ shares).max(axis=1))
@@ -298,7 +298,7 @@ class _Part:
             scale = np.stack([block / own[slow, 0], *(ends / own[slow, 1:]).T], axis=1)
             paced[:, : Part.FIRST] *= np.tile(scale, 2)
             found[slow] = np.maximum(found[slow], self._longest(paced, v, accumulation[slow], steps) - self._ahead(rows[slow]))
-        return found
+        return np.asarray(found)
 
     def _ahead(self, rows: IntArray) -> FloatArray:
         """How far a host may be ahead of its device when a step begins: not at all where it waits for the loss scale."""
@@ -368,8 +368,7 @@ class _Part:
             own = held[group.index(g)]
             role = 3 if last == 0 else 1 if g else 0 if own == 0 else 2
             length = self.lengths.index(division.counts[own])
-            where = (*at, role, slice(None), length)
-            peaks, nets = self.peaks[where], self.nets[where]
+            peaks, nets = (memory[:, :, :, :, :, role, :, length][at] for memory in (self.peaks, self.nets))
             features[:, g] = nets[:, 0]
             features[:, GROUPS + g] = np.where(always[:, None], 0.0, nets[:, 0] + nets[:, 2])
             own_peaks = 2 * GROUPS + 3 * g

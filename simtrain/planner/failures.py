@@ -7,6 +7,16 @@ from simtrain.planner.found import Failure
 from simtrain.planner.objectives import Limits
 from simtrain.planner.space import Candidate
 
+CHOICES = (
+    *("micro_batch", "precision", "checkpoint", "zero", "tensor", "sequence_parallel"),
+    *("pipeline", "schedule", "chunks", "context", "expert", "shard"),
+)
+
+
+def difference(a: Candidate, b: Candidate) -> int:
+    """Choices in which two strategies differ; micro-batch and accumulation are one choice under a fixed global batch."""
+    return sum(bool(getattr(a.strategy, name) != getattr(b.strategy, name)) for name in CHOICES) + 2 * (a.runtime != b.runtime)
+
 
 def refusal(candidate: Candidate, reason: str) -> Failure:
     """A combination that cannot be, or is not modelled."""

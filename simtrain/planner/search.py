@@ -22,7 +22,7 @@ from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.planner.arrays.finalists import screen_blocks
 from simtrain.planner.evidence import nearest
-from simtrain.planner.failures import failure, refusal, too_large
+from simtrain.planner.failures import difference, failure, refusal, too_large
 from simtrain.planner.found import Failure, Plan
 from simtrain.planner.objectives import BALANCED, OBJECTIVES, PRICED, TIMED, Judge, Limits, Objective, Weights, check_degrees, weights_of
 from simtrain.planner.robust import FINALISTS, ModelError, check_robust, order, outlooks, settled
@@ -53,11 +53,6 @@ DIVIDING = ("megatron", "fsdp2")
 
 PATIENCE_S = 40.0
 """Screening stops after so long and the plan says that it is not complete."""
-
-CHOICES = (
-    *("micro_batch", "precision", "checkpoint", "zero", "tensor", "sequence_parallel"),
-    *("pipeline", "schedule", "chunks", "context", "expert", "shard"),
-)
 
 
 def plan(
@@ -238,13 +233,8 @@ class _Search:
     screened: int = 0
     done: int = 0
 
-    @property
-    def total(self) -> int:
-        """Combinations in the space."""
-        return sum(map(len, self.space))
-
     def run(self, global_batch: int) -> Plan:
-        every = [block.candidate(i) for block in self.space for i in range(len(block))] if self.total <= EXHAUSTIVE else []
+        every = [block.candidate(i) for block in self.space for i in range(len(block))] if sum(map(len, self.space)) <= EXHAUSTIVE else []
         small = 0 < sum(_instructions(c.strategy) for c in every) <= SHORT_STEPS
         screen = Screen(self.workload, self.cluster, self.limits.memory_margin)
         for bound_s, candidate in [(0.0, c) for c in every] if small else self._ordered(screen, self._screened()):
@@ -252,7 +242,7 @@ class _Search:
                 break
             self._look(screen, candidate, bound_s, small)
             self._tick()
-        self.unread = self.total - self.done
+        self.unread = sum(map(len, self.space)) - self.done
         self._read_projected()
         self._refine()
         results = self.judge.ranked([r for _, r in self.found])
@@ -262,7 +252,7 @@ class _Search:
             cluster=self.cluster.name,
             global_batch=global_batch,
             objective=self.judge.objectives[0],
-            considered=self.total,
+            considered=sum(map(len, self.space)),
             ranked=tuple(results),
             failed=tuple(failed),
             passed_over=self.passed_over,
@@ -277,7 +267,7 @@ class _Search:
     def _tick(self, count: int = 1) -> None:
         self.done += count
         if self.progress is not None:
-            self.progress(self.done, self.total)
+            self.progress(self.done, sum(map(len, self.space)))
 
     def _late(self) -> bool:
         return time.monotonic() - self.start_s > self.patience_s
@@ -354,7 +344,8 @@ class _Search:
         for reader, count in ((schedule, SCHEDULED), (simulate, SIMULATED)):
             read: set[Candidate] = set()
             while True:
-                ahead = [self._pair(r) for r in self._ahead(count if reader is simulate else max(count, self._close()))]
+                most = count if reader is simulate else max(count, self._close())
+                ahead = [self._pair(r) for r in self.judge.ranked([r for _, r in self.found])[:most]]
                 waiting = [(c, r) for c, r in ahead if c not in read]
                 if not waiting:
                     break
@@ -364,9 +355,6 @@ class _Search:
                         continue
                     self.found.remove((candidate, result))
                     self._add(candidate, reader(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
-
-    def _ahead(self, count: int) -> list[Result]:
-        return self.judge.ranked([r for _, r in self.found])[:count]
 
     def _close(self) -> int:
         """How many are as good as the best within what their reading may be wrong by."""
@@ -381,7 +369,11 @@ class _Search:
         if small:
             notes.append("every combination was read by schedule, the best by simulate")
         else:
-            how = "bounds and memory screened all" if not self.screened else f"{self.screened:,} of {self.total:,} were estimated as arrays"
+            how = (
+                "bounds and memory screened all"
+                if not self.screened
+                else f"{self.screened:,} of {sum(map(len, self.space)):,} were estimated as arrays"
+            )
             notes.append(f"{how}, estimate read the best, schedule the best {SCHEDULED} of them")
         if any(_instructions(c.strategy) > LONG_STEP for c, r in self.found if r.reader == "schedule"):
             notes.append(f"steps of more than {LONG_STEP} instructions were not simulated")
@@ -396,7 +388,7 @@ class _Search:
         return tuple(notes)
 
     def _with_change(self, candidate: Candidate, failure: Failure) -> Failure:
-        near = min(self.found, key=lambda pair: (_difference(candidate, pair[0]), -pair[1].samples_per_s), default=None)
+        near = min(self.found, key=lambda pair: (difference(candidate, pair[0]), -pair[1].samples_per_s), default=None)
         if near is None or not failure.over_bytes:
             return failure
         return replace(failure, smallest_change=str(near[0].strategy), smallest_change_samples_per_s=near[1].samples_per_s)
@@ -404,11 +396,6 @@ class _Search:
 
 def _instructions(strategy: Strategy) -> int:
     return 2 * strategy.accumulation * strategy.pipeline * max(strategy.chunks, 1)
-
-
-def _difference(a: Candidate, b: Candidate) -> int:
-    """Choices in which two strategies differ; micro-batch and accumulation are one choice under a fixed global batch."""
-    return sum(bool(getattr(a.strategy, name) != getattr(b.strategy, name)) for name in CHOICES) + 2 * (a.runtime != b.runtime)
 
 
 __all__ = ["OBJECTIVES", "Failure", "Plan", "plan"]

@@ -277,8 +277,7 @@ class _Search:
         found = screen_blocks(self.workload, self.cluster, self.space, self.judge.objectives, self.limits, self._tick, self._late)
         self.projected += found.finalists
         self.failed += found.failed
-        self.passed_over += found.passed_over
-        self.unlisted += found.unlisted
+        self.passed_over, self.unlisted = self.passed_over + found.passed_over, self.unlisted + found.unlisted
         self.screened = found.known
         return list(found.rest)
 
@@ -377,7 +376,7 @@ class _Search:
             notes.append(f"{how}, estimate read the best, schedule the best {SCHEDULED} of them")
         if any(_instructions(c.strategy) > LONG_STEP for c, r in self.found if r.reader == "schedule"):
             notes.append(f"steps of more than {LONG_STEP} instructions were not simulated")
-        read = {c for c, _ in self.found} | {c for c, _ in self.failed}
+        read = {c for c, _ in (*self.found, *self.failed)}
         best = min((r.step_time_s / r.global_batch for _, r in self.found), default=0.0)
         if close := sum(seconds <= best * (1 + MARGIN) and c not in read for seconds, c in self.projected):
             notes.append(f"{close} more are within {MARGIN:.0%} of the best as the screen has it, and were not scheduled")

@@ -36,6 +36,9 @@ CHECKPOINTS = ("none", "full")
 READ = 4
 """Proposals of the search that fit and that the engine compares, whatever their device types."""
 
+MOST_SCOPES = 24
+"""Searches of one plan: over all devices, over fewer nodes, and again where the ledger refuses what the search took for fitting."""
+
 FAR = 1.15
 """Proposals that the search expects to take so much longer than the best one read are not read, but for one of each choice of types."""
 
@@ -235,7 +238,8 @@ class Allocator:
         whole: Found | None = None
         best: Placement | None = None
         refused = ""
-        for available, market in self._scopes(counts):
+        scopes = list(self._scopes(counts))
+        for available, market in scopes:
             if whole and best and layer_bound_s(market) >= self._read(best).step_time_s:
                 continue
             try:
@@ -259,6 +263,8 @@ class Allocator:
                     continue
                 if not self._read(placement).fits:
                     refused = "the ledger of a stage exceeds its device's memory"
+                    if self._without(placement) and len(scopes) < MOST_SCOPES:
+                        scopes.append((available, market))  # search once more among what is left
                     continue
                 seen[proposal.kinds] += 1
                 if best is None or self._read(placement).step_time_s < self._read(best).step_time_s:
@@ -267,6 +273,14 @@ class Allocator:
             raise InputError(f"none of the plans can be placed: {refused}; give a memory_margin such as 0.05")
         best = self._improved(best)
         return whole, best, self._read(best)
+
+    def _without(self, placement: Placement) -> bool:
+        """Drops templates of which a stage exceeds its devices' memory; returns whether there were any left to drop."""
+        memory = iter(self._read(placement).memory)
+        full = {p.share.template for p in placement if not all(next(memory).fits for _ in p.share.template.stages)}
+        kept = [t not in full for t in self.family.templates]
+        self.family = self.family.chosen(kept)
+        return not all(kept)
 
     def _scopes(self, counts: Mapping[str, int]) -> Iterator[tuple[dict[str, Kind], Market]]:
         """All devices; then each kind alone in fewer nodes, for where what lies between nodes is slow."""

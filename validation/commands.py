@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,9 +15,9 @@ from simtrain.core.errors import InputError, UnknownNameError
 if TYPE_CHECKING:
     from validation.compare import ComparisonReport
     from validation.machine_profile import MachineProfile
-    from validation.steps import TrainingStep
 
 PROBED_STRATEGY = "micro_batch=4,optimizer=adamw"
+DeviceOption = Annotated[str, typer.Option("--device", help="What is measured: cpu (one core) or cuda (one GPU).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -49,9 +48,12 @@ def calibrate(
     strategy: Annotated[str, typer.Option(help="What the probed steps do: micro-batch, optimizer, precision.")] = PROBED_STRATEGY,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Sequence length of the probed model; its own by default.")] = None,
     base: Annotated[Path | None, typer.Option("--profile", help="Profile that a probe adds to; by default that of this machine.")] = None,
+    device: DeviceOption = "cpu",
+    data_sheet: Annotated[str | None, typer.Option(help="Catalog name or file of the GPU; by default found by its name.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few of the steps: to try the command out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine's CPU core under PyTorch, in three minutes, and keep what was found in a profile.
+    """Measure this machine's CPU core or GPU under PyTorch, in three minutes, and keep what was found in a profile.
 
     With --probe, a few steps of your own model are measured as well, and what is predicted is compared before and after.
     """
@@ -60,8 +62,10 @@ def calibrate(
     if probe is not None:
         from validation.probe import probe as run
 
-        report = run(_profile(base), probe, strategy, sequence=seq_len, progress=_progress)
-        path = out or probed_path()
+        if data_sheet is not None or quick:
+            raise InputError("--data-sheet and --quick belong to a calibration, not to a probe")
+        report = run(_profile(base, device), probe, strategy, sequence=seq_len, progress=_progress)
+        path = out or probed_path(device)
         save(report.profile, path)
         if as_json:
             write_json(report)
@@ -70,7 +74,9 @@ def calibrate(
         return
     if base is not None or seq_len is not None or strategy != PROBED_STRATEGY:
         raise InputError("--profile, --seq-len and --strategy belong to a probe: give --probe WORKLOAD, too")
-    profile, path = _calibrate(), out or default_path()
+    profile, path = _calibrate(device, quick=quick, data_sheet=data_sheet), out or default_path(device)
+    if quick and out is None:
+        raise InputError("a quick calibration is not kept for predictions: name a file with --out")
     save(profile, path)
     if as_json:
         write_json(profile)
@@ -81,16 +87,16 @@ def calibrate(
 def validate_torch(
     quick: Annotated[bool, typer.Option("--quick", help="Five of the test steps, once each.")] = False,
     families: Annotated[bool, typer.Option("--families", help="GPTs, ResNets and ViTs instead of the GPT test steps.")] = False,
+    device: DeviceOption = "cpu",
     as_json: Json = False,
     profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
     save: Annotated[Path | None, typer.Option(help="Folder to write the comparison to, as JSON.")] = None,
 ) -> None:
     """Run real PyTorch training steps and compare time and peak memory with predictions; calibrates first if need be."""
-    from validation.compare import QUICK_SETTINGS, TEST_SETTINGS, compare
-    from validation.steps import MATCHED_STEPS, TEST_STEPS, quick_test_steps
+    from validation.compare import compare, fixed_list
 
-    constants = _profile(profile, quick=quick)
-    steps, settings = (quick_test_steps(), QUICK_SETTINGS) if quick else (MATCHED_STEPS if families else TEST_STEPS, TEST_SETTINGS)
+    steps, settings = fixed_list(device, quick=quick, families=families)
+    constants = _profile(profile, device, quick=quick)
     report = compare(constants, steps, settings, _progress)
     if save:
         _write(report, save)
@@ -294,14 +300,18 @@ def validate_quality(
 
 
 def validate_memory(
+    quick: Annotated[bool, typer.Option("--quick", help="The first model only.")] = False,
+    device: DeviceOption = "cpu",
     as_json: Json = False,
     profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
     save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
 ) -> None:
     """Recompute blocks of real models by every rule and by optimal choices; compare peak memory, time and gradients."""
-    from validation.memory import compare_memory
+    from validation.gpu_steps import GPU_MEMORY_STEPS
+    from validation.memory import MEMORY_STEPS, compare_memory
 
-    report = compare_memory(_profile(profile), progress=_progress)
+    steps = MEMORY_STEPS if device == "cpu" else GPU_MEMORY_STEPS
+    report = compare_memory(_profile(profile, device, quick=quick), steps[:1] if quick else steps, _progress)
     if save:
         save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     if as_json:
@@ -310,42 +320,49 @@ def validate_memory(
         typer.echo(str(report))
 
 
-def _profile(path: Path | None, *, quick: bool = False) -> MachineProfile:
+def _profile(path: Path | None, device: str = "cpu", *, quick: bool = False) -> MachineProfile:
     from validation.machine_profile import default_path, load, save
     from validation.measure import environment
 
+    here = environment(device)
     if path is not None:
-        return load(path, environment())
-    if default_path().exists():
+        return load(path, here)
+    if default_path(device).exists():
         try:
-            return load(default_path(), environment())
+            return load(default_path(device), here)
         except InputError as error:
             typer.echo(f"{error}; doing so", err=True)
     _progress("no profile of this machine yet: calibrating")
     if quick:  # only what the quick steps need, so it is not kept
-        from validation.steps import quick_calibration_steps
-
-        return _calibrate(quick_calibration_steps())
-    profile = _calibrate()
-    save(profile, default_path())
+        return _calibrate(device, quick=True)
+    profile = _calibrate(device)
+    save(profile, default_path(device))
     return profile
 
 
-def _calibrate(steps: Sequence[TrainingStep] | None = None) -> MachineProfile:
-    from validation.calibrate import calibrate as run
-    from validation.steps import CALIBRATION_STEPS
+def _calibrate(device: str = "cpu", *, quick: bool = False, data_sheet: str | None = None) -> MachineProfile:
+    from dataclasses import replace
 
-    return run(steps or CALIBRATION_STEPS, progress=_progress)
+    from validation.calibrate import CALIBRATION_SETTINGS, calibration_list
+    from validation.calibrate import calibrate as run
+
+    if data_sheet is not None and device == "cpu":
+        raise InputError("--data-sheet names a GPU: give --device cuda, too")
+    return run(calibration_list(device, quick=quick), replace(CALIBRATION_SETTINGS, device=device), _progress, data_sheet)
 
 
 def _naming(path: Path) -> str:
-    from validation.machine_profile import default_path, probed_path
+    from validation.machine_profile import kept_paths
 
-    name = {default_path(): "machine", probed_path(): "probed"}.get(path, str(path))
+    name = {place: name for name, place in kept_paths().items()}.get(path, str(path))
     return f"predict and plan with it: --cluster profile:{name}"
 
 
 def _describe(profile: MachineProfile) -> str:
+    if profile.on_gpu:
+        from validation.calibrate_gpu import describe
+
+        return describe(profile)
     lines = [
         f"{profile.environment.cpu_model}, torch {profile.environment.torch_version}, load {profile.environment.load_average:.1f}",
         f"{'class':<20}{'share':>8}{'misfit':>8}{'per launch':>12}{'GFLOP/s':>10}{'GB/s':>8}",
@@ -367,7 +384,8 @@ def _write(report: ComparisonReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     environment = report.profile.environment
     names = {row.measurement.step.workload for row in report.rows}
-    kind = "torch_cpu" if names == {"gpt"} else "torch_cpu_families"
+    device = "cuda" if report.profile.on_gpu else "cpu"
+    kind = f"torch_{device}" if names == {"gpt"} else f"torch_{device}_families"
     name = f"{kind}_{environment.date_utc[:10]}.json"
     number = 1
     while (folder / name).exists():  # a run is never overwritten

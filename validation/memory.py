@@ -19,9 +19,10 @@ from simtrain.step.remat_choice import Question
 from simtrain.step.setting import resolve
 from validation.compare import single_core
 from validation.errors import summarise
-from validation.features import CPU_RUNTIME, workload_of
+from validation.features import runtime_of, workload_of
+from validation.gpu_steps import GPU_MEMORY_STEPS
 from validation.machine_profile import MachineProfile
-from validation.measure import ALLOCATOR_ENVIRONMENT, THREAD_ENVIRONMENT, MeasurementError, Progress, environment, quietest_core
+from validation.measure import MeasurementError, Progress, environment, quietest_core, worker_environment
 from validation.measurement import Environment
 from validation.memory_worker import PARTITIONER
 from validation.steps import TrainingStep, gpt, image_model
@@ -75,17 +76,18 @@ class MemoryRow:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """All rows, with where they were measured."""
+    """All rows, where they were measured, and the training steps that they recompute."""
 
     rows: tuple[MemoryRow, ...]
     environment: Environment
+    steps: tuple[TrainingStep, ...] = MEMORY_STEPS
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON."""
         return {
             "command": "simtrain validate memory",
             "environment": asdict(self.environment),
-            "steps": [s.to_dict() for s in MEMORY_STEPS],
+            "steps": [s.to_dict() for s in self.steps],
             "rounds": ROUNDS,
             "summary": {name: summarise(errors).to_dict() for name, errors in self._errors().items()},
             "rows": [asdict(row) for row in self.rows],
@@ -125,28 +127,30 @@ class MemoryReport:
         return "\n".join([*lines, *(f"{name:<12} {summarise(errors)}" for name, errors in self._errors().items())])
 
 
-def compare_memory(profile: MachineProfile, steps: Sequence[TrainingStep] = MEMORY_STEPS, progress: Progress | None = None) -> MemoryReport:
+def compare_memory(profile: MachineProfile, steps: Sequence[TrainingStep] | None = None, progress: Progress | None = None) -> MemoryReport:
     """Predicts, then measures every way to recompute every model.
 
     Args:
-        profile: This machine's constants.
-        steps: Which.
+        profile: This machine's constants, of its core or of its GPU.
+        steps: Which; the device's fixed list by default.
         progress: Told about each model.
 
     Raises:
         MeasurementError: A measuring process failed.
     """
-    here, rows = environment(), []
-    for step in steps:
+    device = "cuda" if profile.on_gpu else "cpu"
+    here, rows = environment(device), []
+    chosen = tuple(steps or (GPU_MEMORY_STEPS if profile.on_gpu else MEMORY_STEPS))
+    for step in chosen:
         predicted = _predicted(step, profile)
         names = {row.checkpoint or row.name: row for row in predicted}  # an optimal choice may be a rule
-        answers = _measured(step, list(names))
+        answers = _measured(step, list(names), device)
         for way, row in names.items():
             answer = answers[way]
             rows.append(_joined(row, answer))
         if progress:
             progress(f"{step.name}: {len(names)} ways")
-    return MemoryReport(tuple(rows), here)
+    return MemoryReport(tuple(rows), here, chosen)
 
 
 def _joined(row: MemoryRow, answer: dict[str, Any]) -> MemoryRow:
@@ -154,8 +158,9 @@ def _joined(row: MemoryRow, answer: dict[str, Any]) -> MemoryRow:
 
 
 def _predicted(step: TrainingStep, profile: MachineProfile) -> list[MemoryRow]:
-    core, strategy, work = single_core(profile.device()), step.parsed(), workload_of(step)
-    question = Question.of(resolve(work, core, strategy.with_(checkpoint="optimal"), CPU_RUNTIME))
+    device, strategy, work = profile.device(), step.parsed(), workload_of(step)
+    core, runtime = single_core(device), runtime_of(device)
+    question = Question.of(resolve(work, core, strategy.with_(checkpoint="optimal"), runtime))
     most = question.counted_bytes("none")
     least = question.counted_bytes(question.text(question.smallest().spans))
     ways = {rule: rule for rule in RULES}
@@ -165,16 +170,17 @@ def _predicted(step: TrainingStep, profile: MachineProfile) -> list[MemoryRow]:
             ways[f"optimal {share:.0%}"] = question.text(plan.spans)
     rows = []
     for name, checkpoint in ways.items():
-        result = schedule(work, core, strategy.with_(checkpoint=checkpoint), runtime=CPU_RUNTIME)
+        result = schedule(work, core, strategy.with_(checkpoint=checkpoint), runtime=runtime)
         rows.append(
             MemoryRow(step.name, name, checkpoint, predicted_bytes=result.memory.allocated_bytes, predicted_time_s=result.step_time_s)
         )
     return rows + [MemoryRow(step.name, f"{PARTITIONER}{share}", "") for share in PARTITIONERS]
 
 
-def _measured(step: TrainingStep, ways: list[str]) -> dict[str, dict[str, Any]]:
-    request = {"step": step.to_dict(), "ways": ways, "rounds": ROUNDS, "core": quietest_core()}
-    variables = os.environ | ALLOCATOR_ENVIRONMENT | dict.fromkeys(THREAD_ENVIRONMENT, "1")
+def _measured(step: TrainingStep, ways: list[str], device: str) -> dict[str, dict[str, Any]]:
+    core = quietest_core() if device == "cpu" else None
+    request = {"step": step.to_dict(), "ways": ways, "rounds": ROUNDS, "core": core, "device": device}
+    variables = os.environ | (worker_environment() if device == "cpu" else {})
     command = [sys.executable, "-P", "-m", "validation.memory_worker"]
     process = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=variables, check=False)
     if process.returncode != 0:

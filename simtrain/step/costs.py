@@ -74,8 +74,13 @@ def pass_cost(device: Device, kernels: KernelBatch, runtime: Runtime) -> PassCos
     if len(kernels) == 0:
         return PassCost(0.0, 0.0, 0.0, 0)
     times = compute_model(device.compute_model).kernel_times_s(device, kernels)
-    cost = interlock(times, kernels.launches * runtime.launch_s, int(kernels.launches.sum()))
+    cost = interlock(times, kernels.launches * host_launch_s(device, runtime), int(kernels.launches.sum()))
     return replace(cost, memory_s=_memory_bound_s(device, kernels, times))
+
+
+def host_launch_s(device: Device, runtime: Runtime) -> float:
+    """Host time to issue one kernel: the runtime's, on a calibrated machine times what its host was measured to take over that."""
+    return runtime.launch_s * device.profile.get("host.launch_factor", 1.0)
 
 
 def _memory_bound_s(device: Device, kernels: KernelBatch, times_s: np.ndarray) -> float:
@@ -128,7 +133,7 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     local_s = _local_times(local, kernels, concrete, place) / _library_speed(local, place)
     memory_s = _memory_bound_s(place.device, kernels, local_s)
     if len(local) == len(operators):
-        alone = interlock(local_s, kernels.launches * place.runtime.launch_s, int(kernels.launches.sum()))
+        alone = interlock(local_s, kernels.launches * host_launch_s(place.device, place.runtime), int(kernels.launches.sum()))
         return replace(alone, memory_s=memory_s)
     if place.wire is None:
         raise InternalError(f"layer {concrete.layer.name!r} communicates, but nobody shares it")
@@ -145,7 +150,7 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
         loads.update(price.loads)
         if op.overlaps and i + 1 < len(operators) and not wired[i + 1]:
             times[i] = max(times[i] - times[i + 1], 0.0)
-    cost = interlock(times, launches * place.runtime.launch_s, int(launches.sum()))
+    cost = interlock(times, launches * host_launch_s(place.device, place.runtime), int(launches.sum()))
     return replace(cost, wire_s=float(times[wired].sum()), memory_s=memory_s, loads=dict(loads))
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from simtrain.run.state_price import StatePrice
     from simtrain.step.checkpoint_curve import checkpoint_curve, choose_checkpoint
     from simtrain.step.predict import estimate, schedule, simulate
+    from simtrain.step.tensorized import tensorize
 
 _HOME = {
     "Allocation": "simtrain.planner.allocation.result",
@@ -86,6 +87,7 @@ _HOME = {
     "simulate": "simtrain.step.predict",
     "simulate_run": "simtrain.run.predict_run",
     "sweep": "simtrain.planner.sweep",
+    "tensorize": "simtrain.step.tensorized",
     "torch": "simtrain",
     "why": "simtrain.planner.why",
     "workload": "simtrain.core.catalog",
@@ -141,6 +143,7 @@ __all__ = [
     "simulate",
     "simulate_run",
     "sweep",
+    "tensorize",
     "torch",
     "why",
     "workload",

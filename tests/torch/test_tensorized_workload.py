@@ -1,6 +1,5 @@
 """A workload with tensorized weights is the captured module with tensorized layers: parameters, FLOPs, memory and time."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.tensorize import Tensorization, parse_tensorize
 from simtrain.torch.pieces import block_paths
 from simtrain.torch.tensor_conversion import tensorize_blocks
-from tests.torch.small_models import peaks
 from tests.workloads.image_models import image_model
 from workloads.transformer.module import Transformer, example_batch
 from workloads.transformer.operators import workload
@@ -27,8 +25,8 @@ CASES = {
     "gpt without biases": ("gpt", SMALL | {"fused_qkv": False, "kv_heads": 2, "bias": False}, FORMS[0]),
     "llama": ("llama", SMALL | {"ffn": 96, "kv_heads": 2}, FORMS[1]),
     "bert": ("bert", SMALL, FORMS[0]),
-    **{f"resnet18 {form}": ("resnet18", {"image_size": 64}, form) for form in ("tucker:compression=3", "tensor-train:rank=20")},
-    "resnet50": ("resnet50", {"image_size": 64}, "tucker:rank=24"),
+    **{f"resnet18 {form}": ("resnet18", {"image_size": 64, "width": 16}, form) for form in ("tucker:compression=3", "tensor-train:rank=20")},
+    "resnet50": ("resnet50", {"image_size": 64, "width": 16}, "tucker:rank=24"),
     "vit": ("vit-tiny", {"layers": 3, "image_size": 64}, "low-rank:compression=4"),
 }
 
@@ -61,5 +59,3 @@ def test_it_is_the_captured_module(case: str) -> None:
             a, b = (st.schedule(w, "1x rtx-3090", strategy) for w in (ours, closed))
             assert a.memory.allocated_bytes == pytest.approx(b.memory.allocated_bytes, rel=1e-3)
             assert a.step_time_s == pytest.approx(b.step_time_s, rel=1e-2)
-    recorded = peaks(closed, lambda: copy.deepcopy(module), batch, None, "fp32")
-    assert recorded[0] == pytest.approx(recorded[1], rel=1e-3)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from simtrain.step.adaptive import choose_precision
     from simtrain.step.checkpoint_curve import checkpoint_curve, choose_checkpoint
     from simtrain.step.predict import estimate, schedule, simulate
+    from simtrain.step.tensorized import tensorize
 
 _HOME = {
     "Allocation": "simtrain.planner.allocation.result",
@@ -91,6 +92,7 @@ _HOME = {
     "simulate": "simtrain.step.predict",
     "simulate_run": "simtrain.run.predict_run",
     "sweep": "simtrain.planner.sweep",
+    "tensorize": "simtrain.step.tensorized",
     "torch": "simtrain",
     "why": "simtrain.planner.why",
     "workload": "simtrain.core.catalog",
@@ -149,6 +151,7 @@ __all__ = [
     "simulate",
     "simulate_run",
     "sweep",
+    "tensorize",
     "torch",
     "why",
     "workload",

@@ -16,6 +16,7 @@ from simtrain.core.errors import StrategyError, UnknownNameError, nearest
 from simtrain.core.exchange import compression_method, low_communication_method
 from simtrain.core.offload import Offload, parse_offload
 from simtrain.core.precision import precision as find_precision
+from simtrain.core.tensorize import parse_tensorize
 
 OPTIMIZERS: dict[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "adamw-8bit": 2, "muon": 2}
 """State tensors per parameter of each optimizer (of Muon: one of matrices inside blocks, two of what AdamW updates)."""
@@ -98,6 +99,8 @@ class Strategy:
             "zero++" (quantized gathers and gradients of ZeRO stage 3).
         low_communication: "local-sgd:STEPS" or "diloco:STEPS" where replicas synchronise every so many steps; "" for in every step.
         offload: What leaves the device between its uses, such as "optimizer+gradients" or "parameters:nvme" (`simtrain.core.offload`).
+        tensorize: Weights of the blocks as products of small tensors: "none", or such as "low-rank:rank=64" or "tucker:compression=4"
+            (`simtrain.core.tensorize`). It changes the model: what it does to the loss is not predicted.
         plan: Replica groups in full; overrides the sugar above.
     """
 
@@ -121,6 +124,7 @@ class Strategy:
     compression: str = "none"
     low_communication: str = ""
     offload: str = "none"
+    tensorize: str = "none"
     plan: tuple[ReplicaGroup, ...] = ()
 
     def __post_init__(self) -> None:
@@ -146,6 +150,7 @@ class Strategy:
             "compression",
             "low_communication",
             "offload",
+            "tensorize",
         ):
             if not isinstance(getattr(self, name), str):
                 raise StrategyError(f"{name} must be text, not {getattr(self, name)!r}")
@@ -158,6 +163,7 @@ class Strategy:
         compression_method(self.compression)
         low_communication_method(self.low_communication)
         parse_offload(self.offload)
+        parse_tensorize(self.tensorize)
         counts = self.blocks_per_chunk
         if counts and (len(counts) % self.pipeline or (self.chunks and len(counts) != self.pipeline * self.chunks)):
             times = f" x chunks={self.chunks}" if self.chunks else ""

@@ -15,6 +15,7 @@ from typing import Literal
 from simtrain.core.errors import StrategyError
 from simtrain.core.polynomial import ONE, ZERO, Polynomial
 from simtrain.core.precision import DTypeRole
+from simtrain.core.tensorize import Tensorization
 
 
 class OperatorKind(StrEnum):
@@ -272,6 +273,7 @@ class Form:
         copies_attention: Whether fused attention keeps its output in a layout of its own beside the one that the next product reads.
         mask_input: Whether the batch holds a mask of all pairs of positions.
         untied: Whether a weight that two layers share is held twice, because the layers are on different ranks.
+        tensorized: The form of the blocks' weights; `None` where they are whole.
     """
 
     tensor: int = 1
@@ -291,6 +293,7 @@ class Form:
     fused_gate: bool = False
     copies_attention: bool = False
     mask_input: bool = False
+    tensorized: Tensorization | None = None
 
 
 @dataclass(frozen=True, slots=True)

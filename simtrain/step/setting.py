@@ -20,6 +20,7 @@ from simtrain.step.narrow_check import settle
 from simtrain.step.offload_checks import check_offload
 from simtrain.step.optimizers import refuse_optimizer
 from simtrain.step.shard import stated_cuts
+from simtrain.step.tensorized import tensorize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +65,7 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     machines = catalog.cluster(cluster) if isinstance(cluster, str) else cluster
     how = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
     _refuse_unmodelled(how)
+    work = tensorize(work, how.tensorize)
     _refuse_sharded_frozen(work, how)
     if how.ranks > machines.size:
         raise StrategyError(_too_many(how, machines))
@@ -192,6 +194,11 @@ def _refuse_unmodelled(strategy: Strategy) -> None:
         raise UnsupportedError(
             f"checkpoint={strategy.checkpoint} with pipeline={strategy.pipeline} is not modelled: what a stage holds depends on how many "
             "micro-batches are in flight, for which no choice of layers is proven best; use checkpoint=full, none, sqrt or every:K"
+        )
+    if strategy.tensorize != "none" and strategy.tensor > 1:
+        raise UnsupportedError(
+            f"tensorize={strategy.tensorize} with tensor={strategy.tensor} is not modelled: the factors of a weight are not divided; use "
+            "tensor=1, or tensorize=none"
         )
     holders = strategy.data * strategy.context
     if holders % strategy.expert:

@@ -107,7 +107,7 @@ def test_flops_and_memory_are_those_of_a_recorded_step(kind):
 
 
 def test_what_cannot_be_converted_is_refused():
-    with pytest.raises(InputError, match="either error= "):
+    with pytest.raises(InputError, match="give one of error="):
         st.torch.tensorize(nn.Linear(4, 4), "low-rank")
     with pytest.raises(InputError, match="at least 1"):
         st.torch.tensorize(nn.Linear(4, 4), "low-rank", compression=0.5)

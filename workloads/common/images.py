@@ -6,7 +6,8 @@ with statistics and affine parameters in fp32. Sizes are of square images, given
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod, sqrt
 
 from simtrain.core.polynomial import ONE, B, as_polynomial
 from simtrain.core.precision import DTypeRole
@@ -22,10 +23,11 @@ class Filter:
     Attributes:
         inner: Channels read.
         outer: Channels written.
-        edge: Edge of the window, in pixels.
-        stride: Pixels between windows.
+        edge: Edge of the window, in pixels: its width where `rows` is given.
+        stride: Pixels between windows: along rows where `rows` is given.
         bias: Whether it has one.
         channels_last: Whether its images have their channels last in memory.
+        rows: Height of the window; 0 where it is square.
     """
 
     inner: int
@@ -34,6 +36,12 @@ class Filter:
     stride: int = 1
     bias: bool = False
     channels_last: bool = False
+    rows: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the window."""
+        return self.rows or self.edge, self.edge
 
 
 def images(edge: int, channels: int = 3) -> Tensor:
@@ -41,8 +49,10 @@ def images(edge: int, channels: int = 3) -> Tensor:
     return Tensor("input:images", B * (channels * edge * edge), FP32)
 
 
-def convolution(tape: Tape, x: str, name: str, out: str, kernel: Filter, *, pixels: int) -> str:
+def convolution(tape: Tape, x: str, name: str, out: str, kernel: Filter, *, pixels: int, holds: tuple[str, ...] = ()) -> str:
     """A convolution; one backward operator writes the gradients of input, filter and bias.
+
+    Where the tape's weights are tensorized it is a chain of convolutions.
 
     Args:
         tape: Where it is written.
@@ -51,17 +61,20 @@ def convolution(tape: Tape, x: str, name: str, out: str, kernel: Filter, *, pixe
         out: Name of the result.
         kernel: The filter.
         pixels: Written, for one sample and channel.
+        holds: Tensors that Python names keep alive until it returns.
     """
-    weight = tape.parameter(f"{name}.weight", kernel.outer, kernel.inner, kernel.edge, kernel.edge)
+    if tape.tensorized and (ranks := tape.tensorized.filter_ranks(kernel.inner, kernel.outer, *kernel.shape)):
+        return _chain(tape, x, name, out, kernel, ranks, pixels=pixels)
+    weight = tape.parameter(f"{name}.weight", kernel.outer, kernel.inner, *kernel.shape)
     b = tape.cast(tape.parameter(f"{name}.bias", kernel.outer), LOW) if kernel.bias else None
     w = tape.cast(weight, LOW)
     low = tape.cast(x, LOW)
-    rows, columns, depth = B * pixels, as_polynomial(kernel.outer), as_polynomial(kernel.inner * kernel.edge**2)
+    rows, columns, depth = B * pixels, as_polynomial(kernel.outer), as_polynomial(kernel.inner * prod(kernel.shape))
     dims = (Dim(Role.GROUPS, ONE), Dim(Role.PIXELS, rows), Dim(Role.CHANNELS, columns), Dim(Role.CHANNELS, depth))
     flops, window = gemm_flops(ONE, rows, columns, depth), Window(kernel.edge, kernel.stride, kernel.channels_last)
     reads = (low, w, b) if b else (low, w)
     written = Tensor(out, rows * kernel.outer, LOW)
-    tape.run(Operator(name, OperatorKind.CONVOLUTION, reads, (written,), dims=dims, flops=flops, window=window), holds=(x,))
+    tape.run(Operator(name, OperatorKind.CONVOLUTION, reads, (written,), dims=dims, flops=flops, window=window), holds=(x, *holds))
 
     def node() -> None:
         names = ([] if x.startswith("input:") else [low]) + [w, *([b] if b else [])]
@@ -84,6 +97,26 @@ def convolution(tape: Tape, x: str, name: str, out: str, kernel: Filter, *, pixe
 
     tape.node(node)
     return out
+
+
+def _chain(tape: Tape, x: str, name: str, out: str, kernel: Filter, ranks: tuple[int, ...], *, pixels: int) -> str:
+    """The convolutions of a Tucker form (two ranks) or of a train (three), as `simtrain.torch.tensorized` runs them."""
+    into, before = ranks[0], round(tape.tensors[x].elements(1, 1) / kernel.inner)
+    plain = replace(kernel, edge=1, stride=1, bias=False)
+    links = [("narrow", replace(plain, outer=into), before)]
+    if len(ranks) == 2:
+        links.append(("core", replace(kernel, inner=into, outer=ranks[1], bias=False), pixels))
+    else:
+        down = round(sqrt(before * pixels))  # its rows are those of the result already, its columns not yet
+        links.append(("rows", replace(plain, inner=into, outer=ranks[1], rows=kernel.edge), down))
+        links.append(("columns", replace(plain, inner=ranks[1], outer=ranks[2], edge=kernel.edge, stride=kernel.stride, rows=1), pixels))
+    links.append(("widen", replace(plain, inner=ranks[-1], bias=kernel.bias), pixels))
+    with tape.whole_weights():
+        held = x
+        for part, link, written in links:
+            last = part == "widen"
+            x = convolution(tape, x, f"{name}.{part}", out if last else f"{out}.{part}", link, pixels=written, holds=(held,))
+    return x
 
 
 def batch_norm(tape: Tape, x: str, name: str, out: str, *, channels: int) -> str:

@@ -43,7 +43,7 @@ def linear(
     weight: str | None = None,
     kind: TensorKind = TensorKind.ACTIVATION,
 ) -> str:
-    """A linear layer `out = x W^T + b`.
+    """A linear layer `out = x W^T + b`; two of them, through a narrow result, where the tape's weights are of low rank.
 
     Args:
         tape: Where it is written.
@@ -58,6 +58,11 @@ def linear(
         weight: Name of a weight that is registered already.
         kind: What the result is counted as.
     """
+    if weight is None and tape.tensorized and (ranks := tape.tensorized.matrix_ranks(inner.width, outer.width)):
+        middle, held, narrow = Axis(Role.HIDDEN, ranks[0]), (x, *holds), f"{name}.narrow"
+        with tape.whole_weights():
+            linear(tape, x, f"{name}.v", narrow, tokens=tokens, inner=inner, outer=middle, bias=False, holds=held)
+            return linear(tape, narrow, f"{name}.u", out, tokens=tokens, inner=middle, outer=outer, bias=bias, holds=held, kind=kind)
     weight = weight or tape.parameter(f"{name}.weight", outer.width, inner.width)
     b = tape.cast(tape.parameter(f"{name}.bias", outer.width), LOW) if bias else None
     w = tape.cast(weight, LOW)

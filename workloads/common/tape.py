@@ -12,11 +12,13 @@ nothing of it `touched`, so that it lives on but costs no bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from simtrain.core.polynomial import Polynomial, as_polynomial
 from simtrain.core.precision import DTypeRole
+from simtrain.core.tensorize import Tensorization
 from simtrain.core.workload import Layer, Operator, OperatorKind, Parameter, Tensor, TensorKind
 
 Node = Callable[[], None]
@@ -27,9 +29,11 @@ class Tape:
 
     Args:
         given: Tensors that come from outside (the layer's input, the batch).
+        tensorized: The form of the layer's weights; `None` where they are whole.
     """
 
-    def __init__(self, *given: Tensor) -> None:
+    def __init__(self, *given: Tensor, tensorized: Tensorization | None = None) -> None:
+        self.tensorized = tensorized
         self.tensors: dict[str, Tensor] = {t.name: t for t in given}
         self.parameters: list[Parameter] = []
         self._forward: list[Operator] = []
@@ -56,6 +60,15 @@ class Tape:
         self.tensors[name] = Tensor(name, as_polynomial(parameter.elements), DTypeRole.PARAMETER)
         self._targets[name] = gradient or f"grad:{name}"
         return name
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Within it weights are not tensorized (the factors of one that is)."""
+        kept, self.tensorized = self.tensorized, None
+        try:
+            yield
+        finally:
+            self.tensorized = kept
 
     def buffer(self, size_bytes: int) -> None:
         """Counts what a layer stores beside its parameters (running statistics)."""

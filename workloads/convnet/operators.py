@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from simtrain.core.errors import UnsupportedError
 from simtrain.core.polynomial import ONE, B, as_polynomial
-from simtrain.core.workload import Layer, Role, Tensor, Workload
+from simtrain.core.tensorize import Tensorization
+from simtrain.core.workload import Form, Layer, Role, Tensor, Workload
 from workloads.common.images import (
     Filter,
     add_in_place,
@@ -26,7 +28,7 @@ from workloads.common.tape import Tape
 from workloads.convnet.spec import Block, ConvNetSpec
 
 
-def workload(spec: ConvNetSpec, *, name: str = "convnet", description: str = "", source: str = "") -> Workload:
+def workload(spec: ConvNetSpec, *, name: str = "convnet", description: str = "", source: str = "", form: Form | None = None) -> Workload:
     """Returns the workload of a spec.
 
     Args:
@@ -34,15 +36,36 @@ def workload(spec: ConvNetSpec, *, name: str = "convnet", description: str = "",
         name: Of the workload.
         description: One line.
         source: Where the numbers come from.
+        form: How the blocks' weights are written; nothing else of it applies to images.
+
+    Raises:
+        UnsupportedError: A form that divides layers.
     """
+    form = form or Form()
+    divided = [n for n in ("tensor", "context", "expert") if getattr(form, n) > 1]
+    if divided:
+        raise UnsupportedError(
+            f"{name} is known as a whole only, so that {' and '.join(divided)} parallelism cannot divide it; data and pipeline parallelism "
+            "and ZeRO can"
+        )
     layers = [stem(spec)]
     for index, blocks in enumerate(spec.stages, start=1):
         groups = [(block, len(list(equal))) for block, equal in groupby(blocks)]
         names = [f"stage{index}"] if len(groups) == 1 else [f"stage{index}.first", f"stage{index}.rest"]
-        layers += [residual_block(spec, block, layer_name, repeats) for layer_name, (block, repeats) in zip(names, groups, strict=True)]
+        for layer_name, (block, repeats) in zip(names, groups, strict=True):
+            layers.append(residual_block(spec, block, layer_name, repeats, form.tensorized))
     layers.append(head(spec))
     input_bytes = B * (4 * 3 * spec.image_size**2 + 8)
-    return Workload(name, tuple(layers), 1, "image", input_bytes, description, source)
+    return Workload(
+        name,
+        tuple(layers),
+        1,
+        "image",
+        input_bytes,
+        description,
+        source,
+        reform=lambda form: workload(spec, name=name, description=description, source=source, form=form),
+    )
 
 
 def stem(spec: ConvNetSpec) -> Layer:
@@ -58,9 +81,9 @@ def stem(spec: ConvNetSpec) -> Layer:
     return tape.layer("stem", out=x, cut=cut, cut_role=LOW, inputs=False, safe_to_recompute=spec.recomputable)
 
 
-def residual_block(spec: ConvNetSpec, block: Block, name: str, repeats: int) -> Layer:
+def residual_block(spec: ConvNetSpec, block: Block, name: str, repeats: int, tensorized: Tensorization | None = None) -> Layer:
     """Two or three convolutions with norms, added to a shortcut; strides sit on the (first) 3x3 convolution, as in torchvision."""
-    tape = Tape(Tensor("x", B * (block.inner * block.pixels_in), LOW))
+    tape = Tape(Tensor("x", B * (block.inner * block.pixels_in), LOW), tensorized=tensorized)
     inner, width = block.inner, block.width
     if spec.bottleneck:
         filters = [_filter(spec, inner, width), _filter(spec, width, width, 3, block.stride), _filter(spec, width, block.outer)]

@@ -122,7 +122,7 @@ def block(part: Part, *, has_experts: bool = False, repeats: int = 1, name: str 
     """
     transform = _expert_part if has_experts else feed_forward
     spec, wide = part.spec, part.resident * part.spec.hidden
-    tape = Tape(Tensor("x", wide, HIGH))
+    tape = Tape(Tensor("x", wide, HIGH), tensorized=part.form.tensorized)
     if spec.norm_position == "pre":
         _normalize(tape, "x", "norm_1", "n1", part)
         attention(tape, "n1", "a", part)

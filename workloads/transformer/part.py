@@ -30,6 +30,9 @@ class Part:
         self._divides("heads", self.spec.heads, self.form.tensor, "tensor")
         self._divides("ffn width", self.spec.ffn_width, self.form.tensor, "tensor")
         self._check_experts()
+        if self.form.tensorized and (self.spec.experts or self.spec.kv_rank):
+            what = "experts" if self.spec.experts else "latent attention, whose weights are of low rank already"
+            raise UnsupportedError(f"tensorized weights are not modelled with {what}: use tensorize=none")
         if self.spec.kv_rank and self.form.context > 1 and self.form.context_style == "ulysses":
             raise UnsupportedError("context_style=ulysses is not modelled with latent attention: use context_style=ring")
         if self.form.sequence_parallel and self.form.tensor == 1:

@@ -25,7 +25,9 @@ CASES = {
     "gpt without biases": ("gpt", SMALL | {"fused_qkv": False, "kv_heads": 2, "bias": False}, FORMS[0]),
     "llama": ("llama", SMALL | {"ffn": 96, "kv_heads": 2}, FORMS[1]),
     "bert": ("bert", SMALL, FORMS[0]),
-    **{f"resnet18 {form}": ("resnet18", {"image_size": 64, "width": 16}, form) for form in ("tucker:compression=3", "tensor-train:rank=20")},
+    **{
+        f"resnet18 {form}": ("resnet18", {"image_size": 64, "width": 16}, form) for form in ("tucker:compression=3", "tensor-train:rank=20")
+    },
     "resnet50": ("resnet50", {"image_size": 64, "width": 16}, "tucker:rank=24"),
     "vit": ("vit-tiny", {"layers": 3, "image_size": 64}, "low-rank:compression=4"),
 }

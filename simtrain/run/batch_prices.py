@@ -75,7 +75,9 @@ def price_list(
         StrategyError: A pipeline, whose steps do not grow evenly with accumulation, or no micro-batch that fits.
     """
     if strategy.pipeline > 1 or strategy.plan:
-        raise StrategyError("a batch that follows the noise scale is priced for even replicas without a pipeline: give pipeline=1 and no plan")
+        raise StrategyError(
+            "a batch that follows the noise scale is priced for even replicas without a pipeline: give pipeline=1 and no plan"
+        )
     times_s: dict[int, tuple[float, float, float]] = {}
     memory_bytes: dict[int, float] = {}
     capacity_bytes, assumptions = 0.0, dict[str, None]()

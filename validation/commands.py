@@ -11,6 +11,7 @@ import typer
 
 from simtrain.cli.output import write_json, write_table
 from simtrain.core.errors import InputError, UnknownNameError
+from validation.run_commands import validate_batch_law, validate_proposal
 
 if TYPE_CHECKING:
     from validation.compare import ComparisonReport
@@ -37,6 +38,8 @@ def register(app: typer.Typer) -> None:
     validate.command("batch")(validate_batch)
     validate.command("quality")(validate_quality)
     validate.command("memory")(validate_memory)
+    validate.command("batch-law")(validate_batch_law)
+    validate.command("proposal")(validate_proposal)
     app.add_typer(validate, name="validate")
 
 

@@ -140,6 +140,12 @@ class Predictor:
         self._least, self._noise = least, (lambda progress: noise_factor * noise(progress))
         self._prices = cache(self._price)
 
+    def with_noise(self, factor: float) -> Predictor:
+        """Returns a predictor with another factor on the noise scale, which shares the prices."""
+        other = Predictor(self.job, self.cluster, factor)
+        other._prices = self._prices
+        return other
+
     def variant(self, components: Sequence[str]) -> Variant:
         """Predicts a combination.
 
@@ -182,7 +188,7 @@ class Predictor:
         training = Training(self._least, self._noise, prices, kept)
         if "dynamic batch" not in components:
             return play_fixed(training, start, stretches=_DECISIONS)
-        ceilings = [start.batch * 2**i for i in range(1, 1 + int(math.log2(self.job.max_batch / start.batch)))]
+        ceilings = [start.batch * 2**i for i in range(1 + int(math.log2(self.job.max_batch / start.batch)))]
         if kept is None:  # the law itself knows where to stop
             ceilings = ceilings[-1:]
         measured = max(1, round(play_fixed(training, start, stretches=_DECISIONS).steps / _DECISIONS))
@@ -261,24 +267,22 @@ def predict_job(name: str, cluster: str = CLUSTER, boards: Sequence[str] = BOARD
     if (devices := catalog.cluster(cluster).size) < job.baseline.data:
         raise InputError(f"the table is of {job.baseline.data} devices; {cluster!r} has {devices}")
     subsets = [pair for count in range(len(COMPONENTS) + 1) for pair in combinations(COMPONENTS, count)]
-    predictors = [Predictor(job, cluster, factor) for factor in NOISE_FACTORS]
-    for other in predictors[1:]:
-        other._prices = predictors[0]._prices  # noqa: SLF001  (prices do not depend on the noise scale)
+    first = Predictor(job, cluster)
+    predictors = [first.with_noise(factor) for factor in NOISE_FACTORS]
     by_factor = [[p.variant(subset) for subset in subsets] for p in predictors]
     variants = tuple(by_factor[NOISE_FACTORS.index(1.0)])
-    ranges = {
-        v.components: _ends([1 - rows[i].time_h / rows[0].time_h for rows in by_factor], min, max) for i, v in enumerate(variants)
-    }
+    ranges = {v.components: _ends([1 - rows[i].time_h / rows[0].time_h for rows in by_factor], min, max) for i, v in enumerate(variants)}
     time = {frozenset(v.components): v.time_h for v in variants}
     nothing = time[frozenset()]
     interactions = {
-        (a, b): time[frozenset((a, b))] * nothing / (time[frozenset((a,))] * time[frozenset((b,))]) - 1 for a, b in combinations(COMPONENTS, 2)
+        (a, b): time[frozenset((a, b))] * nothing / (time[frozenset((a,))] * time[frozenset((b,))]) - 1
+        for a, b in combinations(COMPONENTS, 2)
     }
     scaling = {}
     for board in boards:
         there = Predictor(job, board)
         scaling[board] = (there.variant(()).scaling, there.variant(COMPONENTS).scaling)
-    return JobTable(name, variants, ranges, interactions, scaling, predictors[0].noise_source)
+    return JobTable(name, variants, ranges, interactions, scaling, first.noise_source)
 
 
 def _ends(values: list[float], least: Callable[[list[float]], float], most: Callable[[list[float]], float]) -> tuple[float, float]:

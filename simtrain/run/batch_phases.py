@@ -6,11 +6,18 @@ from itertools import groupby
 
 import numpy as np
 
-from simtrain.core.errors import InputError
+from simtrain.core.errors import InputError, UnsupportedError
+from simtrain.core.hardware import Cluster
+from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
+from simtrain.core.workload import Workload
 from simtrain.run.batch_policy import BatchChoice, BatchPolicy, Price
+from simtrain.run.batch_prices import price_list
 from simtrain.run.batch_run import BatchRun, Training, play
-from simtrain.run.course import Learning, Phase, effective_grid
+from simtrain.run.course import Learning, Phase, Target, effective_grid
+from simtrain.run.learning import find_learning
+from simtrain.run.loss_laws import KAPLAN_NOISE, LossLaw, NoiseGrowth
+from simtrain.run.state_price import PriceBook
 
 _MEASUREMENTS = 500  # of the noise scale over a run, about: enough to follow it, few enough to be fast
 
@@ -75,3 +82,54 @@ def plan_phases(policy: BatchPolicy, training: Training, strategy: Strategy) -> 
         for i, (micro, k, steps) in enumerate(stays)
     ]
     return tuple(phases), run
+
+
+def dynamic_phases(
+    workload: Workload,
+    cluster: Cluster,
+    strategy: Strategy,
+    until: Target,
+    *,
+    law: LossLaw | str | None = None,
+    noise: NoiseGrowth | None = KAPLAN_NOISE,
+    max_batch: int | None = None,
+    runtime: Runtime | str | None = None,
+) -> tuple[Phase, ...]:
+    """Returns the phases of a run whose batch follows the noise scale on the way to a loss, for `simulate_run(phases=...)`.
+
+    Args:
+        workload: What is trained.
+        cluster: On what.
+        strategy: The first batch, and everything else.
+        until: A loss.
+        law: Of the loss.
+        noise: How the noise scale grows.
+        max_batch: Samples a step, at most; 16 times the first batch by default.
+        runtime: What carries it out.
+
+    Raises:
+        InputError: The target is no loss, or the first batch is above the largest.
+        UnsupportedError: Replicas that do not exchange every step's gradients, whose noise scale is not modelled.
+    """
+    if until.loss is None:
+        raise InputError(f"a dynamic batch needs a loss as target, not {until}: only a loss tells how the noise scale grows")
+    if strategy.compression != "none" or strategy.low_communication:
+        raise UnsupportedError("a dynamic batch is modelled where every step's gradients are exchanged whole")
+    learning = find_learning(PriceBook(workload, cluster, runtime), until, law, noise)
+    if learning is None:
+        raise InputError("a dynamic batch needs a loss law")
+    first = BatchChoice(strategy.micro_batch, strategy.accumulation, strategy.data)
+    largest = max_batch or 16 * first.batch
+    if largest < first.batch:
+        raise InputError(f"the first batch has {first.batch} samples, more than the largest of {largest}")
+    prices = price_list(workload, cluster, strategy, _doublings(strategy.micro_batch, largest // strategy.data), runtime=runtime)
+    policy = prices.policy(max_batch=largest, max_accumulation=max(strategy.accumulation, largest // first.replicas // min(prices.times_s)))
+    training = training_to_loss(learning, until.loss, float(workload.sequence), prices)
+    return plan_phases(policy, training, strategy)[0]
+
+
+def _doublings(micro_batch: int, largest: int) -> list[int]:
+    sizes = [micro_batch]
+    while 2 * sizes[-1] <= largest:
+        sizes.append(2 * sizes[-1])
+    return sizes

@@ -58,8 +58,8 @@ class Training:
         kept = 1 / (1 + noise / self.kept_rate_batch)
         if kept >= 2 * own:
             raise InputError(
-                f"at the learning rate of batch {self.kept_rate_batch} and a noise scale of {noise:.4g} samples, steps of {batch:g} samples "
-                "get nowhere: let the rate follow the batch"
+                f"at the learning rate of batch {self.kept_rate_batch} and a noise scale of {noise:.4g} samples, "
+                f"steps of {batch:g} samples get nowhere: let the rate follow the batch"
             )
         return kept * (2 - kept / own)
 

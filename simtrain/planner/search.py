@@ -27,7 +27,7 @@ from simtrain.planner.found import Failure, Plan
 from simtrain.planner.objectives import BALANCED, OBJECTIVES, PRICED, TIMED, Judge, Limits, Objective, Weights, check_degrees, weights_of
 from simtrain.planner.robust import FINALISTS, ModelError, check_robust, order, outlooks, settled
 from simtrain.planner.screen import REFUSALS, Screen
-from simtrain.planner.space import Block, Candidate, Wishes, blocks, check_fixed, default_runtimes
+from simtrain.planner.space import Block, Candidate, Wishes, blocks, check_fixed, default_runtimes, merged
 from simtrain.planner.why import feasible, near_limits, why
 from simtrain.step.predict import estimate, schedule, simulate
 
@@ -147,7 +147,7 @@ def plan(
 def _listed(
     workload: Workload, cluster: Cluster, batches: Sequence[int], frameworks: Sequence[Runtime], wishes: Wishes
 ) -> tuple[Block, ...]:
-    return tuple(b for batch in batches for b in blocks(workload, cluster, batch, frameworks, wishes)[0])
+    return merged([b for batch in batches for b in blocks(workload, cluster, batch, frameworks, wishes)[0]])
 
 
 def dividing(cluster: Cluster, tried: Sequence[Runtime]) -> tuple[Runtime, ...]:

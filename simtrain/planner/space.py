@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -141,6 +141,24 @@ class Block:
             chunks=chunks,
             **self.rest,
         )
+
+
+def merged(space: Sequence[Block]) -> tuple[Block, ...]:
+    """The same candidates in as few blocks as can be: what differs in its micro-batches alone is one block."""
+    alike: dict[tuple[Any, ...], list[Block]] = {}
+    for block in space:
+        choices = (block.precisions, block.checkpoints, block.zeros, block.splits, block.schedules)
+        alike.setdefault((block.runtime, *choices, *block.degrees.items(), *block.rest.items()), []).append(block)
+    return tuple(_joined(blocks) for blocks in alike.values())
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    batches = list(dict.fromkeys(pair for block in blocks for pair in block.micro_batches))
+    place = {pair: i for i, pair in enumerate(batches)}
+    codes = [b.codes.copy() for b in blocks]
+    for block, own in zip(blocks, codes, strict=True):
+        own[:, 0] = np.array([place[pair] for pair in block.micro_batches])[own[:, 0]]
+    return replace(blocks[0], micro_batches=tuple(batches), codes=np.concatenate(codes))
 
 
 @dataclass(frozen=True, slots=True)

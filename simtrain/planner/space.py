@@ -21,6 +21,9 @@ from simtrain.step.setting import resolve
 from simtrain.step.shard import rank_form
 
 AMP = ("fp32", "tf32", "fp16-amp", "bf16-amp")
+DIVIDING = ("megatron", "fsdp2")
+"""Runtimes that divide a model over devices."""
+
 LONGEST_SEQUENCE = 8192
 """Tokens above which a sequence is worth dividing (a choice of the search, not a limit of the engine)."""
 
@@ -188,6 +191,13 @@ def default_runtimes(cluster: Cluster) -> tuple[Runtime, ...]:
         return (find_runtime("torch-eager-cpu"),)
     names = ("torch-eager",) if len(cluster.nodes) == 1 else ("megatron", "fsdp2")
     return tuple(find_runtime(n) for n in names)
+
+
+def dividing(cluster: Cluster, tried: Sequence[Runtime]) -> tuple[Runtime, ...]:
+    """Runtimes that divide a model over the devices, where that is possible, without those that are tried anyway."""
+    if cluster.size == 1 or any(d.device_class == "cpu" for d in cluster.devices):
+        return ()
+    return tuple(find_runtime(n) for n in DIVIDING if n not in {r.name for r in tried})
 
 
 def check_fixed(fixed: Mapping[str, Any]) -> dict[str, Any]:

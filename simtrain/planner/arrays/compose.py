@@ -12,7 +12,7 @@ import numpy as np
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import precision
 from simtrain.core.program import IntArray
-from simtrain.planner.arrays.holding import Held, Placed, moments
+from simtrain.planner.arrays.holding import Held, Placed, alike
 from simtrain.planner.arrays.layers import PASSES, ROLES
 from simtrain.planner.arrays.paths import WIDTH, Part, find_paths, projected_micro_batches, walk
 from simtrain.planner.arrays.stages import Division
@@ -94,14 +94,6 @@ def _exposed(q: FloatArray, tails: FloatArray) -> FloatArray:
 def _passes(parts: FloatArray) -> FloatArray:
     """Both passes of a block, of what stands before the blocks and behind them; shape (candidates, 3)."""
     return parts[:, Part.FORWARD : Part.FORWARD + 3] + parts[:, Part.BACKWARD : Part.BACKWARD + 3]
-
-
-def _alike(values: IntArray) -> list[tuple[int, IntArray]]:
-    """Distinct values, each with where it stands."""
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    cuts = np.flatnonzero(np.diff(ordered)) + 1
-    return [(int(values[rows[0]]), rows) for rows in np.split(order, cuts) if len(rows)]
 
 
 def _paced(quantities: FloatArray, host: FloatArray, own: FloatArray, issued: FloatArray, counts: IntArray) -> FloatArray:
@@ -339,7 +331,7 @@ class _Part:
         """The longest paths of candidates, projected from shorter steps where micro-batches are many; see `_times`."""
         found = np.zeros(len(profile))
         parts: dict[tuple[int, int], list[IntArray]] = {}
-        for count, rows in _alike(accumulation):
+        for count, rows in alike(accumulation):
             parts.setdefault(steps[count], []).append(rows)
         for (short, longer), lists in parts.items():
             rows = np.concatenate(lists)
@@ -383,43 +375,9 @@ class _Part:
         always = (runtime.main_gradients or (runtime.gradient_as_bucket_view and self._reduces)) | (zeros == 2)
         for v in self.used[5]:
             rows = np.flatnonzero(self.forms[profile, 5] == v)
-            kinds[rows] = self._fullest(held, v, profile[rows], count[rows], at, always)
+            division, (schedule, chunks) = self._division(v), self.block.schedules[v] if self.stages > 1 else ("1f1b", 1)
+            orders = {n: plan(schedule, self.stages, chunks, n) for n in np.unique(count[rows]).tolist()}
+            stages = [Placed.of(division.order, stage, division.counts, self.lengths) for stage in division.stages]
+            kinds[rows] = held.fullest(stages, orders, division.counts, profile[rows], count[rows], at, always)
         device = kinds.sum(axis=1) * runtime.reserved_factor + self._gather("outside_bytes")[profile]
         return device[back.ravel()], kinds.astype(np.float32)[back.ravel()]
-
-    def _fullest(
-        self, held: Held, v: int, profile: IntArray, count: IntArray, at: tuple[IntArray, ...], always: np.ndarray
-    ) -> FloatArray:
-        """What the allocator of the fullest stage holds at its fullest moment, by kind, with one schedule."""
-        division = self._division(v)
-        schedule, chunks = self.block.schedules[v] if self.stages > 1 else ("1f1b", 1)
-        numbers = _alike(count)
-        level = np.full(len(profile), -np.inf)
-        chosen = np.zeros(len(profile), dtype=np.int64)
-        stages: list[tuple[FloatArray, FloatArray, np.ndarray]] = []
-        used, back = np.unique(profile, return_inverse=True)
-        back = back.ravel()
-        for i, stage in enumerate(division.stages):
-            placed = Placed.of(division.order, stage, division.counts, self.lengths)
-            features = held.features(placed, tuple(a[used] for a in at), always[used])
-            total = features.sum(axis=2)
-            coefficients = np.zeros((len(profile), total.shape[1]))
-            fullest = np.zeros(len(profile))
-            for number, rows in numbers:
-                counts = moments(plan(schedule, self.stages, chunks, number), stage, division.counts)[:, placed.columns]
-                reached = total[back[rows]] @ counts.T
-                coefficients[rows] = counts[reached.argmax(axis=1)]
-                fullest[rows] = reached.max(axis=1)
-            updating = (total @ placed.gradients + held.update[used, i].sum(axis=1))[back]
-            later = updating > fullest
-            coefficients[later] = placed.gradients
-            whole = np.maximum(fullest, updating) + held.fixed[used, i].sum(axis=1)[back]
-            more = whole > level
-            level[more], chosen[more] = whole[more], i
-            stages.append((features, coefficients, later))
-        kinds = held.fixed[profile, chosen]
-        for i, (features, coefficients, later) in enumerate(stages):
-            own = np.flatnonzero(chosen == i)
-            kinds[own] += np.where(later[own, None], held.update[profile[own], i], 0.0)
-            kinds[own] += np.einsum("nf,nfk->nk", coefficients[own], features[back[own]])
-        return kinds

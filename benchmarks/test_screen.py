@@ -10,7 +10,7 @@ import simtrain as st
 from simtrain.core.runtime import runtime
 from simtrain.planner.arrays.compose import estimate_block
 from simtrain.planner.arrays.tables import Tables
-from simtrain.planner.space import Block, Wishes, blocks
+from simtrain.planner.space import Block, Wishes, blocks, merged
 from tests.planner.arrays.agreement import QUESTIONS, Gap, gaps, summary
 
 BATCHES = (512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144)
@@ -44,7 +44,7 @@ def test_hundreds_of_thousands_of_candidates_of_gpt3_on_512_gpus(benchmark):
     names = ("megatron",)
     wishes = Wishes(None, None, None, "adamw", cluster.size, {})
     narrow = [b for batch in BATCHES for b in blocks(workload, cluster, batch, [runtime(n) for n in names], wishes)[0]]
-    space = [widened(b, workload) for b in narrow]
+    space = merged([widened(b, workload) for b in narrow])
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tables = Tables(workload, cluster)
     known = sum(int(estimate_block(tables, block).covered.sum()) for block in space)

@@ -27,7 +27,7 @@ from simtrain.planner.found import Failure, Plan
 from simtrain.planner.objectives import BALANCED, OBJECTIVES, PRICED, TIMED, Judge, Limits, Objective, Weights, check_degrees, weights_of
 from simtrain.planner.robust import FINALISTS, ModelError, check_robust, order, outlooks, settled
 from simtrain.planner.screen import REFUSALS, Screen
-from simtrain.planner.space import Block, Candidate, Wishes, blocks, check_fixed, default_runtimes
+from simtrain.planner.space import Block, Candidate, Wishes, blocks, check_fixed, default_runtimes, dividing, merged
 from simtrain.planner.why import feasible, near_limits, why
 from simtrain.step.predict import estimate, schedule, simulate
 
@@ -47,9 +47,6 @@ MARGIN = 0.01
 SIMULATED = 3
 LONG_STEP = 4_000
 """Instructions of a step beyond which it is scheduled for few and simulated for none."""
-
-DIVIDING = ("megatron", "fsdp2")
-"""Runtimes that divide a model over devices."""
 
 PATIENCE_S = 40.0
 """Screening stops after so long and the plan says that it is not complete."""
@@ -147,14 +144,7 @@ def plan(
 def _listed(
     workload: Workload, cluster: Cluster, batches: Sequence[int], frameworks: Sequence[Runtime], wishes: Wishes
 ) -> tuple[Block, ...]:
-    return tuple(b for batch in batches for b in blocks(workload, cluster, batch, frameworks, wishes)[0])
-
-
-def dividing(cluster: Cluster, tried: Sequence[Runtime]) -> tuple[Runtime, ...]:
-    """Runtimes that divide a model over the devices, where that is possible, without those that are tried anyway."""
-    if cluster.size == 1 or any(d.device_class == "cpu" for d in cluster.devices):
-        return ()
-    return tuple(find_runtime(n) for n in DIVIDING if n not in {r.name for r in tried})
+    return merged([b for batch in batches for b in blocks(workload, cluster, batch, frameworks, wishes)[0]])
 
 
 def _wider(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -21,6 +21,9 @@ from simtrain.step.setting import resolve
 from simtrain.step.shard import rank_form
 
 AMP = ("fp32", "tf32", "fp16-amp", "bf16-amp")
+DIVIDING = ("megatron", "fsdp2")
+"""Runtimes that divide a model over devices."""
+
 LONGEST_SEQUENCE = 8192
 """Tokens above which a sequence is worth dividing (a choice of the search, not a limit of the engine)."""
 
@@ -143,6 +146,24 @@ class Block:
         )
 
 
+def merged(space: Sequence[Block]) -> tuple[Block, ...]:
+    """The same candidates in as few blocks as can be: what differs in its micro-batches alone is one block."""
+    alike: dict[tuple[Any, ...], list[Block]] = {}
+    for block in space:
+        choices = (block.precisions, block.checkpoints, block.zeros, block.splits, block.schedules)
+        alike.setdefault((block.runtime, *choices, *block.degrees.items(), *block.rest.items()), []).append(block)
+    return tuple(_joined(blocks) for blocks in alike.values())
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    batches = list(dict.fromkeys(pair for block in blocks for pair in block.micro_batches))
+    place = {pair: i for i, pair in enumerate(batches)}
+    codes = [b.codes.copy() for b in blocks]
+    for block, own in zip(blocks, codes, strict=True):
+        own[:, 0] = np.array([place[pair] for pair in block.micro_batches])[own[:, 0]]
+    return replace(blocks[0], micro_batches=tuple(batches), codes=np.concatenate(codes))
+
+
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """What narrows the space; `None` leaves it to the runtime's habits.
@@ -170,6 +191,13 @@ def default_runtimes(cluster: Cluster) -> tuple[Runtime, ...]:
         return (find_runtime("torch-eager-cpu"),)
     names = ("torch-eager",) if len(cluster.nodes) == 1 else ("megatron", "fsdp2")
     return tuple(find_runtime(n) for n in names)
+
+
+def dividing(cluster: Cluster, tried: Sequence[Runtime]) -> tuple[Runtime, ...]:
+    """Runtimes that divide a model over the devices, where that is possible, without those that are tried anyway."""
+    if cluster.size == 1 or any(d.device_class == "cpu" for d in cluster.devices):
+        return ()
+    return tuple(find_runtime(n) for n in DIVIDING if n not in {r.name for r in tried})
 
 
 def check_fixed(fixed: Mapping[str, Any]) -> dict[str, Any]:

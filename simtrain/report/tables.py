@@ -134,6 +134,8 @@ def plan_table(plan: Plan, top: int = 10) -> RenderableType:
 
 def _counts(plan: Plan) -> str:
     counts = f"{plan.considered} strategies: {len(plan.ranked)} fit, {len(plan.failed)} do not"
+    if plan.unlisted:
+        counts += f", {plan.unlisted} more are too large for memory and not listed"
     if plan.passed_over:
         counts += f", {plan.passed_over} are outpaced by a bound or a projection"
     return counts + f" ({format_time(plan.elapsed_s)})"

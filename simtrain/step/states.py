@@ -58,26 +58,26 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     """What is there all the time on a rank, by kind."""
     row = np.zeros(len(KINDS))
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
-    parameters = [p for chunk in lane.chunks for p in chunk.parameters]
     whole_size = 0 if fully_sharded(setting) and precision.master is not None else precision.parameter.size_bytes
-    for parameter, block in lane_parameters(lane):
+    trained = {False: 0, True: 0}
+    for layer, parameter in ((x, p) for chunk in lane.chunks for x in chunk.workload.layers for p in x.parameters if p.tied_to is None):
         over = shards(setting, expert=parameter.expert)
         spread = over if strategy.zero == 3 else 1
         weights = _rounded(parameter.elements / spread, whole_size, runtime.allocator == "caching")
-        row[COLUMN[MemoryKind.PARAMETER]] += weights[0]
-        row[COLUMN[MemoryKind.ROUNDING]] += weights[1]
+        row[COLUMN[MemoryKind.PARAMETER]] += layer.repeats * weights[0]
+        row[COLUMN[MemoryKind.ROUNDING]] += layer.repeats * weights[1]
         if not parameter.trained:
             continue
-        for elements, size in state_tensors(strategy.optimizer, parameter, precision, block=block):
+        trained[parameter.expert] += layer.repeats * parameter.elements
+        for elements, size in state_tensors(strategy.optimizer, parameter, precision, block=layer.block):
             state = _rounded(elements, size, runtime.allocator == "caching" and elements > 1)
-            row[COLUMN[MemoryKind.OPTIMIZER]] += state[0] / over
-            row[COLUMN[MemoryKind.ROUNDING]] += state[1] / over
-    for expert in (False, True):
-        total = sum(p.elements for p in parameters if p.trained and p.expert is expert)
+            row[COLUMN[MemoryKind.OPTIMIZER]] += layer.repeats * state[0] / over
+            row[COLUMN[MemoryKind.ROUNDING]] += layer.repeats * state[1] / over
+    for expert, total in trained.items():
         holders = strategy.data * strategy.context // (strategy.expert if expert else 1)
         _add_gradients(row, setting, total, shards(setting, expert=expert), holders)
     if strategy.zero == 2:
-        whole = sum(p.elements for p in parameters if p.trained) * precision.parameter.size_bytes
+        whole = sum(trained.values()) * precision.parameter.size_bytes
         row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, whole)
     row[COLUMN[MemoryKind.COMMUNICATION]] += held_bytes(setting, lane)
     if (rare := rare_exchange(setting, lane)) is not None:

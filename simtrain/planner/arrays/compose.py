@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import precision
 from simtrain.core.program import IntArray
-from simtrain.planner.arrays.holding import FEATURES, GROUPS, groups, moments
+from simtrain.planner.arrays.holding import Held, Placed, alike
 from simtrain.planner.arrays.layers import PASSES, ROLES
 from simtrain.planner.arrays.paths import WIDTH, Part, find_paths, projected_micro_batches, walk
 from simtrain.planner.arrays.stages import Division
@@ -23,17 +23,6 @@ from simtrain.step.schedules import plan
 
 SCHEDULES = ("1f1b", "interleaved")
 CHECKPOINTS = ("none", "full", "selective")
-
-COVERED = frozenset(
-    {
-        *("data", "micro_batch", "accumulation", "precision", "optimizer", "checkpoint", "zero", "tensor", "sequence_parallel"),
-        *("pipeline", "schedule", "chunks", "context", "context_style"),
-    }
-)
-"""Fields of a strategy that may differ from their defaults."""
-
-WIRE_SIZES = (2.0**10, 2.0**18, 2.0**22, 2.0**26, 2.0**30)
-"""Messages by whose times groups are told apart."""
 
 REPEATS = 2
 """Times that overlaps of reductions and passes are found anew."""
@@ -90,7 +79,7 @@ def estimate_block(tables: Tables, block: Block) -> Estimates:
     if covered.any():
         part = _Part(tables, block, np.flatnonzero(covered))
         times[covered], device[covered], energy[covered], kinds[covered] = part.evaluate()
-        sure[covered] = part.sure & ~part.lags
+        sure[covered] = part.sure & ~part.lags[part.profile]
     return Estimates(covered, sure, times, device, energy, kinds)
 
 
@@ -107,23 +96,62 @@ def _passes(parts: FloatArray) -> FloatArray:
     return parts[:, Part.FORWARD : Part.FORWARD + 3] + parts[:, Part.BACKWARD : Part.BACKWARD + 3]
 
 
+def _paced(quantities: FloatArray, host: FloatArray, own: FloatArray, issued: FloatArray, counts: IntArray) -> FloatArray:
+    """Quantities of profiles with the passes of a stage and of a block as long as their hosts take.
+
+    Args:
+        quantities: On the device.
+        host: On the host.
+        own: Passes of the first stage, one between and the last, on the device.
+        issued: The same on the host.
+        counts: Blocks of each stage.
+    """
+    passes = _passes(quantities)
+    stage = np.maximum(own, issued)
+    block = np.maximum(passes[:, 0], _passes(host)[:, 0])
+    ends = np.stack([stage[:, 0] - counts[0] * block, stage[:, 2] - counts[-1] * block], axis=1)
+    scale = np.stack([block / passes[:, 0], *(ends / passes[:, 1:]).T], axis=1)
+    paced = quantities.copy()
+    paced[:, : Part.FIRST] *= np.tile(scale, 2)
+    return paced
+
+
 def _allowed(values: Sequence[Any], known: Sequence[Any]) -> np.ndarray:
     return np.array([v in known for v in values], dtype=bool)
 
 
 class _Part:
-    """The covered candidates of a block."""
+    """The covered candidates of a block.
+
+    Nothing but the number of micro-batches differs among candidates of one profile: what they share is computed once.
+
+    Attributes:
+        forms: For each profile the index of its samples in a micro-batch and of the other choices (`Block.codes`).
+        profile: The profile of each candidate.
+        accumulation: Its micro-batches.
+        sure: Whether its time is close.
+    """
 
     def __init__(self, tables: Tables, block: Block, chosen: IntArray) -> None:
         self.tables, self.block = tables, block
-        self.codes = block.codes[chosen]
+        codes = block.codes[chosen]
+        listed = np.array(block.micro_batches, dtype=np.int64)
+        self.sizes, size_of = np.unique(listed[:, 0], return_inverse=True)
+        choices = (block.precisions, block.checkpoints, block.zeros, block.splits, block.schedules)
+        shape = (len(self.sizes), *(len(a) for a in choices))
+        flat = np.ravel_multi_index((size_of.ravel()[codes[:, 0]], *codes[:, 1:].T), shape)
+        present = np.zeros(int(np.prod(shape)), dtype=bool)
+        present[flat] = True
+        self.profile = (np.cumsum(present) - 1)[flat]
+        self.forms = np.stack(np.unravel_index(np.flatnonzero(present), shape), axis=1)
+        self.accumulation = listed[codes[:, 0], 1]
         self.sure = np.ones(len(chosen), dtype=bool)
-        self.lags = np.zeros(len(chosen), dtype=bool)
+        self.lags = np.zeros(len(self.forms), dtype=bool)
         self.stages = block.degrees["pipeline"]
         self._price()
 
     def _price(self) -> None:
-        block, tables, codes = self.block, self.tables, self.codes
+        block, tables, codes = self.block, self.tables, self.forms
         sample = block.strategy_of([0] * 6)
         self.divisions: dict[tuple[int, int, int], Division] = {}
         schedules = np.unique(codes[:, 5]).tolist()
@@ -137,22 +165,27 @@ class _Part:
         wire = tables.wire(sample)
         used = [np.unique(codes[:, i]).tolist() for i in range(6)]
         self.used = used
-        shape = tuple(len(a) for a in (block.micro_batches, block.precisions, block.checkpoints, block.splits))
+        shape = (len(self.sizes), *(len(a) for a in (block.precisions, block.checkpoints, block.splits)))
         self.device = np.zeros((*shape, WIDTH))
         self.host = np.zeros((*shape, WIDTH))
         self.copies = np.zeros((*shape, 3))
         self.crossing = np.zeros(shape)
         memory = (2, len(ROLES), len(PASSES), len(self.lengths), len(KINDS))
         self.peaks, self.nets = np.zeros((*shape, *memory)), np.zeros((*shape, *memory))
-        for key in np.unique(codes[:, [0, 1, 2, 4]], axis=0).tolist():
-            m, r, c, s = key
-            strategy = block.strategy_of([m, r, c, 0, s, 0]).with_(schedule="1f1b", chunks=0, accumulation=1, zero=0)
-            row = tables.layer(strategy, block.runtime, wire)
-            at = (m, r, c, s)
-            self.device[at], self.host[at], self.copies[at], self.crossing[at] = row.device_s, row.host_s, row.copies_s, row.crossing_bytes
+        for r, c, s in np.unique(codes[:, [1, 2, 4]], axis=0).tolist():
+            own = np.unique(codes[(codes[:, [1, 2, 4]] == (r, c, s)).all(axis=1), 0])
+            sizes = self.sizes[own].tolist()
+            changes = {"micro_batch": 1, "accumulation": 1, "schedule": "1f1b", "chunks": 0, "zero": 0}
+            strategy = block.strategy_of([0, r, c, 0, s, 0]).with_(**changes)
+            rows = tables.layers_of(strategy, block.runtime, wire, sizes)
+            self.device[own, r, c, s] = [row.device_s for row in rows]
+            self.host[own, r, c, s] = [row.host_s for row in rows]
+            self.copies[own, r, c, s] = [row.copies_s for row in rows]
+            self.crossing[own, r, c, s] = [row.crossing_bytes for row in rows]
             for z in {int(block.zeros[i] == 3) for i in used[3]}:
-                held = strategy.with_(zero=3 * z)
-                self.peaks[(*at, z)], self.nets[(*at, z)] = tables.memory(held, block.runtime, wire, self.lengths)
+                held = tables.memory_of(strategy.with_(zero=3 * z), block.runtime, wire, sizes, self.lengths)
+                for m, (peaks, nets) in zip(own.tolist(), held, strict=True):
+                    self.peaks[m, r, c, s, z], self.nets[m, r, c, s, z] = peaks, nets
         self.rows = {(*key, z): tables.stage(division, block.zeros[z]) for key, division in self.divisions.items() for z in used[3]}
 
     def _division(self, schedule: int) -> Division:
@@ -160,53 +193,35 @@ class _Part:
         return next(d for (_, v, _), d in self.divisions.items() if v == schedule)
 
     def _gather(self, name: str) -> FloatArray:
-        """A field of the rows of stages, for every candidate."""
+        """A field of the rows of stages, for every profile."""
         block = self.block
         sample = np.asarray(getattr(next(iter(self.rows.values())), name))
         table = np.zeros((len(block.precisions), len(block.schedules), len(block.splits), len(block.zeros), *sample.shape))
         for key, row in self.rows.items():
             table[key] = getattr(row, name)
-        return np.asarray(table[tuple(self.codes[:, i] for i in (1, 5, 4, 3))])
+        return np.asarray(table[tuple(self.forms[:, i] for i in (1, 5, 4, 3))])
 
     def evaluate(self) -> tuple[FloatArray, FloatArray, FloatArray, np.ndarray]:
         """Step times, bytes on the device, energies, bytes by kind."""
         quantities, host = self._quantities()
-        times, device = np.zeros(len(self.codes)), np.zeros(len(self.codes))
-        kinds = np.zeros((len(self.codes), len(KINDS)), dtype=np.float32)
-        fixed = self._gather("fixed_bytes") + self._gather("sample_bytes") * self._samples()[:, None, None]
-        update, outside = self._gather("update_bytes"), self._gather("outside_bytes")
-        for (v, *steps), rows in self._alike([projected_micro_batches(self.stages, a) for _, a in self.block.micro_batches]):
-            times[rows] = self._times(rows, quantities[rows], host[rows], v, (steps[0], steps[1]))
-        for (v, count), rows in self._alike([(min(a, ROUNDS * self.stages),) for _, a in self.block.micro_batches]):
-            device[rows], kinds[rows] = self._memory(rows, v, count, fixed[rows], update[rows])
-        runtime = self.block.runtime
-        return times, device * runtime.reserved_factor + outside, self._energy(times, quantities), kinds
-
-    def _alike(self, of_batch: Sequence[tuple[int, ...]]) -> list[tuple[list[int], IntArray]]:
-        """Candidates with the same schedule and the same of what is given for every micro-batch, with both."""
-        keys = np.concatenate([self.codes[:, 5:], np.array(of_batch)[self.codes[:, 0]]], axis=1)
-        distinct, group = np.unique(keys, axis=0, return_inverse=True)
-        order = np.argsort(group.ravel(), kind="stable")
-        parts = np.split(order, np.cumsum(np.bincount(group.ravel()))[:-1])
-        return list(zip(distinct.tolist(), parts, strict=True))
-
-    @property
-    def _accumulation(self) -> IntArray:
-        return np.array([a for _, a in self.block.micro_batches], dtype=np.int64)[self.codes[:, 0]]
+        steps = {a: projected_micro_batches(self.stages, a) for a in np.unique(self.accumulation).tolist()}
+        times = np.zeros(len(self.profile))
+        for v in self.used[5]:
+            rows = np.flatnonzero(self.forms[self.profile, 5] == v)
+            times[rows] = self._times(rows, quantities, host, v, steps)
+        device, kinds = self._memory()
+        return times, device, self._energy(times, quantities), kinds
 
     def _energy(self, times: FloatArray, quantities: FloatArray) -> FloatArray:
         """Energy of a step, each device as busy as the mean of all stages (`simtrain.cost.energy`)."""
         cluster, degrees = self.tables.cluster, self.block.degrees
         ranks = int(np.prod([degrees[n] for n in ("data", "tensor", "pipeline", "context")]))
         device, blocks = cluster.devices[0], self.tables.pattern.blocks if self.tables.pattern else 0
-        passes = quantities[:, Part.FORWARD : Part.FORWARD + 3] + quantities[:, Part.BACKWARD : Part.BACKWARD + 3]
-        work = passes @ np.array([blocks, 1.0, 1.0])
-        busy = np.minimum(self._accumulation * work / self.stages + self._gather("update_s").mean(axis=1), times)
+        work = _passes(quantities) @ np.array([blocks, 1.0, 1.0]) / self.stages
+        update = self._gather("update_s").mean(axis=1)
+        busy = np.minimum(self.accumulation * work[self.profile] + update[self.profile], times)
         hosts = -(-ranks // len(cluster.nodes[0].devices)) * cluster.host_power_w * times
         return np.asarray(ranks * (device.idle_power_w * times + (device.power_w - device.idle_power_w) * busy) + hosts)
-
-    def _samples(self) -> FloatArray:
-        return np.array([mb for mb, _ in self.block.micro_batches], dtype=np.float64)[self.codes[:, 0]]
 
     @property
     def _reduces(self) -> bool:
@@ -214,7 +229,7 @@ class _Part:
 
     def _quantities(self) -> tuple[FloatArray, FloatArray]:
         """Seconds of every `Part` on the device, and on the host."""
-        runtime, codes = self.block.runtime, self.codes
+        runtime, codes = self.block.runtime, self.forms
         at = tuple(codes[:, i] for i in (0, 1, 2, 4))
         q, host = self.device[at], self.host[at]
         zeros = np.array(self.block.zeros)[codes[:, 3]]
@@ -274,46 +289,59 @@ class _Part:
         start[chosen] += moved[chosen, :, 0]
         start[:, 0] += np.where(chosen, begins - gather, 0.0)
 
-    def _times(self, rows: IntArray, quantities: FloatArray, host: FloatArray, v: int, steps: tuple[int, int]) -> FloatArray:
-        """Step times of candidates with one schedule, projected from the same shorter steps."""
-        accumulation = self._accumulation[rows]
-        found = self._longest(quantities, v, accumulation, steps)
+    def _times(self, rows: IntArray, quantities: FloatArray, host: FloatArray, v: int, steps: Mapping[int, tuple[int, int]]) -> FloatArray:
+        """Step times of candidates with one schedule.
+
+        Args:
+            rows: Which candidates.
+            quantities: Of every profile, on the device.
+            host: The same on the host.
+            v: The schedule.
+            steps: Shorter steps from which steps of so many micro-batches are projected.
+        """
         division = self._division(v)
         counts = np.array([sum(division.counts[p] for p in held) for held in division.order.placement])
-        own, issued = _passes(quantities), _passes(host)
         if self.stages == 1:
-            whole = np.array([counts[0], 1.0, 1.0])
-            self.sure[rows] = issued @ whole <= own @ whole
-            return np.asarray(np.maximum(found, accumulation * (issued @ whole)))
-        middle = counts[1:-1].max() if self.stages > 2 else 0
-        shares = np.array([[counts[0], 1.0, 0.0], [middle, 0.0, 0.0], [counts[-1], 0.0, 1.0]]).T
-        found = np.maximum(found, accumulation * (issued @ shares).max(axis=1))
-        slow = np.flatnonzero((issued @ shares > own @ shares).any(axis=1))
+            shares = np.array([[counts[0], 1.0, 1.0]]).T
+        else:
+            middle = counts[1:-1].max() if self.stages > 2 else 0
+            shares = np.array([[counts[0], 1.0, 0.0], [middle, 0.0, 0.0], [counts[-1], 0.0, 1.0]]).T
+        own, issued = _passes(quantities) @ shares, _passes(host) @ shares
+        profile, accumulation = self.profile[rows], self.accumulation[rows]
+        found = self._longest(quantities, v, profile, accumulation, steps)
+        found = np.maximum(found, accumulation * issued.max(axis=1)[profile])
+        held_up = (issued > own).any(axis=1)
+        slow = np.flatnonzero(held_up[profile])
         self.sure[rows[slow]] = False
-        if len(slow):  # where hosts are slower than devices, what they may be ahead is all that helps
-            paced = quantities[slow].copy()
-            stage = np.maximum(own[slow] @ shares, issued[slow] @ shares)
-            block = np.maximum(own[slow, 0], issued[slow, 0])
-            ends = np.stack([stage[:, 0] - counts[0] * block, stage[:, 2] - counts[-1] * block], axis=1)
-            scale = np.stack([block / own[slow, 0], *(ends / own[slow, 1:]).T], axis=1)
-            paced[:, : Part.FIRST] *= np.tile(scale, 2)
-            found[slow] = np.maximum(found[slow], self._longest(paced, v, accumulation[slow], steps) - self._ahead(rows[slow]))
+        if len(slow) and self.stages > 1:  # where hosts are slower than devices, what they may be ahead is all that helps
+            paced = _paced(quantities, host, own, issued, counts)
+            longest = self._longest(paced, v, profile[slow], accumulation[slow], steps) - self._ahead(profile[slow])
+            found[slow] = np.maximum(found[slow], longest)
         return np.asarray(found)
 
-    def _ahead(self, rows: IntArray) -> FloatArray:
+    def _ahead(self, profile: IntArray) -> FloatArray:
         """How far a host may be ahead of its device when a step begins: not at all where it waits for the loss scale."""
         runtime = self.block.runtime
-        waits = np.array([precision(name).loss_scaling for name in self.block.precisions])[self.codes[rows, 1]]
+        waits = np.array([precision(name).loss_scaling for name in self.block.precisions])[self.forms[profile, 1]]
         return np.where(waits, 0.0, runtime.run_ahead_launches * runtime.launch_s)
 
-    def _longest(self, quantities: FloatArray, v: int, accumulation: IntArray, steps: tuple[int, int]) -> FloatArray:
-        """The longest path with so many micro-batches, projected from shorter steps where they are many."""
-        short, longer = steps
-        found = np.asarray((quantities @ self._paths(v, short, quantities).T).max(axis=1))
-        if short == longer:
-            return found
-        other = (quantities @ self._paths(v, longer, quantities).T).max(axis=1)
-        return np.asarray(found + (other - found) * ((accumulation - short) / (longer - short)))
+    def _longest(
+        self, quantities: FloatArray, v: int, profile: IntArray, accumulation: IntArray, steps: Mapping[int, tuple[int, int]]
+    ) -> FloatArray:
+        """The longest paths of candidates, projected from shorter steps where micro-batches are many; see `_times`."""
+        found = np.zeros(len(profile))
+        parts: dict[tuple[int, int], list[IntArray]] = {}
+        for count, rows in alike(accumulation):
+            parts.setdefault(steps[count], []).append(rows)
+        for (short, longer), lists in parts.items():
+            rows = np.concatenate(lists)
+            own = quantities.take(profile[rows], axis=0)
+            few = (own @ self._paths(v, short, own).T).max(axis=1)
+            if short < longer:
+                more = (own @ self._paths(v, longer, own).T).max(axis=1)
+                few += (more - few) * ((accumulation[rows] - short) / (longer - short))
+            found[rows] = few
+        return found
 
     def _paths(self, v: int, micro_batches: int, quantities: FloatArray) -> FloatArray:
         schedule, chunks = self.block.schedules[v]
@@ -328,50 +356,28 @@ class _Part:
             self.tables.paths[key] = find_paths(graph, quantities)
         return self.tables.paths[key]
 
-    def _memory(self, rows: IntArray, v: int, count: int, fixed: FloatArray, update: FloatArray) -> tuple[FloatArray, np.ndarray]:
-        """Allocated bytes of the fullest stage, and by kind."""
-        block = self.block
-        division = self._division(v)
-        schedule, chunks = block.schedules[v]
-        order = plan(
-            schedule if self.stages > 1 else "1f1b",
-            self.stages,
-            chunks if self.stages > 1 else 1,
-            count,
-        )
-        zeros = np.array(block.zeros)[self.codes[rows, 3]]
-        at = (*(self.codes[rows, i] for i in (0, 1, 2, 4)), (zeros == 3).astype(np.int64))
-        runtime = block.runtime
-        always = np.full(len(rows), runtime.main_gradients or (runtime.gradient_as_bucket_view and self._reduces)) | (zeros == 2)
-        best = np.full(len(rows), -np.inf)
-        kinds = np.zeros((len(rows), len(KINDS)))
-        for i, stage in enumerate(division.stages):
-            group = groups(order, stage, division.counts)
-            features = self._features(division, stage, group, at, always)
-            counts = moments(order, stage, division.counts)
-            fullest = (features.sum(axis=2) @ counts.T).argmax(axis=1)
-            peak = fixed[:, i] + np.einsum("nf,nfk->nk", counts[fullest], features)
-            updating = fixed[:, i] + update[:, i] + features[:, [GROUPS + g for g in group]].sum(axis=1)
-            for rows_of in (peak, updating):
-                total = rows_of.sum(axis=1)
-                more = total > best
-                best[more] = total[more]
-                kinds[more] = rows_of[more]
-        return best, kinds
+    def _memory(self) -> tuple[FloatArray, np.ndarray]:
+        """Bytes that the fullest device needs, and what its allocator holds by kind, for every candidate.
 
-    def _features(self, division: Division, stage: int, group: list[int], at: tuple[IntArray, ...], always: np.ndarray) -> FloatArray:
-        """What `holding.moments` counts, by kind; shape (candidates, `FEATURES`, kinds)."""
-        held = division.order.placement[stage]
-        last = division.order.positions - 1
-        features = np.zeros((len(at[0]), FEATURES, len(KINDS)))
-        for g in set(group):
-            own = held[group.index(g)]
-            role = 3 if last == 0 else 1 if g else 0 if own == 0 else 2
-            length = self.lengths.index(division.counts[own])
-            peaks, nets = (memory[:, :, :, :, :, role, :, length][at] for memory in (self.peaks, self.nets))
-            features[:, g] = nets[:, 0]
-            features[:, GROUPS + g] = np.where(always[:, None], 0.0, nets[:, 0] + nets[:, 2])
-            own_peaks = 2 * GROUPS + 3 * g
-            features[:, own_peaks : own_peaks + 3] = peaks
-            features[always, own_peaks + 2] = peaks[always, 1]
-        return features
+        They differ no more once there are some micro-batches per stage.
+        """
+        most = ROUNDS * self.stages
+        flat = self.profile * (most + 1) + np.minimum(self.accumulation, most)
+        distinct, back = np.unique(flat, return_inverse=True)
+        profile, count = np.divmod(distinct, most + 1)
+        kinds = np.zeros((len(distinct), len(KINDS)))
+        sizes = self.sizes[self.forms[:, 0]].astype(np.float64)
+        fixed = self._gather("fixed_bytes") + self._gather("sample_bytes") * sizes[:, None, None]
+        held = Held(self.peaks, self.nets, fixed, self._gather("update_bytes"))
+        zeros = np.array(self.block.zeros)[self.forms[:, 3]]
+        at = (*(self.forms[:, i] for i in (0, 1, 2, 4)), (zeros == 3).astype(np.int64))
+        runtime = self.block.runtime
+        always = (runtime.main_gradients or (runtime.gradient_as_bucket_view and self._reduces)) | (zeros == 2)
+        for v in self.used[5]:
+            rows = np.flatnonzero(self.forms[profile, 5] == v)
+            division, (schedule, chunks) = self._division(v), self.block.schedules[v] if self.stages > 1 else ("1f1b", 1)
+            orders = {n: plan(schedule, self.stages, chunks, n) for n in np.unique(count[rows]).tolist()}
+            stages = [Placed.of(division.order, stage, division.counts, self.lengths) for stage in division.stages]
+            kinds[rows] = held.fullest(stages, orders, division.counts, profile[rows], count[rows], at, always)
+        device = kinds.sum(axis=1) * runtime.reserved_factor + self._gather("outside_bytes")[profile]
+        return device[back.ravel()], kinds.astype(np.float32)[back.ravel()]

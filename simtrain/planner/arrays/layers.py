@@ -152,14 +152,10 @@ class Probe:
         crossing = block.layer.cut(setting.strategy.micro_batch, self.local.sequence) * size
         return LayerRow(found[0], found[1], copies, float(crossing))
 
-    def moments(self, lengths: Sequence[int]) -> list[Moments]:
-        """Memory of instructions, for every role and pass (`PASSES`), roles first.
-
-        Args:
-            lengths: Blocks that chunks may have.
-        """
+    def moments(self) -> list[Moments]:
+        """Memory of instructions over a few blocks, for every role and pass (`PASSES`), roles first."""
         roles = ROLES[:3] if self.setting.strategy.pipeline > 1 else ROLES[3:]
-        short = sorted({n for n in lengths if n <= EXACT} | {EXACT + 1, EXACT + 2})
+        short = range(1, EXACT + 3)
         chunks = tuple(_chunk(self.local, self.concrete, n, role) for role in roles for n in short)
         lane = Lane(0, RankClass("probe", (0,), self.place.device), 0, 0, self.place, chunks)
         asked = [(action, chunk, adding) for chunk in range(len(chunks)) for action, adding in PASSES]
@@ -179,28 +175,26 @@ EVEN = (2, 4)
 
 @dataclass(frozen=True, eq=False)
 class LayerMemory:
-    """What instructions occupy, for any micro-batch and any of some lengths.
+    """What instructions occupy, for any micro-batch and any number of blocks.
 
     Attributes:
         single: Moments with one sample.
         even: With the micro-batches in `EVEN`.
-        lengths: Blocks that chunks may have.
         piped: Whether there is more than one stage.
     """
 
     single: list[Moments]
     even: tuple[list[Moments], list[Moments]]
-    lengths: tuple[int, ...]
     piped: bool
 
-    def at(self, micro_batch: int) -> tuple[FloatArray, FloatArray]:
-        """Fullest moments and nets of instructions, by kind; shapes (roles, passes, lengths, kinds)."""
-        peaks = np.zeros((len(ROLES), len(PASSES), len(self.lengths), len(KINDS)))
+    def at(self, micro_batch: int, lengths: Sequence[int]) -> tuple[FloatArray, FloatArray]:
+        """Fullest moments and nets of instructions with so many blocks, by kind; shapes (roles, passes, lengths, kinds)."""
+        peaks = np.zeros((len(ROLES), len(PASSES), len(lengths), len(KINDS)))
         nets = np.zeros_like(peaks)
         roles = range(3) if self.piped else (3,)
         for i, (role, p) in enumerate(product(roles, range(len(PASSES)))):
             known = self.single[i] if micro_batch == 1 else self._projected(i, micro_batch)
-            peaks[role, p], nets[role, p] = _at_lengths(known, self.lengths)
+            peaks[role, p], nets[role, p] = _at_lengths(known, lengths)
         return peaks, nets
 
     def _projected(self, i: int, micro_batch: int) -> Moments:

@@ -152,9 +152,8 @@ class Walk:
         chosen = np.zeros(takes.shape, dtype=np.int8)
         for nodes in levels:
             options = ends[waits[nodes]]
-            best = options.argmax(axis=1)
-            chosen[nodes] = best
-            ends[nodes] = np.take_along_axis(options, best[:, None], axis=1)[:, 0] + takes[nodes]
+            chosen[nodes] = options.argmax(axis=1)
+            ends[nodes] = options.max(axis=1) + takes[nodes]
         tails = np.zeros((plan.stages, WIDTH))
         tails[stage, Part.TAIL_FIRST + _class(stage, plan.stages)] = 1
         final = plan.rank_order[plan.rank_pointer[1:] - 1]
@@ -192,31 +191,24 @@ def walk(plan: SchedulePlan, blocks: tuple[int, ...], per_node: int, blocking: b
     return Walk(plan, blocks, per_node, blocking)
 
 
-SAMPLES = 8
+SAMPLES = 24
 """Sets of quantities that are walked at once."""
 
-ROUNDS = 3
-"""Walks per schedule at most."""
 
-CLOSE = 1e-3
-"""Relative error of the step time below which the paths that are known suffice."""
+def find_paths(graph: Walk, quantities: FloatArray) -> FloatArray:
+    """Counts of critical paths, shape (paths, parts): those of the given sets of quantities (sets, parts) that differ most."""
+    return np.unique(graph.critical(quantities[_apart(quantities, SAMPLES)])[1], axis=0)
 
 
-def find_paths(graph: Walk, quantities: FloatArray, seed: int = 0) -> FloatArray:
-    """Counts of critical paths, shape (paths, parts): enough of them for the given sets of quantities (sets, parts).
-
-    Walks some sets, then those for which it is least known, until the paths known predict a walk before it is made.
-    """
-    chooser = np.random.default_rng(seed)
-    known = np.zeros((0, WIDTH))
-    for _ in range(ROUNDS):
-        chosen = quantities[chooser.choice(len(quantities), min(SAMPLES, len(quantities)), replace=False)]
-        guess = (chosen @ known.T).max(axis=1, initial=0.0)
-        exact, paths = graph.critical(chosen)
-        known = np.unique(np.concatenate([known, paths]), axis=0)
-        if np.all(guess >= exact * (1 - CLOSE)) or len(quantities) <= SAMPLES:
-            break
-    return known
+def _apart(quantities: FloatArray, count: int) -> list[int]:
+    """Rows that are far from one another in what they are made of, each the farthest from those before it."""
+    shares = quantities / quantities.sum(axis=1, keepdims=True)
+    picked = [0]
+    distance = np.abs(shares - shares[0]).sum(axis=1)
+    while len(picked) < count and distance.max() > 0:
+        picked.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.abs(shares - shares[picked[-1]]).sum(axis=1))
+    return picked
 
 
 def projected_micro_batches(stages: int, micro_batches: int) -> tuple[int, int]:

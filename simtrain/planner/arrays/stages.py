@@ -8,8 +8,10 @@ functions in the time of a block, of which only the upper envelope is kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 
@@ -81,10 +83,12 @@ class Division:
     Attributes:
         setting: A question with these degrees; its micro-batch and ZeRO stage do not matter.
         fabric: Routes, shared by all divisions of a cluster.
+        known: What stages of other divisions were found to take; stages that hold and exchange the same are priced once.
     """
 
     setting: Setting
     fabric: Fabric
+    known: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
     def local(self) -> Workload:
@@ -136,29 +140,45 @@ class Division:
         """
         layout, own = self._laid_out(zero)
         setting = layout.setting
-        updates = [updates_cost(setting, lane) for lane in own]
-        reduced = [_Reduced.of(layout, stage, bucketed=zero < 3) for stage in self.stages]
-        fixed_bytes, sample_bytes = self.held(zero)
-        tied = tie_cost(layout)
-        runtime = setting.runtime
+        held = [self._once(("held", zero, stage, _content(lane)), partial(_Held.of, layout, lane)) for stage, lane in own]
+        reduced = [self._reduced(layout, stage, lane, bucketed=zero < 3) for stage, lane in own]
+        tied = self._once(("tied", zero, self.ends), partial(tie_cost, layout))
+        moved = [self._once(("moved", zero, stage, _content(lane)), partial(_moved, layout, stage)) for stage, lane in own]
         return StageRow(
-            blocks=np.array([sum(self.counts[c.position] for c in lane.chunks) for lane in own], dtype=np.float64),
-            tails=np.array([r.envelope for r in reduced]),
-            reduced_s=np.array([r.total_s for r in reduced]),
-            moved_s=np.array([_moved(layout, stage) for stage in self.stages]),
-            start_s=np.array([u.device_s + gather_s(layout, stage) for u, stage in zip(updates, self.stages, strict=True)]),
-            update_s=np.array([u.device_s for u in updates]),
-            update_host_s=np.array([u.host_s for u in updates]),
+            blocks=np.array([_blocks_before(lane, len(lane.chunks)) for _, lane in own], dtype=np.float64),
+            tails=np.array([envelope for envelope, _ in reduced]),
+            reduced_s=np.array([total_s for _, total_s in reduced]),
+            moved_s=np.array(moved),
+            start_s=np.array([h.start_s for h in held]),
+            update_s=np.array([h.update_s for h in held]),
+            update_host_s=np.array([h.update_host_s for h in held]),
             tied_s=tied.time_s if tied else 0.0,
-            send_s=self._sends(),
-            fixed_bytes=fixed_bytes,
-            sample_bytes=sample_bytes,
-            update_bytes=np.array([optimizer_transients(setting, lane) for lane in own]),
-            outside_bytes=float(runtime.context_bytes + communicators(setting) * runtime.communicator_bytes),
+            send_s=self._once(("sends",), self._sends),
+            fixed_bytes=np.array([h.fixed_bytes for h in held]),
+            sample_bytes=self.sample_bytes(),
+            update_bytes=np.array([h.update_bytes for h in held]),
+            outside_bytes=float(setting.runtime.context_bytes + communicators(setting) * setting.runtime.communicator_bytes),
         )
 
-    def _laid_out(self, zero: int) -> tuple[Layout, list[Lane]]:
-        """A layout with the stages that are looked at alone, and their lanes."""
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The stages that hold the beginning and the end of the model."""
+        holders = self.order.holders
+        return holders[0][0], holders[-1][0]
+
+    @cached_property
+    def _form(self) -> tuple[Any, ...]:
+        """What decides about stages, apart from the schedule and the sequence."""
+        return self.setting.strategy.with_(schedule="1f1b", chunks=0, sequence_parallel=False), self.setting.runtime
+
+    def _once(self, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        key = (*self._form, *what)
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
+
+    def _laid_out(self, zero: int) -> tuple[Layout, list[tuple[int, Lane]]]:
+        """A layout with the stages that are looked at alone, and these with their lanes."""
         setting = replace(self.setting, strategy=self.setting.strategy.with_(zero=zero))
         lanes = []
         for i, stage in enumerate(dict.fromkeys(self.stages)):
@@ -167,16 +187,29 @@ class Division:
             place = Place(device, setting.strategy.micro_batch, self.local.sequence, setting.runtime, None)
             lanes.append(Lane(i, RankClass(f"stage {stage}", (self.grid.rank(stage),), device), stage, 0, place, held))
         layout = Layout(setting, self.grid, self.fabric, self.local, self.order, tuple(lanes))
-        return layout, [layout.by_stage[s][0] for s in self.stages]
+        return layout, [(s, layout.by_stage[s][0]) for s in self.stages]
 
-    def held(self, zero: int) -> tuple[FloatArray, FloatArray]:
-        """What stages hold all the time whatever the micro-batch, and for each sample of it; by kind."""
-        layout, own = self._laid_out(zero)
-        once, twice = (
-            np.array([persistent(replace(layout.setting, strategy=layout.setting.strategy.with_(micro_batch=n)), x) for x in own])
-            for n in (1, 2)
-        )
-        return 2 * once - twice, twice - once
+    def sample_bytes(self) -> FloatArray:
+        """What stages hold for each sample of a micro-batch, by kind; the same with every ZeRO stage."""
+        layout, own = self._laid_out(0)
+        split = self.setting.strategy.sequence_parallel
+        return np.array([self._once(("sample", split, _content(lane)), partial(_sample_bytes, layout.setting, lane)) for _, lane in own])
+
+    def _reduced(self, layout: Layout, stage: int, lane: Lane, *, bucketed: bool) -> tuple[FloatArray, float]:
+        """`StageRow.tails` of a stage, and the time of all its reductions."""
+        scatters = layout.setting.strategy.zero >= 1
+        points: list[tuple[float, float]] = []
+        takes: list[float] = []
+        copies: list[float] = []
+        for c in reversed(range(len(lane.chunks))):
+            # chunks nearer to the input work on a round of micro-batches each before the step ends
+            later = layout.grid.pipeline * _blocks_before(lane, c)
+            key = ("reduced", scatters, stage, _content(lane, c))
+            for ready, rest, takes_s, copies_s in self._once(key, partial(_reductions, layout, stage, c)) if bucketed else ():
+                points.append((ready + later, rest + (1.0 if c and lane.chunks[0].first else 0.0)))
+                takes.append(takes_s)
+                copies.append(copies_s)
+        return _envelope(points, takes, copies), sum(takes)
 
     def _sends(self) -> FloatArray:
         """Latencies inside and across nodes, then seconds per byte."""
@@ -192,43 +225,57 @@ class Division:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Reduced:
-    """Reductions of a stage.
+class _Held:
+    """What one stage updates and holds; see `StageRow`."""
 
-    Attributes:
-        envelope: See `StageRow.tails`.
-        total_s: Of all of them.
-    """
-
-    envelope: FloatArray
-    total_s: float
+    start_s: float
+    update_s: float
+    update_host_s: float
+    fixed_bytes: FloatArray
+    update_bytes: FloatArray
 
     @classmethod
-    def of(cls, layout: Layout, stage: int, *, bucketed: bool) -> _Reduced:
-        setting, lane = layout.setting, layout.by_stage[stage][0]
-        points: list[tuple[float, float]] = []
-        takes: list[float] = []
-        copies: list[float] = []
-        known: dict[tuple[int, tuple[int, ...]], tuple[float, float]] = {}
-        overlapping = setting.runtime.overlap_communication
-        for c, chunk in reversed(list(enumerate(lane.chunks))):
-            flags = [chunk.is_block(i) for i in range(chunk.workload.depth)]
-            behind = np.concatenate([[0], np.cumsum(flags)])
-            # chunks nearer to the input work on a round of micro-batches each before the step ends
-            later = layout.grid.pipeline * _blocks_before(lane, c)
-            before = flags.index(True) if chunk.first and True in flags else 0
-            for bucket, placed in chunk_buckets(layout, stage, c) if bucketed else ():
-                at = bucket.ready_after_layer if overlapping else 0
-                key = (bucket.size_bytes, bucket.gradients)
-                if key not in known:
-                    restored = restore_cost(setting, lane, bucket, placed)
-                    takes_s = sum(x.time_s for x in reductions(layout, bucket, placed))
-                    known[key] = takes_s, restored.device_s if restored else 0.0
-                rest = (min(at, before) / before if before else 0.0) + (1.0 if c and lane.chunks[0].first else 0.0)
-                points.append((float(behind[at]) + later, rest))
-                takes.append(known[key][0])
-                copies.append(known[key][1])
-        return cls(_envelope(points, takes, copies), sum(takes))
+    def of(cls, layout: Layout, lane: Lane) -> _Held:
+        setting = layout.setting
+        update = updates_cost(setting, lane)
+        fixed = persistent(_with_samples(setting, 1), lane) - _sample_bytes(setting, lane)
+        start_s = update.device_s + gather_s(layout, lane.stage)
+        return cls(start_s, update.device_s, update.host_s, fixed, optimizer_transients(setting, lane))
+
+
+def _with_samples(setting: Setting, count: int) -> Setting:
+    return replace(setting, strategy=setting.strategy.with_(micro_batch=count))
+
+
+def _sample_bytes(setting: Setting, lane: Lane) -> FloatArray:
+    return persistent(_with_samples(setting, 2), lane) - persistent(_with_samples(setting, 1), lane)
+
+
+def _content(lane: Lane, chunk: int | None = None) -> tuple[Any, ...]:
+    """What is decisive about the chunks of a stage together, or about one of them."""
+    chosen = lane.chunks if chunk is None else lane.chunks[chunk : chunk + 1]
+    blocks = sum(layer.repeats for held in chosen for layer in held.workload.layers if layer.block)
+    return any(c.first for c in chosen), any(c.last for c in chosen), blocks, len(chosen) > 1
+
+
+def _reductions(layout: Layout, stage: int, c: int) -> list[tuple[float, float, float, float]]:
+    """Buckets of a chunk as they become ready: blocks before it, share of what stands before them, its time, that of copies back."""
+    setting, lane = layout.setting, layout.by_stage[stage][0]
+    chunk = lane.chunks[c]
+    flags = [chunk.is_block(i) for i in range(chunk.workload.depth)]
+    behind = np.concatenate([[0], np.cumsum(flags)])
+    before = flags.index(True) if chunk.first and True in flags else 0
+    known: dict[tuple[int, tuple[int, ...]], tuple[float, float]] = {}
+    found = []
+    for bucket, placed in chunk_buckets(layout, stage, c):
+        at = bucket.ready_after_layer if setting.runtime.overlap_communication else 0
+        key = (bucket.size_bytes, bucket.gradients)
+        if key not in known:
+            restored = restore_cost(setting, lane, bucket, placed)
+            takes_s = sum(x.time_s for x in reductions(layout, bucket, placed))
+            known[key] = takes_s, restored.device_s if restored else 0.0
+        found.append((float(behind[at]), min(at, before) / before if before else 0.0, *known[key]))
+    return found
 
 
 def _moved(layout: Layout, stage: int) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,9 +22,6 @@ from simtrain.step.network import Wire, stage_wire
 from simtrain.step.schedules import find
 from simtrain.step.setting import resolve
 
-SCHEDULES = ("1f1b", "interleaved")
-CHECKPOINTS = ("none", "full", "selective")
-
 COVERED = frozenset(
     {
         *("data", "micro_batch", "accumulation", "precision", "optimizer", "checkpoint", "zero", "tensor", "sequence_parallel"),
@@ -34,12 +32,6 @@ COVERED = frozenset(
 
 WIRE_SIZES = (2.0**10, 2.0**18, 2.0**22, 2.0**26, 2.0**30)
 """Messages by whose times groups are told apart."""
-
-REPEATS = 2
-"""Times that overlaps of reductions and passes are found anew."""
-
-ROUNDS = 3
-"""Micro-batches per stage after which memory no longer grows with their number."""
 
 
 @dataclass(eq=False)
@@ -57,11 +49,12 @@ class Tables:
     def __post_init__(self) -> None:
         self.fabric = Fabric(self.cluster)
         self.pattern = Pattern.of(self.workload)
-        self.layers: dict[Any, LayerRow] = {}
+        self.layers: dict[Any, dict[int, LayerRow]] = {}
         self.memories: dict[Any, LayerMemory] = {}
-        self.occupied: dict[Any, tuple[FloatArray, FloatArray]] = {}
+        self.occupied: dict[Any, dict[int, tuple[FloatArray, FloatArray]]] = {}
         self.stages: dict[Any, StageRow] = {}
         self.divisions: dict[Any, Division] = {}
+        self.shared: dict[Any, Any] = {}
         self.wires: dict[Any, Wire] = {}
         self.paths: dict[Any, FloatArray] = {}
 
@@ -96,32 +89,35 @@ class Tables:
         )
         return self.wires.setdefault((key, strategy.tensor, strategy.context), wire)
 
-    def layer(self, strategy: Strategy, runtime: Runtime, wire: Wire | None) -> LayerRow:
-        """What the passes of a strategy's layers cost."""
-        key = (*_form(strategy, runtime), strategy.micro_batch, id(wire))
-        if key not in self.layers:
-            self.layers[key] = Probe(resolve(self.workload, self.cluster, strategy, runtime), wire).costs()
-        return self.layers[key]
+    def layers_of(self, strategy: Strategy, runtime: Runtime, wire: Wire | None, sizes: Sequence[int]) -> list[LayerRow]:
+        """What the passes of a strategy's layers cost with so many samples."""
+        known = self.layers.setdefault((*_form(strategy, runtime), id(wire)), {})
+        for n in sizes:
+            if n not in known:
+                known[n] = Probe(resolve(self.workload, self.cluster, strategy.with_(micro_batch=n), runtime), wire).costs()
+        return [known[n] for n in sizes]
 
-    def memory(self, strategy: Strategy, runtime: Runtime, wire: Wire | None, lengths: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
-        """What the instructions of a strategy occupy; see `LayerMemory.at`."""
-        form = (*_form(strategy, runtime), lengths)
+    def memory_of(
+        self, strategy: Strategy, runtime: Runtime, wire: Wire | None, sizes: Sequence[int], lengths: tuple[int, ...]
+    ) -> list[tuple[FloatArray, FloatArray]]:
+        """What the instructions of a strategy occupy with so many samples; see `LayerMemory.at`."""
+        form = _form(strategy, runtime)
         if form not in self.memories:
             probes = [
-                Probe(resolve(self.workload, self.cluster, strategy.with_(micro_batch=n), runtime), wire).moments(lengths)
-                for n in (1, *EVEN)
+                Probe(resolve(self.workload, self.cluster, strategy.with_(micro_batch=n), runtime), wire).moments() for n in (1, *EVEN)
             ]
-            self.memories[form] = LayerMemory(probes[0], (probes[1], probes[2]), lengths, strategy.pipeline > 1)
-        key = (form, strategy.micro_batch)
-        if key not in self.occupied:
-            self.occupied[key] = self.memories[form].at(strategy.micro_batch)
-        return self.occupied[key]
+            self.memories[form] = LayerMemory(probes[0], (probes[1], probes[2]), strategy.pipeline > 1)
+        known = self.occupied.setdefault((form, lengths), {})
+        for n in sizes:
+            if n not in known:
+                known[n] = self.memories[form].at(n, lengths)
+        return [known[n] for n in sizes]
 
     def division(self, strategy: Strategy, runtime: Runtime) -> Division:
         """A division of the devices."""
         key = (strategy, runtime)
         if key not in self.divisions:
-            self.divisions[key] = Division(resolve(self.workload, self.cluster, strategy, runtime), self.fabric)
+            self.divisions[key] = Division(resolve(self.workload, self.cluster, strategy, runtime), self.fabric, self.shared)
         return self.divisions[key]
 
     def stage(self, division: Division, zero: int) -> StageRow:
@@ -131,7 +127,7 @@ class Tables:
             strategy = division.setting.strategy
             if strategy.sequence_parallel:
                 whole = self.division(strategy.with_(sequence_parallel=False), division.setting.runtime)
-                self.stages[key] = replace(self.stage(whole, zero), sample_bytes=division.held(zero)[1])
+                self.stages[key] = replace(self.stage(whole, zero), sample_bytes=division.sample_bytes())
             else:
                 self.stages[key] = division.row(zero)
         return self.stages[key]

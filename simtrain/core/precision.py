@@ -206,7 +206,7 @@ def precision(name: str) -> Precision:
         UnknownNameError: With the nearest names.
         StrategyError: Layers or a budget that cannot be read, or recipes that cannot stand side by side.
     """
-    if name.startswith(ADAPTIVE):
+    if name.startswith(ADAPTIVE) or name + ":" == ADAPTIVE:
         return _adaptive(name)
     if "*" in name:
         return _mixed(name)

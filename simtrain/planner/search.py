@@ -128,7 +128,7 @@ def plan(
     search = _Search(work, machines, _listed(work, machines, batches, frameworks, wishes), judge, kept_to, progress, patience_s)
     found = search.run(batches[0])
     others = dividing(machines, frameworks) if runtime is None else ()
-    if found.best is None and others:
+    if others:
         frameworks, found = _wider(search, frameworks, others, wishes, batches, found)
     if robust and found.best is not None:
         found = _robust(found, work, machines, frameworks, robust, errors, jitter)
@@ -150,7 +150,11 @@ def _listed(
 def _wider(
     search: _Search, frameworks: tuple[Runtime, ...], others: tuple[Runtime, ...], wishes: Wishes, batches: Sequence[int], found: Plan
 ) -> tuple[tuple[Runtime, ...], Plan]:
-    """The same search with the runtimes that divide models, where nothing fits under those that come first."""
+    """The same search with the runtimes that divide models, where nothing fits under those that come first; else says what was left."""
+    first, then = (" and ".join(r.name for r in f) for f in (frameworks, others))
+    if found.best is not None:
+        left = f"{then}, which divide models over devices, were not searched beside {first}: name runtimes (--runtime) to compare"
+        return frameworks, replace(found, notes=(left, *found.notes))
     try:
         choices = _listed(search.workload, search.cluster, batches, others, wishes)
     except InputError:  # what is asked for is no choice under them
@@ -158,7 +162,6 @@ def _wider(
     wider = _Search(search.workload, search.cluster, choices, search.judge, search.limits, search.progress, search.patience_s).run(
         batches[0]
     )
-    first, then = (" and ".join(r.name for r in f) for f in (frameworks, others))
     both = replace(
         wider,
         considered=found.considered + wider.considered,
@@ -319,8 +322,7 @@ class _Search:
         """Reads the best of what was projected; with objectives other than time, all of it."""
         self.projected.sort(key=lambda pair: pair[0])
         timed = all(o in TIMED for o in self.judge.objectives)
-        for seconds, candidate in self.projected:
-            del seconds
+        for _, candidate in self.projected:
             late = time.monotonic() - self.start_s > self.patience_s + 10 and len(self.found) >= SCHEDULED
             if (timed and len(self.found) >= KEPT) or late:
                 self.passed_over += timed
@@ -358,11 +360,8 @@ class _Search:
         if small:
             notes.append("every combination was read by schedule, the best by simulate")
         else:
-            how = (
-                "bounds and memory screened all"
-                if not self.screened
-                else f"{self.screened:,} of {sum(map(len, self.space)):,} were estimated as arrays"
-            )
+            arrays = f"{self.screened:,} of {sum(map(len, self.space)):,} were estimated as arrays"
+            how = arrays if self.screened else "bounds and memory screened all"
             notes.append(f"{how}, estimate read the best, schedule the best {SCHEDULED} of them")
         if any(_instructions(c.strategy) > LONG_STEP for c, r in self.found if r.reader == "schedule"):
             notes.append(f"steps of more than {LONG_STEP} instructions were not simulated")

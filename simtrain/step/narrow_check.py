@@ -26,11 +26,20 @@ def settle(recipe: Precision, workload: Workload, strategy: Strategy, devices: S
     if form is None:
         return recipe
     for device in devices:
-        if not has_format(device, form):
-            raise UnsupportedError(_lacking(recipe, form, device))
+        check_format(device, recipe)
     _refuse_models(recipe, workload, strategy)
     two = bool(form.block) or any(DType.FP4 not in device.peak_flops for device in devices)
     return replace(recipe, narrow=replace(form, two_copies=two))
+
+
+def check_format(device: Device, recipe: Precision) -> None:
+    """Refuses a recipe whose products a device has not.
+
+    Raises:
+        UnsupportedError: With what has them.
+    """
+    if recipe.narrow is not None and not has_format(device, recipe.narrow):
+        raise UnsupportedError(_lacking(recipe, recipe.narrow, device))
 
 
 def has_format(device: Device, form: Quantization) -> bool:

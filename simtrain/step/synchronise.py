@@ -245,10 +245,10 @@ class Replicated:
         if not compressed:
             restored = [self._restore(lane) for lane in layout.lanes]
         ends = [self._reduced_terms(lane) + tied.get(lane.stage, []) for lane in layout.lanes]
-        updates = []
-        for lane, own in zip(layout.lanes, ends, strict=True):
+        updates = [0] * len(layout.lanes)
+        for lane, own in reversed(list(zip(layout.lanes, ends, strict=True))):  # the last stage is the first to have its gradients
             waits = self._everyone(lane, ends, last) if self.setting.runtime.global_norm else own[-1:]
-            updates.append(self.host.update(lane, [*waits, *own, last[lane.index]]) if self.host else self._update(lane, waits))
+            updates[lane.index] = self.host.update(lane, [*waits, *own, last[lane.index]]) if self.host else self._update(lane, waits)
         if self.setting.strategy.zero and layout.grid.holders > 1:
             self._gather(updates)
         self._average(updates)

@@ -36,6 +36,7 @@ def test_mixed_recipes_are_written_and_read() -> None:
         ("1*fp32+", StrategyError, "not NUMBER[*]RECIPE"),
         ("2*bf17-amp", UnknownNameError, "did you mean 'bf16-amp'"),
         ("1*fp32+1*bf16-master", StrategyError, "bf16-master cannot stand beside"),
+        ("adaptive", StrategyError, "such as adaptive:0.01"),
         ("adaptive:none", StrategyError, "between 0 and 1, such as adaptive:0.01"),
         ("adaptive:1.5", StrategyError, "between 0 and 1"),
     ],

@@ -50,7 +50,8 @@ SWAPS = 5
 
 ASSUMPTIONS = (
     "gradients are reduced weighted by samples: beside the last backward passes if replicas are single stages, else behind all",
-    "optimizer states are whole in every replica (no ZeRO)",
+    "optimizer states are whole in every replica (no ZeRO), and tensor-parallel ranks hold what lies between products whole (no sequence "
+    "parallelism): where these help, `plan` finds more on equal devices",
     "devices that are left out are neither powered nor paid",
     "kinds are compared as their data sheets or profiles say; samples differ in share, not in length",
 )

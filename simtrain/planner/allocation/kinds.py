@@ -10,6 +10,7 @@ from simtrain.core.hardware import Cluster, Device
 from simtrain.core.precision import DType, precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
+from simtrain.step.narrow_check import check_format
 
 SIXTEEN_BIT = (("bf16-amp", DType.BF16), ("fp16-amp", DType.FP16))
 """Recipes with a 16-bit type, the preferred one first."""
@@ -82,6 +83,7 @@ def kinds_of(cluster: Cluster, runtime: Runtime | str | None, recipe: str | None
         alike = tuple(d for d in devices.values() if d.device_class == device.device_class)
         own = recipe or _common(alike) or _common((device,)) or "fp32"
         device.peak(precision(own).arithmetic)
+        check_format(device, precision(own))
         number = f"#{names[: i + 1].count(names[i])}" if names.count(names[i]) > 1 else ""
         made.append(Kind(f"{device.name}{number}", device, tuple(nodes), framework, own))
     return tuple(made)

@@ -185,6 +185,8 @@ def test_bad_input():
         st.allocate("llama3-70b", "2x v100-sxm2-16gb", 4, tensors=(1,), micro_batches=(1,))
     with pytest.raises(InputError, match="do not go into a global batch of 1"):
         asker("2x v100-sxm2-16gb", 1, micro_batches=(2,))
+    with pytest.raises(UnsupportedError, match="fp8 products, which A100"):
+        asker("2x h100-sxm + 2x a100-sxm-80g", 8, precision="fp8")
     with pytest.raises(UnsupportedError, match="has no bf16"):
         asker("2x v100-sxm2-16gb", 8, precision="bf16-amp")
     asked = asker("2x v100-sxm2-16gb", 8)

@@ -116,7 +116,8 @@ class GpuForms(TorchFunctionMode):
         def through(function: Any) -> Callable[..., Any]:
             return lambda *args, **kwargs: self.__torch_function__(function, (), args, kwargs)
 
-        with patch.multiple(F, **{name: through(getattr(F, name)) for name in _WITHIN}):
+        reached: dict[str, Any] = {name: through(getattr(F, name)) for name in _WITHIN}
+        with patch.multiple(F, **reached):
             yield
 
     def _raise(self, value: Any) -> Any:

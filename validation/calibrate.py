@@ -7,7 +7,7 @@ checkpointed steps take beyond their recomputation a cost per saved tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,7 +37,9 @@ def calibrate(
     steps: Sequence[TrainingStep] = CALIBRATION_STEPS,
     settings: Settings = CALIBRATION_SETTINGS,
     progress: Progress | None = None,
+    *,
     data_sheet: str | None = None,
+    keep: Callable[[Sequence[Measurement]], None] | None = None,
 ) -> MachineProfile:
     """Measures this machine.
 
@@ -46,18 +48,21 @@ def calibrate(
         settings: How to measure, and on which device; operator times must be on.
         progress: Told about each measured step.
         data_sheet: Device of the catalog, or a device file, that a GPU is; by default found by its name and size.
+        keep: Given the measurements before anything is fitted.
 
     Raises:
         InputError: PyTorch is not installed, sees no such device, the catalog has none like it, or operator times are left out.
     """
     if not settings.operator_steps:
         raise InputError("calibration needs the times inside operators: operator_steps must be at least 1")
-    if settings.device == "cpu":
-        return profile_from(measure(steps, settings, progress))
     from validation.calibrate_gpu import data_sheet_of, profile_from_gpu
 
-    sheet = data_sheet or data_sheet_of(environment(settings.device).accelerator)
-    return profile_from_gpu(measure(steps, settings, progress), sheet)
+    on_gpu = settings.device != "cpu"
+    sheet = (data_sheet or data_sheet_of(environment(settings.device).accelerator)) if on_gpu else ""
+    measurements = measure(steps, settings, progress)
+    if keep is not None:
+        keep(measurements)
+    return profile_from_gpu(measurements, sheet) if on_gpu else profile_from(measurements)
 
 
 def calibration_list(device: str, *, quick: bool = False) -> tuple[TrainingStep, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from validation.run_commands import validate_batch_law, validate_proposal
 if TYPE_CHECKING:
     from validation.compare import ComparisonReport
     from validation.machine_profile import MachineProfile
+    from validation.measurement import Measurement
 
 PROBED_STRATEGY = "micro_batch=4,optimizer=adamw"
 DeviceOption = Annotated[str, typer.Option("--device", help="What is measured: cpu (one core) or cuda (one GPU).")]
@@ -54,6 +56,7 @@ def calibrate(
     device: DeviceOption = "cpu",
     data_sheet: Annotated[str | None, typer.Option(help="Catalog name or file of the GPU; by default found by its name.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few of the steps: to try the command out.")] = False,
+    raw: Annotated[Path | None, typer.Option("--save", help="File to write all measurements to, as JSON.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure this machine's CPU core or GPU under PyTorch, in three minutes, and keep what was found in a profile.
@@ -65,8 +68,8 @@ def calibrate(
     if probe is not None:
         from validation.probe import probe as run
 
-        if data_sheet is not None or quick:
-            raise InputError("--data-sheet and --quick belong to a calibration, not to a probe")
+        if data_sheet is not None or quick or raw is not None:
+            raise InputError("--data-sheet, --quick and --save belong to a calibration, not to a probe")
         report = run(_profile(base, device), probe, strategy, sequence=seq_len, progress=_progress)
         path = out or probed_path(device)
         save(report.profile, path)
@@ -77,9 +80,9 @@ def calibrate(
         return
     if base is not None or seq_len is not None or strategy != PROBED_STRATEGY:
         raise InputError("--profile, --seq-len and --strategy belong to a probe: give --probe WORKLOAD, too")
-    profile, path = _calibrate(device, quick=quick, data_sheet=data_sheet), out or default_path(device)
     if quick and out is None:
         raise InputError("a quick calibration is not kept for predictions: name a file with --out")
+    profile, path = _calibrate(device, quick=quick, data_sheet=data_sheet, raw=raw), out or default_path(device)
     save(profile, path)
     if as_json:
         write_json(profile)
@@ -343,7 +346,7 @@ def _profile(path: Path | None, device: str = "cpu", *, quick: bool = False) -> 
     return profile
 
 
-def _calibrate(device: str = "cpu", *, quick: bool = False, data_sheet: str | None = None) -> MachineProfile:
+def _calibrate(device: str = "cpu", *, quick: bool = False, data_sheet: str | None = None, raw: Path | None = None) -> MachineProfile:
     from dataclasses import replace
 
     from validation.calibrate import CALIBRATION_SETTINGS, calibration_list
@@ -351,7 +354,13 @@ def _calibrate(device: str = "cpu", *, quick: bool = False, data_sheet: str | No
 
     if data_sheet is not None and device == "cpu":
         raise InputError("--data-sheet names a GPU: give --device cuda, too")
-    return run(calibration_list(device, quick=quick), replace(CALIBRATION_SETTINGS, device=device), _progress, data_sheet)
+
+    def keep(measurements: Sequence[Measurement]) -> None:
+        if raw is not None:
+            raw.write_text(json.dumps({"command": "simtrain calibrate", "measurements": [m.to_dict() for m in measurements]}) + "\n")
+
+    settings = replace(CALIBRATION_SETTINGS, device=device)
+    return run(calibration_list(device, quick=quick), settings, _progress, data_sheet=data_sheet, keep=keep)
 
 
 def _naming(path: Path) -> str:

@@ -12,7 +12,7 @@ import typer
 
 from simtrain.cli.output import write_json, write_table
 from simtrain.core.errors import InputError, UnknownNameError
-from validation.run_commands import validate_batch_law, validate_proposal
+from validation.run_commands import validate_batch, validate_batch_law, validate_proposal, validate_quality
 
 if TYPE_CHECKING:
     from validation.compare import ComparisonReport
@@ -265,38 +265,6 @@ def validate_data(
     from validation.data_loading import QUICK_CASES, TEST_CASES, compare_loading
 
     report = compare_loading(QUICK_CASES if quick else TEST_CASES, _progress)
-    if save:
-        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
-
-
-def validate_batch(
-    as_json: Json = False,
-    save: Annotated[Path | None, typer.Option(help="File to write the outcome to, as JSON.")] = None,
-) -> None:
-    """Measure what following the noise scale costs: real steps with `DynamicBatch` beside plain ones."""
-    from validation.batch_overhead import measure_overhead
-
-    report = measure_overhead()
-    if save:
-        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
-
-
-def validate_quality(
-    as_json: Json = False,
-    save: Annotated[Path | None, typer.Option(help="File to write the outcome to, as JSON.")] = None,
-) -> None:
-    """Train two small models with and without each component, paired by seed, and test whether quality stays within half a percent."""
-    from validation.quality import compare_quality
-
-    report = compare_quality(progress=_progress)
     if save:
         save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     if as_json:

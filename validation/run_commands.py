@@ -17,6 +17,38 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 Save = Annotated[Path | None, typer.Option("--save", help="File to write the outcome to, as JSON.")]
 
 
+def validate_batch(
+    as_json: Json = False,
+    save: Save = None,
+) -> None:
+    """Measure what following the noise scale costs: real steps with `DynamicBatch` beside plain ones."""
+    from validation.batch_overhead import measure_overhead
+
+    report = measure_overhead()
+    if save:
+        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def validate_quality(
+    as_json: Json = False,
+    save: Save = None,
+) -> None:
+    """Train two small models with and without each component, paired by seed, and test whether quality stays within half a percent."""
+    from validation.quality import compare_quality
+
+    report = compare_quality(progress=_progress)
+    if save:
+        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
 def validate_batch_law(as_json: Json = False) -> None:
     """Fit S(B) = S_min (1 + B_noise / B) to six public jobs, and predict each of their runs from the others."""
     from validation.batch_jobs import fit_jobs, source
@@ -83,3 +115,8 @@ def _tell(data: list[dict[str, object]], text: str, *, as_json: bool, save: Path
         write_json(whole)
     else:
         sys.stdout.write(text + "\n")
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        typer.echo(line, err=True)

@@ -70,12 +70,13 @@ class Training:
         limit_s = max(PATIENCE * self.q.course.time_s, PATIENCE * HOUR_S)
         self.env.run(until=self._trainer | self.env.timeout(limit_s))
         if self._trainer.is_alive:
-            total = self.q.course.steps
+            total, failures = self.q.course.steps, self.ledger.failures
+            restart_s = self.q.policy.restart_time_s(self.q.base.devices)
             raise InputError(
-                f"the run does not get done: {self.done / total:.1%} of {total} steps after {limit_s / 86400:.3g} days, with "
-                f"{self.ledger.failures} interruptions (one every {format_time(limit_s / max(self.ledger.failures, 1))}, where a restart takes "
-                f"{format_time(self.q.policy.restart_time_s(self.q.base.devices))}) and {self._available} of {self.q.base.devices} devices at "
-                "the end. Failures are too frequent for the snapshots, restarts and repairs given"
+                f"the run does not get done: {self.done / total:.1%} of {total} steps after {limit_s / 86400:.3g} days, with {failures} "
+                f"interruptions (one every {format_time(limit_s / max(failures, 1))}, where a restart takes {format_time(restart_s)}) and "
+                f"{self._available} of {self.q.base.devices} devices at the end. Failures are too frequent for the snapshots, restarts and "
+                "repairs given"
             )
         self._hold(0)
         if self._corrupt_s is not None:

@@ -188,7 +188,7 @@ def waiting(data: ImageFiles, batch: int, wait_s: float, lasts_s: float) -> floa
 
 
 def _waiting(answer: Any, data: ImageFiles, batch: int, wait_s: float, lasts_s: float) -> None:
-    times = []
+    times: list[float] = []
     deadline = time.perf_counter() + lasts_s
     for index in count():
         if len(times) >= 5 and time.perf_counter() > deadline:

@@ -67,7 +67,7 @@ class ImageTask:
         for first in range(0, len(self.data.test[0]), SEEN_AT_ONCE):
             x = model.stem(torch.from_numpy(self.data.test[0][first : first + SEEN_AT_ONCE]).to(device))  # type: ignore[operator]
             for blocks in model.stages:  # type: ignore[union-attr]
-                for block in blocks:  # type: ignore[union-attr]
+                for block in blocks:
                     x = block(x)
             guessed = model.head.fc(model.head.pool(x).flatten(1)).argmax(1).cpu()  # type: ignore[operator,union-attr]
             right += int((guessed == torch.from_numpy(self.data.test[1][first : first + SEEN_AT_ONCE])).sum())
@@ -89,7 +89,7 @@ class TextTask:
 
     def recompute(self) -> None:
         """Makes every block run again in backward."""
-        self.model.blocks = nn.ModuleList(Segment([b]) for b in self.model.blocks)  # type: ignore[union-attr,arg-type]
+        self.model.blocks = nn.ModuleList(Segment([b]) for b in self.model.blocks)  # type: ignore[union-attr]
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Returns the usual optimizer of such models."""
@@ -105,7 +105,7 @@ class TextTask:
         """Returns the loss per word over whole stretches of the validation text."""
         model.eval()
         starts = torch.arange(0, len(self.data.valid) - self.length, self.length)[: 4 * SEEN_AT_ONCE]
-        losses = [float(model(*(t.to(device) for t in self._at(self.data.valid, part)))) for part in starts.split(1)]
+        losses = [float(model(*(t.to(device) for t in self._at(self.data.valid, part)))) for part in starts[:, None]]
         model.train()
         return sum(losses) / len(losses)
 

@@ -13,7 +13,7 @@ import numpy as np
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.result import MemoryKind, MemoryTimeline, Result, TraceEvent
 from simtrain.core.units import format_bytes, format_time
-from simtrain.report.plots import MEMORY_COLOURS, PART_COLOURS
+from simtrain.report.plots import MEMORY_COLOURS, PART_COLOURS, repeated_micro_batch
 from simtrain.report.timeline import CATEGORY_COLOURS, GAP_SHARE, OTHER_COLOUR, Bar, merged, timeline_rows
 
 if TYPE_CHECKING:
@@ -120,14 +120,14 @@ def memory_over_time(result: Result) -> Figure | None:
     capacity = result.memory.capacity_bytes / _GIB
     layout: Figure = _layout(340, title) | {"hovermode": "x unified", "shapes": [], "annotations": []}
     layout["yaxis"] = {"title": {"text": "GiB"}, "rangemode": "tozero", "gridcolor": "#e6e9ee", "zeroline": False}
-    _mark_gap(layout, x, moments)
+    _mark_gap(layout, x, moments, result)
     if capacity < 4 * float(total.max()):
         layout["shapes"] += [_line(capacity)]
         layout["annotations"] += [_note(f"capacity {capacity:.4g} GiB", x=1, xref="paper", y=capacity, yanchor="bottom", xanchor="right")]
     return {"data": data, "layout": layout}
 
 
-def _mark_gap(layout: dict[str, Any], x: FloatArray, moments: Sequence[str]) -> None:
+def _mark_gap(layout: dict[str, Any], x: FloatArray, moments: Sequence[str], result: Result) -> None:
     """Veils a long time without moments: the ledger replays equal micro-batches once, the last one it names stands for the rest."""
     steps = np.diff(x)
     if len(steps) < 2 or steps.max() < 0.05 * (x[-1] - x[0]) or steps.max() < 50 * np.median(steps):
@@ -136,8 +136,8 @@ def _mark_gap(layout: dict[str, Any], x: FloatArray, moments: Sequence[str]) -> 
     begins, ends = float(x[before]), float(x[before + 1])
     veil = {"type": "rect", "fillcolor": "#fff", "opacity": 0.65, "line": {"width": 0}}
     layout["shapes"].append(veil | {"x0": begins, "x1": ends, "yref": "paper", "y0": 0, "y1": 1})
-    micro_batch = moments[before].partition("/")[0]
-    text = f"the same again for every<br>micro-batch after {micro_batch}" if micro_batch.isdecimal() else "not stated"
+    micro_batch = repeated_micro_batch(result, moments[before])
+    text = f"the same again for every<br>micro-batch after {micro_batch}" if micro_batch else "waits, or as before"
     layout["annotations"].append({"text": text, "x": (begins + ends) / 2, "y": 0.5, "yref": "paper", "showarrow": False, "bgcolor": "#fff"})
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from simtrain.core.errors import InputError
 from simtrain.core.result import MemoryKind, MemoryTimeline, Result
+from simtrain.core.strategy import Strategy
 from simtrain.core.units import format_bytes, format_time
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def plot_memory(result: Result, ax: Axes | None = None) -> Axes:
         raise InputError(f"the reader {result.reader!r} keeps no memory timeline to plot: use schedule or simulate")
     ax = new_axes(10, 5) if ax is None else ax
     x = _stack_memory(ax, memory.timeline)
-    _mark_gap(ax, memory.timeline, x)
+    _mark_gap(ax, memory.timeline, x, result)
     peak = int(np.argmax(memory.timeline.total_bytes))
     ax.plot([x[peak]], [memory.timeline.total_bytes[peak] / _GIB], "o", color="black", markersize=5, zorder=5)
     _annotate_peak(ax, x, peak, f"peak {format_bytes(memory.allocated_bytes)}\n{memory.peak_moment}", memory.allocated_bytes / _GIB)
@@ -99,7 +100,15 @@ def _stack_memory(ax: Axes, timeline: MemoryTimeline) -> np.ndarray[tuple[int], 
     return x
 
 
-def _mark_gap(ax: Axes, timeline: MemoryTimeline, x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+def repeated_micro_batch(result: Result, moment: str) -> str:
+    """The micro-batch that stands for those after it; "" where a moment is of none, or of the last one of the step."""
+    micro_batch = moment.partition("/")[0]
+    if not micro_batch.isdecimal() or int(micro_batch) + 1 >= Strategy.parse(result.strategy).accumulation:
+        return ""
+    return micro_batch
+
+
+def _mark_gap(ax: Axes, timeline: MemoryTimeline, x: np.ndarray[tuple[int], np.dtype[np.float64]], result: Result) -> None:
     """Hatches a long time without moments: the ledger replays equal micro-batches once, the last one it names stands for the rest."""
     from matplotlib.patches import Rectangle
 
@@ -109,8 +118,8 @@ def _mark_gap(ax: Axes, timeline: MemoryTimeline, x: np.ndarray[tuple[int], np.d
     before = int(steps.argmax())
     start, width, height = float(x[before]), float(x[before + 1] - x[before]), float(timeline.total_bytes.max()) / _GIB
     ax.add_patch(Rectangle((start, 0), width, height, facecolor=(1, 1, 1, 0.7), hatch="//", edgecolor="#dddddd", linewidth=0, zorder=3))
-    micro_batch = timeline.moments[before].partition("/")[0]
-    text = f"repeats micro-batch {micro_batch}" if micro_batch.isdecimal() else "not stated"
+    micro_batch = repeated_micro_batch(result, timeline.moments[before])
+    text = f"repeats micro-batch {micro_batch}" if micro_batch else "waits, or as before"
     ax.text(
         start + width / 2,
         height / 2,

@@ -100,8 +100,10 @@ def test_a_long_time_without_moments_is_hatched_and_explained(result):
     later = np.where(np.arange(len(timeline.moments)) > 50, timeline.time_s + 1.0, timeline.time_s)
     moments = tuple(f"1/{m}" for m in timeline.moments)
     memory = dataclasses.replace(result.memory, timeline=dataclasses.replace(timeline, time_s=later, moments=moments))
-    ax = report.plot_memory(dataclasses.replace(result, memory=memory))
+    ax = report.plot_memory(dataclasses.replace(result, memory=memory, strategy="accumulation=8"))
     assert "repeats micro-batch 1" in _texts(ax)
+    ax = report.plot_memory(dataclasses.replace(result, memory=memory, strategy="accumulation=2"))
+    assert "repeats micro-batch 1" not in _texts(ax), "the last one stands for no other"
     assert "repeats micro-batch 1" not in _texts(report.plot_memory(result))
 
 

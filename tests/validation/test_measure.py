@@ -7,10 +7,14 @@ import pytest
 pytest.importorskip("torch")
 
 from simtrain.core import catalog
+from simtrain.step.predict import schedule
 from validation import compare
+from validation.backend import CpuBackend
+from validation.features import CPU_RUNTIME, workload_of
 from validation.measure import environment, measure, quietest_core
 from validation.measurement import Measurement, Settings
-from validation.steps import gpt
+from validation.steps import TrainingStep, gpt
+from validation.worker import memory_of_step
 
 TINY = (
     gpt("tiny-adamw", (2, 64, 4, 300), (2, 32), "adamw"),
@@ -65,3 +69,13 @@ def test_buffers_are_reused_from_step_to_step():
 def test_a_core_is_chosen_among_the_allowed_ones():
     core = quietest_core(interval_s=0.01)
     assert core is None or core >= 0
+
+
+def test_what_composed_rms_norms_keep_is_said_and_is_all_that_is_missing():
+    options = {"layers": 4, "hidden": 128, "heads": 4, "vocabulary": 300, "kv_heads": 2, "ffn": 256}
+    step = TrainingStep("llama", "llama3-8b", 64, "micro_batch=4,optimizer=sgd", options)
+    measured = memory_of_step(step, CpuBackend())["peak_memory_bytes"]
+    result = schedule(workload_of(step), compare.single_core(catalog.device("cpu-core")), step.parsed(), runtime=CPU_RUNTIME)
+    kept = 9 * 4 * 64 * 128 * 4  # two norms a block and the last one
+    assert result.memory.allocated_bytes + kept == pytest.approx(measured, rel=1e-5)
+    assert any("composes RMS norms" in line for line in result.assumptions)

@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
     validate.command("kernels")(validate_kernels)
     validate.command("precision")(validate_precision)
     validate.command("decisions")(validate_decisions)
+    validate.command("tpu")(validate_tpu)
     validate.command("allocation")(validate_allocation)
     validate.command("regret")(validate_regret)
     validate.command("data")(validate_data)
@@ -184,6 +185,17 @@ def validate_allocation(as_json: Json = False) -> None:
     from validation.allocation import compare
 
     report = compare()
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def validate_tpu(as_json: Json = False) -> None:
+    """Compare predicted steps of transformers on TPU slices with published ones, beside one MFU per chip (two minutes)."""
+    from validation.tpu_slices import compare_slices
+
+    report = compare_slices()
     if as_json:
         write_json(report.to_dict())
     else:

@@ -158,7 +158,7 @@ def compare_kernels() -> tuple[KernelReport, ...]:
 
 def matrix_products() -> tuple[KernelReport, KernelReport]:
     """Best shapes of many devices, and the shapes of DeepBench."""
-    data = _load("matrix_products")
+    data = load_table("matrix_products")
     best = data["best"][0]
     first = KernelReport(
         "Best matrix products of single devices (16 and 8 bits)",
@@ -182,7 +182,7 @@ def matrix_products() -> tuple[KernelReport, KernelReport]:
 
 def language_models() -> KernelReport:
     """Forward and backward passes of BERT and GPT-2 on single GPUs in fp32: sums over kernels."""
-    data = _load("neusight_models")
+    data = load_table("neusight_models")
     rows = []
     for device, model, tokens, batch, forward_ms, backward_ms in data["rows"]:
         options = {"dropout": 0.0} if model.startswith("bert") and not backward_ms else {}
@@ -214,7 +214,7 @@ def image_models() -> KernelReport:
 
 def tpu_chips() -> KernelReport:
     """One chip's own time in steps of sharded transformers on TPU slices, where what is recomputed and the chip's share are known."""
-    data = _load("tpu_transformers")
+    data = load_table("tpu_transformers")
     rows = []
     for row in data["row"]:
         if row["recompute"] not in FORWARDS or row["tensor"] != 1:
@@ -295,5 +295,6 @@ def _flat_s(device: Device, kernels: KernelBatch) -> FloatArray:
     return roofline_s(kernels.flops, kernels.bytes_moved, device.peak(kernels.arithmetic), device.memory.bandwidth_bytes_per_s)
 
 
-def _load(name: str) -> dict[str, Any]:
+def load_table(name: str) -> dict[str, Any]:
+    """Reads a table of `validation/published`."""
     return tomllib.loads((files("validation") / "published" / f"{name}.toml").read_text())

@@ -46,7 +46,7 @@ def test_a_tpu_never_takes_longer_than_the_step_it_is_part_of(reports):
 
 
 def test_the_tpu_models_are_those_of_their_configurations():
-    rows = kernels._load("tpu_transformers")["row"]
+    rows = kernels.load_table("tpu_transformers")["row"]
     assert len(rows) == 28
     billions = {(r["layers"], r["hidden"]): kernels.tpu_workload(r).parameter_count / 1e9 for r in rows}
     expected = {(32, 4096): (16, 8.03), (64, 8192): (64, 128), (32, 8192): (32, 32), (48, 6144): (22, 22)}

@@ -5,7 +5,7 @@ import pytest
 from simtrain.core import catalog
 from simtrain.core.runtime import runtime
 from simtrain.core.strategy import Strategy
-from simtrain.step.predict import schedule
+from simtrain.step.predict import estimate, schedule
 from validation import tpu_slices
 from validation.kernels_published import load_table
 
@@ -44,6 +44,17 @@ def test_one_share_per_chip_beats_one_mfu_per_chip_on_groups_held_out():
     assert all(0.5 < share < 1 for share in report.shares.values())
     assert "held out" in str(report)
     assert report.to_dict()["variants_looked_at"] > 1
+
+
+def test_the_closed_form_waits_for_reductions_as_the_longest_path_does():
+    row = ROWS[V5P + 1]
+    device = catalog.device(row["device"])
+    chosen = Strategy(data=32, tensor=4, zero=3, shard=16, micro_batch=8, precision="bf16-master", checkpoint="full")
+    model, cluster = tpu_slices.tpu_workload(row), tpu_slices.slices(row, device)
+    for late in (True, False):
+        framework = runtime("xla").with_(overlap_communication=not late)
+        closed, path = (reader(model, cluster, chosen, runtime=framework).step_time_s for reader in (estimate, schedule))
+        assert closed == pytest.approx(path, rel=0.01)
 
 
 def test_deep_models_shard_fully_although_the_launch_queue_is_full():

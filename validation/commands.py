@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
     validate.command("kernels")(validate_kernels)
     validate.command("precision")(validate_precision)
     validate.command("decisions")(validate_decisions)
+    validate.command("mixed")(validate_mixed)
     validate.command("tpu")(validate_tpu)
     validate.command("allocation")(validate_allocation)
     validate.command("regret")(validate_regret)
@@ -185,6 +186,22 @@ def validate_allocation(as_json: Json = False) -> None:
     from validation.allocation import compare
 
     report = compare()
+    if as_json:
+        write_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def validate_mixed(
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Fit six constants to AMP's mixed trials, micro-batch sizes held out (minutes).")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare predictions with real steps on mixed GPUs (AMP) and on profiled GH200 (Sailor), beside the sources' own models."""
+    from validation.mixed import compare_mixed
+
+    report = compare_mixed(fit=fit)
     if as_json:
         write_json(report.to_dict())
     else:

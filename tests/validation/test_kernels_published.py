@@ -1,5 +1,7 @@
 """Published times of kernels: rows are what they say, and the device models beat knowing nothing but the data sheet."""
 
+from dataclasses import replace
+
 import pytest
 
 from simtrain.core.catalog import device
@@ -66,3 +68,18 @@ def test_reports_are_plain_data_and_text(reports):
         data = report.to_dict()
         assert data["summary"]["count"] == len(report.rows)
         assert "predictions" in str(report)
+
+
+def test_devices_left_out_are_predicted_better_than_by_a_flat_roofline(reports):
+    report = _one(reports, "Forward and backward passes")
+    assert report.left_out["predictions"].mean < report.left_out["flat roofline"].mean
+    doubled = replace(report, rows=tuple(replace(r, predicted_s=2 * r.predicted_s) for r in report.rows))
+    assert doubled.left_out["predictions"].mean == pytest.approx(report.left_out["predictions"].mean)  # a common factor is learned
+    assert _one(reports, "ResNets").left_out == {}  # one device
+
+
+def test_convolutions_are_predicted_better_than_by_knowing_nothing(reports):
+    report = _one(reports, "DeepBench convolutions")
+    assert len(report.rows) == 4 * 76
+    assert all(skill(report.errors, null) > 0.3 for null in report.nulls.values())
+    assert report.errors.median < 0.3

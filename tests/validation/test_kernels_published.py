@@ -81,5 +81,5 @@ def test_devices_left_out_are_predicted_better_than_by_a_flat_roofline(reports):
 def test_convolutions_are_predicted_better_than_by_knowing_nothing(reports):
     report = _one(reports, "DeepBench convolutions")
     assert len(report.rows) == 4 * 76
-    assert all(skill(report.errors, null) > 0.3 for null in report.nulls.values())
+    assert all(skill(report.errors, null) > 0.25 for null in report.nulls.values())
     assert report.errors.median < 0.3

@@ -293,7 +293,7 @@ RUNTIMES: dict[str, Runtime] = {
             sources=(
                 "one compiled program a step: no launches of the host; elementwise chains are fused",
                 "gathers run beside computation, reductions are waited for: options of libtpu in MaxText's scripts for TPU v4, v5e, v5p "
-                "(looked up) make all-gathers asynchronous and name no reduce-scatter; sums between slices come behind the loop over layers "
+                "(looked up) make all-gathers asynchronous and name no reduce-scatter; sums between slices come behind all layers "
                 "(assumption)",
                 "clipping by the common norm: MaxText's default (recalled)",
             ),

@@ -207,7 +207,7 @@ def measured_s(row: Mapping[str, Any]) -> float:
     """Returns the measured step time, by the framework's count of operations where it prints nothing else."""
     if row["tokens_per_s"]:
         return float(row["micro_batch"] * row["chips"] * row["tokens"] / row["tokens_per_s"])
-    return counted_flops(row) / (row["tflops_per_chip"] * 1e12)
+    return counted_flops(row) / (float(row["tflops_per_chip"]) * 1e12)
 
 
 def counted_flops(row: Mapping[str, Any]) -> float:

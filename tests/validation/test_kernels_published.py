@@ -28,7 +28,7 @@ def test_best_shapes_stay_below_the_peak_and_near_the_prediction(reports):
 
 
 def test_sweeps_are_predicted_better_than_by_a_roofline(reports):
-    report = _one(reports, "DeepBench")
+    report = _one(reports, "DeepBench matrix")
     assert len(report.rows) == 480
     assert report.errors.median < 0.08
     assert skill(report.errors, report.nulls["flat roofline"]) > 0.7

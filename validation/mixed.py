@@ -36,7 +36,7 @@ MIXED_CONSTANTS = (
 )
 """What is free on AMP's trials, with where it may lie: assumptions, not looked up."""
 
-MIXED_VARIANTS, STEADY_VARIANTS = 6, 6
+MIXED_VARIANTS, STEADY_VARIANTS = 7, 6
 """Ways of predicting that were tried with the errors of these rows in sight."""
 
 GB, MS = 1e9, 1e-3

@@ -12,6 +12,7 @@ import typer
 
 from simtrain.cli.output import write_json, write_table
 from simtrain.core.errors import InputError, UnknownNameError
+from validation.commands_steps import Json, validate_collectives, validate_kernels, validate_mixed, validate_tpu
 from validation.run_commands import validate_batch, validate_batch_law, validate_proposal, validate_quality
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 PROBED_STRATEGY = "micro_batch=4,optimizer=adamw"
 DeviceOption = Annotated[str, typer.Option("--device", help="What is measured: cpu (one core) or cuda (one GPU).")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -34,6 +34,8 @@ def register(app: typer.Typer) -> None:
     validate.command("kernels")(validate_kernels)
     validate.command("precision")(validate_precision)
     validate.command("decisions")(validate_decisions)
+    validate.command("mixed")(validate_mixed)
+    validate.command("tpu")(validate_tpu)
     validate.command("allocation")(validate_allocation)
     validate.command("regret")(validate_regret)
     validate.command("data")(validate_data)
@@ -168,17 +170,6 @@ def _fit_published(sources: list[str] | None, by: list[str] | None, workers: int
         write_table(*fit_tables(report))
 
 
-def validate_collectives(as_json: Json = False) -> None:
-    """Compare predicted collectives with published measurements on NVLink and over a network, held out by group."""
-    from validation.collective_runs import compare
-
-    report = compare()
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
-
-
 def validate_allocation(as_json: Json = False) -> None:
     """Compare allocations for mixed clusters with the plans of Sailor, in one event evaluator."""
     from validation.allocation import compare
@@ -188,22 +179,6 @@ def validate_allocation(as_json: Json = False) -> None:
         write_json(report.to_dict())
     else:
         typer.echo(str(report))
-
-
-def validate_kernels(as_json: Json = False) -> None:
-    """Compare the device models with published times of matrix products and of passes on one device, beside null models."""
-    from validation.kernels_published import FITTED_SETS, HELD_OUT_SETS, compare_kernels
-    from validation.published import compare_all
-
-    kernels, held_out, fitted = compare_kernels(), compare_all(HELD_OUT_SETS), compare_all(FITTED_SETS)
-    if as_json:
-        fitted_data = [r.to_dict() for r in fitted]
-        data = {"kernels": [r.to_dict() for r in kernels], "steps": [r.to_dict() for r in held_out], "steps_fitted_on": fitted_data}
-        write_json(data)
-    else:
-        typer.echo("\n\n".join(str(r) for r in (*kernels, *held_out)))
-        typer.echo("\nConstants were fitted on the rows that follow: what is left of their errors is no prediction.")
-        typer.echo("\n\n".join(str(r) for r in fitted))
 
 
 def validate_precision(as_json: Json = False) -> None:

@@ -8,7 +8,7 @@ sharding and the torus add is not, so that a prediction must not be slower than 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -21,7 +21,7 @@ from simtrain.core.kernels import KernelBatch
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import DType, precision
 from simtrain.core.runtime import runtime
-from simtrain.core.workload import OperatorKind, Workload
+from simtrain.core.workload import OperatorKind, Window, Workload
 from simtrain.cost.roofline import roofline_s
 from simtrain.step.kernels import layer_kernels
 from validation.errors import ErrorSummary, skill, summarise
@@ -105,6 +105,22 @@ class KernelReport:
             errors.append(row.measured_s * share / row.ideal_s - 1)
         return summarise(errors)
 
+    @property
+    def left_out(self) -> dict[str, ErrorSummary]:
+        """Of each device by one factor per path that the other devices gave, for the predictions and for the flat roofline.
+
+        What a device's own rows say is left out, so that both are judged as on a device that nobody has measured; empty for one device.
+        """
+        if len({r.device for r in self.rows}) < 2:
+            return {}
+        named = {"predictions": lambda r: r.predicted_s, "flat roofline": lambda r: r.flat_s}
+        return {name: summarise([self._scaled(row, time_s) for row in self.rows]) for name, time_s in named.items()}
+
+    def _scaled(self, row: KernelRow, time_s: Callable[[KernelRow], float]) -> float:
+        others = [r for r in self.rows if r.device != row.device]
+        near = [r for r in others if r.path == row.path] or others
+        return row.measured_s / (time_s(row) * float(np.median([r.measured_s / time_s(r) for r in near]))) - 1
+
     def by_device(self) -> dict[str, ErrorSummary]:
         """Errors of the predictions for each device and path."""
         groups = dict.fromkeys((r.device, r.path) for r in self.rows)
@@ -121,6 +137,7 @@ class KernelReport:
             "notes": list(self.notes),
             "summary": self.errors.to_dict(),
             "nulls": {name: null.to_dict() | {"skill": skill(self.errors, null)} for name, null in self.nulls.items()},
+            "left_out": {name: summary.to_dict() for name, summary in self.left_out.items()},
             "devices": {name: summary.to_dict() for name, summary in self.by_device().items()},
             "rows": [
                 {
@@ -148,17 +165,18 @@ class KernelReport:
         lines += [f"{name:<26}{summary}" for name, summary in self.by_device().items() if summary.count > 1]
         lines.append(f"predictions  {self.errors}")
         lines += [f"null: {name}  {null}; skill {skill(self.errors, null):.2f}" for name, null in self.nulls.items()]
+        lines += [f"each device left out, one factor per path from the others: {name}  {errors}" for name, errors in self.left_out.items()]
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes), f"source: {self.source}"])
 
 
 def compare_kernels() -> tuple[KernelReport, ...]:
     """Predicts all shipped tables."""
-    return (*matrix_products(), language_models(), image_models(), tpu_chips())
+    return (*matrix_products(), convolutions(), language_models(), image_models(), tpu_chips())
 
 
 def matrix_products() -> tuple[KernelReport, KernelReport]:
     """Best shapes of many devices, and the shapes of DeepBench."""
-    data = _load("matrix_products")
+    data = load_table("matrix_products")
     best = data["best"][0]
     first = KernelReport(
         "Best matrix products of single devices (16 and 8 bits)",
@@ -180,9 +198,53 @@ def matrix_products() -> tuple[KernelReport, KernelReport]:
     return first, KernelReport("DeepBench matrix products on V100 and P100", source, (note,), rows, print_rows=False)
 
 
+def convolutions() -> KernelReport:
+    """Convolutions and their gradients on a V100, with and without tensor cores."""
+    data = load_table("convolutions")
+    gpu = catalog.device(data["device"])
+    model = catalog.compute_model(gpu.compute_model)
+    rows = []
+    for width, height, channels, batch, filters, edge, pad_width, pad_height, stride, *times_ms in data["rows"]:
+        pixels = ((width + 2 * pad_width - edge) // stride + 1) * ((height + 2 * pad_height - edge) // stride + 1)
+        m, n, k = float(batch * pixels), float(filters), float(channels * edge**2)
+        image = float(batch * channels * width * height)
+        for i, path in enumerate((DType.FP32, DType.FP16)):
+            forward_ms, to_filter_ms, to_input_ms = times_ms[3 * i : 3 * i + 3]
+            for products, measured_ms in ((1, forward_ms), (2, to_filter_ms + to_input_ms)):
+                kernel = _convolution(path, (m, n, k, image), Window(edge, stride), products)
+                what = f"{path} {'forward' if products == 1 else 'backward'}"
+                name = f"{width}x{height}x{channels} b{batch} {filters} filters of {edge} {what}"
+                predicted = float(model.kernel_times_s(gpu, kernel)[0])
+                flat, ideal = float(_flat_s(gpu, kernel)[0]), float(kernel.flops[0]) / gpu.peak(path)
+                rows.append(KernelRow(name, data["device"], what, measured_ms * 1e-3, predicted, flat, ideal))
+    source = f"{data['repository']} {data['file']} at {data['commit']}"
+    return KernelReport("DeepBench convolutions on a V100", source, tuple(data["notes"]), tuple(rows), print_rows=False)
+
+
+def _convolution(path: DType, sizes: tuple[float, float, float, float], window: Window, products: int) -> KernelBatch:
+    """A convolution (one product), or the gradients of its filter and its image (two)."""
+    m, n, k, image = sizes
+    one = np.ones(1)
+    return KernelBatch(
+        names=("convolution",),
+        kinds=(OperatorKind.CONVOLUTION if products == 1 else OperatorKind.CONVOLUTION_BACKWARD,),
+        batch=one,
+        m=one * m,
+        n=one * n,
+        k=one * k,
+        flops=one * 2.0 * m * n * k * products,
+        bytes_moved=one * path.size_bytes * products * (image + m * n + k * n),
+        element_bytes=one * path.size_bytes,
+        launches=np.full(1, products),
+        causal=np.zeros(1, dtype=bool),
+        arithmetic=path,
+        windows=(window,),
+    )
+
+
 def language_models() -> KernelReport:
     """Forward and backward passes of BERT and GPT-2 on single GPUs in fp32: sums over kernels."""
-    data = _load("neusight_models")
+    data = load_table("neusight_models")
     rows = []
     for device, model, tokens, batch, forward_ms, backward_ms in data["rows"]:
         options = {"dropout": 0.0} if model.startswith("bert") and not backward_ms else {}
@@ -214,7 +276,7 @@ def image_models() -> KernelReport:
 
 def tpu_chips() -> KernelReport:
     """One chip's own time in steps of sharded transformers on TPU slices, where what is recomputed and the chip's share are known."""
-    data = _load("tpu_transformers")
+    data = load_table("tpu_transformers")
     rows = []
     for row in data["row"]:
         if row["recompute"] not in FORWARDS or row["tensor"] != 1:
@@ -295,5 +357,6 @@ def _flat_s(device: Device, kernels: KernelBatch) -> FloatArray:
     return roofline_s(kernels.flops, kernels.bytes_moved, device.peak(kernels.arithmetic), device.memory.bandwidth_bytes_per_s)
 
 
-def _load(name: str) -> dict[str, Any]:
+def load_table(name: str) -> dict[str, Any]:
+    """Reads a table of `validation/published`."""
     return tomllib.loads((files("validation") / "published" / f"{name}.toml").read_text())

@@ -44,7 +44,8 @@ class Runtime:
         first_bucket_bytes: Size of the first gradient bucket.
         bucket_bytes: Size of the others.
         gradient_as_bucket_view: Whether gradients live inside the buckets (else buckets are a second copy).
-        overlap_communication: Whether buckets are reduced while backward goes on.
+        overlap_communication: Whether gradients are reduced while backward goes on. Full sharding without it waits for each scatter, and
+            sums what sharding groups hold behind all of backward.
         allocator: "caching" (512-byte blocks, reserved segments) or "exact" (what is asked for).
         library: Whose kernels decide what operators take while they run: "stated" by the operators (GPU kernels) or "onednn".
         context_bytes: Device memory outside the allocator (driver context, libraries).
@@ -273,6 +274,28 @@ RUNTIMES: dict[str, Runtime] = {
                 "host time: 60 us per launched kernel, about what kernel traces of vTrain's single-node rows show (50 kernels in 3 ms "
                 "a layer, under tracing); not told apart from hooks and RNG states of checkpoints",
                 "assumption: 450 MiB of driver context, reserved 1.05 x allocated",
+            ),
+        ),
+        Runtime(
+            name="xla",
+            launch_s=0.0,
+            recompute_s=0.0,
+            run_ahead_launches=1000,
+            fused_attention=True,
+            optimizer_style="fused",
+            fused_elementwise=True,
+            fused_gate=True,
+            recompute_stops_early=False,
+            overlap_communication=False,
+            scatter_gradients=True,
+            global_norm=True,
+            allocator="exact",
+            sources=(
+                "one compiled program a step: no launches of the host; elementwise chains are fused",
+                "gathers run beside computation, reductions are waited for: options of libtpu in MaxText's scripts for TPU v4, v5e, v5p "
+                "(looked up) make all-gathers asynchronous and name no reduce-scatter; sums between slices come behind all layers "
+                "(assumption)",
+                "clipping by the common norm: MaxText's default (recalled)",
             ),
         ),
         Runtime(

@@ -200,7 +200,7 @@ class _Walk:
             for done, back in self.reduced[stage]:
                 at = max(at, done) + (back.device_s if back else 0.0)
             if self.sharded:
-                at = max(self.shards[stage].added(at), self.shards[stage].wire_free)
+                at = max(self.shards[stage].added(at), self.shards[stage].wire_free) + self.shards[stage].late_s()
                 self.passes[stage] += self.shards[stage].take_kernels()
             ready.append(at)
         tied = tie_cost(layout)
@@ -219,6 +219,8 @@ class _Shards:
         self.layout, self.lane, self.prefetch = layout, lane, layout.setting.runtime.prefetch
         shard = layout.setting.strategy.shard
         self.placed: Placed = place(layout.fabric, layout.grid.holder_groups(lane.stage, shard))
+        self.across = place(layout.fabric, layout.grid.replica_groups(lane.stage, shard)) if 0 < shard < layout.grid.holders else None
+        self.late = 0
         self.visits = stage_visits(layout, lane.stage)
         self.known: dict[tuple[Collective, float], float] = {}
         self.wire_free = self.first_s = 0.0
@@ -262,7 +264,21 @@ class _Shards:
             self.exchanged_s = self.wire_free
         elif scattered:
             self._move(end, Collective.REDUCE_SCATTER, scattered)
+            parameters = scattered_parameters(self.lane, chunk, step) if self.across and step.last else 0
+            if not self.layout.setting.runtime.overlap_communication:
+                self.late += parameters
+                return self.wire_free
+            if parameters:
+                self._busy(end, self._across_s(scattered))
         return end
+
+    def late_s(self) -> float:
+        """What summing the shards of sharding groups behind backward takes."""
+        return self._across_s(float(self.late * self.layout.setting.precision.state.size_bytes)) if self.late else 0.0
+
+    def _across_s(self, size: float) -> float:
+        shard = self.layout.setting.strategy.shard
+        return cost(self.layout.fabric, Collective.ALL_REDUCE, self.across, size / shard).time_s if self.across else 0.0
 
     def added(self, at: float) -> float:
         """When the gradients that were exchanged last are summed, if they are quantized."""

@@ -8,6 +8,7 @@ al. 2023, PyTorch FSDP; `torch/distributed/fsdp/_fully_shard`; recorded ranks of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from simtrain.core.program import TermKind
@@ -105,6 +106,7 @@ class FullySharded:
         self.computed: list[list[list[int]]] = [[] for _ in stages]
         self.latest: dict[tuple[int, int, int], int] = {}
         self.reduced: dict[int, int] = {}
+        self.late: Counter[int] = Counter()
         self.quantized = [Quantized.of(layout, s) for s in stages]
         self.exchanged: dict[int, tuple[int, int]] = {}
         self.known: dict[tuple[int, Collective, float, bool], CollectiveCost] = {}
@@ -125,14 +127,15 @@ class FullySharded:
         for visit in range(len(self.gathered[stage]), ahead):
             self.gathered[stage].append(self._gather(lanes, visit))
         self.next[stage] = n + 1
+        waits = [self.reduced[stage]] if stage in self.reduced and not self.setting.runtime.overlap_communication else []
         if self.gathered[stage][n] < 0:
-            return []
+            return waits
         quantized, ((owner, layer), anew) = self.quantized[stage], self.visits[stage][n]
         if quantized is not None and anew:
             for lane in lanes:
                 price = quantized.dequantize(lane, lane.chunks[owner].unit_parameters(layer))
                 self.build.work(lane.index, TermKind.GRADIENT_COPY, "dequantize parameters", price, micro_batch, [self.gathered[stage][n]])
-        return [self.gathered[stage][n]]
+        return [self.gathered[stage][n], *waits]
 
     def _gather(self, lanes: Sequence[Lane], visit: int) -> int:
         stage = lanes[0].stage
@@ -167,7 +170,11 @@ class FullySharded:
         if self.host:
             elements = scattered_parameters(lanes[0], chunk, steps[0]) / self.shard
             self.host.gradients(lanes, elements, [self.reduced[stage]], again=micro_batch > 0)
-        if self.shard < self.layout.grid.holders and steps[0].last:
+        if self.shard == self.layout.grid.holders or not steps[0].last:
+            return
+        if not self.setting.runtime.overlap_communication:
+            self.late[stage] += scattered_parameters(lanes[0], chunk, steps[0])
+        else:
             price = self._cost(stage, Collective.ALL_REDUCE, size / self.shard, self.across[stage])
             self.reduced[stage] = self.build.transfer(TermKind.COLLECTIVE, stream, "reduce shards", price, terms)
 
@@ -193,6 +200,15 @@ class FullySharded:
         for lane in lanes:
             self.build.work(lane.index, TermKind.GRADIENT_COPY, "sum gradients", quantized.add(lane, parameters), -1, [term])
 
+    def _reduce_late(self, lanes: Sequence[Lane]) -> None:
+        """Sums the shards of sharding groups in one go, in the optimizer's format, where that does not run beside backward."""
+        stage = lanes[0].stage
+        if not self.late[stage]:
+            return
+        size = float(self.late.pop(stage) * self.setting.precision.state.size_bytes) / self.shard
+        price = self._cost(stage, Collective.ALL_REDUCE, size, self.across[stage])
+        self.reduced[stage] = self.build.transfer(TermKind.COLLECTIVE, self._stream(lanes), "reduce shards", price, [self.reduced[stage]])
+
     def _cost(self, stage: int, kind: Collective, size: float, placed: Placed) -> CollectiveCost:
         key = (stage, kind, size, placed is self.inside[stage])
         if key not in self.known:
@@ -206,6 +222,7 @@ class FullySharded:
         """Updates every rank's shard; the next step gathers when it is done."""
         for lanes in self.layout.by_stage:
             self._add(lanes)
+            self._reduce_late(lanes)
         updates = []
         everyone = [*self.reduced.values(), *last]
         for lane in self.layout.lanes:

@@ -1,5 +1,7 @@
 """Published times of kernels: rows are what they say, and the device models beat knowing nothing but the data sheet."""
 
+from dataclasses import replace
+
 import pytest
 
 from simtrain.core.catalog import device
@@ -26,7 +28,7 @@ def test_best_shapes_stay_below_the_peak_and_near_the_prediction(reports):
 
 
 def test_sweeps_are_predicted_better_than_by_a_roofline(reports):
-    report = _one(reports, "DeepBench")
+    report = _one(reports, "DeepBench matrix")
     assert len(report.rows) == 480
     assert report.errors.median < 0.08
     assert skill(report.errors, report.nulls["flat roofline"]) > 0.7
@@ -46,7 +48,7 @@ def test_a_tpu_never_takes_longer_than_the_step_it_is_part_of(reports):
 
 
 def test_the_tpu_models_are_those_of_their_configurations():
-    rows = kernels._load("tpu_transformers")["row"]
+    rows = kernels.load_table("tpu_transformers")["row"]
     assert len(rows) == 28
     billions = {(r["layers"], r["hidden"]): kernels.tpu_workload(r).parameter_count / 1e9 for r in rows}
     expected = {(32, 4096): (16, 8.03), (64, 8192): (64, 128), (32, 8192): (32, 32), (48, 6144): (22, 22)}
@@ -66,3 +68,18 @@ def test_reports_are_plain_data_and_text(reports):
         data = report.to_dict()
         assert data["summary"]["count"] == len(report.rows)
         assert "predictions" in str(report)
+
+
+def test_devices_left_out_are_predicted_better_than_by_a_flat_roofline(reports):
+    report = _one(reports, "Forward and backward passes")
+    assert report.left_out["predictions"].mean < report.left_out["flat roofline"].mean
+    doubled = replace(report, rows=tuple(replace(r, predicted_s=2 * r.predicted_s) for r in report.rows))
+    assert doubled.left_out["predictions"].mean == pytest.approx(report.left_out["predictions"].mean)  # a common factor is learned
+    assert _one(reports, "ResNets").left_out == {}  # one device
+
+
+def test_convolutions_are_predicted_better_than_by_knowing_nothing(reports):
+    report = _one(reports, "DeepBench convolutions")
+    assert len(report.rows) == 4 * 76
+    assert all(skill(report.errors, null) > 0.25 for null in report.nulls.values())
+    assert report.errors.median < 0.3

@@ -1,0 +1,248 @@
+"""Real steps on machines of several types, or of one type whose layers were profiled, against the engine: AMP's and Sailor's own runs.
+
+AMP's trials are predicted by the whole engine from data sheets, then with a few constants fitted to the trials of other micro-batch sizes.
+Sailor's steps on GH200 are predicted from its profile of layers, with DeepSpeed's schedule as the allocator's own event evaluator has it
+(both ends of a transfer are busy meanwhile), then with one constant per step for replicas that must agree, each row left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from simtrain.core import catalog
+from simtrain.core.hardware import Cluster, Device, Node
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.runtime import runtime
+from simtrain.core.strategy import Strategy
+from simtrain.planner.allocation.events import Pipelines, finish_s
+from simtrain.step.predict import estimate
+from validation.errors import ErrorSummary, summarise
+from validation.fit_published import Constant, HeldOut, Variant, hold_out
+from validation.kernels_published import load_table
+
+MIXED_CONSTANTS = (
+    Constant("launch_s", 20e-6, 0.7, 5e-6, 150e-6, "host time of a launch in eager PyTorch of 2021, timers that synchronise included"),
+    Constant("t4_clock", 0.6, 0.3, 0.2, 1.0, "a T4 holds 70 W by lowering its clock"),
+    Constant("v100_clock", 0.95, 0.1, 0.6, 1.0, "base over boost clock is 0.86"),
+    Constant("port_efficiency", 0.8, 0.2, 0.3, 1.0, "TCP on ports of 10 and 50 Gb/s, both rated as 'up to'"),
+    Constant("step_s", 0.2, 1.0, 0.005, 1.0, "flattening, unscaling, clipping and timers of a step"),
+    Constant("tensor_send_s", 5e-3, 1.0, 1e-4, 0.05, "DeepSpeed sends divided activations in several messages, described one by one"),
+)
+"""What is free on AMP's trials, with where it may lie: assumptions, not looked up."""
+
+MIXED_VARIANTS, STEADY_VARIANTS = 7, 6
+"""Ways of predicting that were tried with the errors of these rows in sight."""
+
+GB, MS = 1e9, 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """How well predictions order trials.
+
+    Attributes:
+        errors: Of times.
+        rank_correlation: Spearman's.
+        regret: How much slower the trial predicted fastest is than the fastest.
+        best_in_top_three: Whether the fastest is among the three predicted fastest.
+    """
+
+    errors: ErrorSummary
+    rank_correlation: float
+    regret: float
+    best_in_top_three: bool
+
+    @classmethod
+    def of(cls, predicted: FloatArray, measured: FloatArray) -> Ranking:
+        """Compares predicted with measured times."""
+        from scipy.stats import spearmanr
+
+        order = np.argsort(predicted, kind="stable")
+        return cls(
+            errors=summarise((predicted / measured - 1).tolist()),
+            rank_correlation=float(spearmanr(predicted, measured)[0]),
+            regret=float(measured[order[0]] / measured.min() - 1),
+            best_in_top_three=bool(measured[order[:3]].min() == measured.min()),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return {
+            "errors": self.errors.to_dict(),
+            "rank_correlation": self.rank_correlation,
+            "regret": self.regret,
+            "best_in_top_three": self.best_in_top_three,
+        }
+
+    def __str__(self) -> str:
+        top = "yes" if self.best_in_top_three else "no"
+        return f"rank correlation {self.rank_correlation:.3f}, regret {self.regret:.1%}, fastest in top three: {top}; {self.errors}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MixedReport:
+    """AMP's trials and Sailor's steps.
+
+    Attributes:
+        rankings: Of AMP's trials, by how they were predicted.
+        mixed: The fit to the mixed cluster, micro-batch sizes held out; `None` if it was not asked for.
+        steady: Of Sailor's steps, by how they were predicted.
+        steady_rows: Name, measured, predicted from the profile alone, and with the constant of the other rows.
+    """
+
+    rankings: Mapping[str, Ranking]
+    mixed: HeldOut | None
+    steady: Mapping[str, ErrorSummary]
+    steady_rows: tuple[tuple[str, float, float, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data for JSON."""
+        return {
+            "amp": {name: ranking.to_dict() for name, ranking in self.rankings.items()},
+            "amp_fit": self.mixed.to_dict() if self.mixed else None,
+            "amp_variants_looked_at": MIXED_VARIANTS,
+            "sailor": {name: errors.to_dict() for name, errors in self.steady.items()},
+            "sailor_rows": [list(row) for row in self.steady_rows],
+            "sailor_variants_looked_at": STEADY_VARIANTS,
+        }
+
+    def __str__(self) -> str:
+        lines = ["GPT-2 medium on 12 V100 + 4 T4 and on 16 T4 (AMP's trials)"]
+        lines += [f"{name}: {ranking}" for name, ranking in self.rankings.items()]
+        if self.mixed:
+            found = [
+                f"{name} {v:.3g} ({', '.join(f'{x:.3g}' for x in self.mixed.spread(name))})" for name, v in self.mixed.fit.values.items()
+            ]
+            lines.append("constants of all trials (and least and most over folds): " + "; ".join(found))
+        lines += [f"variants looked at on these rows: {MIXED_VARIANTS}", "", "OPT-350M on 4 to 128 GH200 (Sailor's steps)"]
+        lines += [f"{name:<36}{m:>8.3f} s{p / m - 1:>+8.1%}{q / m - 1:>+8.1%}" for name, m, p, q in self.steady_rows]
+        lines += [f"{name}: {errors}" for name, errors in self.steady.items()]
+        return "\n".join([*lines, f"variants looked at on these rows: {STEADY_VARIANTS}"])
+
+
+def compare_mixed(*, fit: bool = False) -> MixedReport:
+    """Predicts all rows; with `fit`, also fits constants to AMP's mixed trials with micro-batch sizes held out (minutes)."""
+    rankings: dict[str, Ranking] = {}
+    held = None
+    for cluster in ("mixed", "t4"):
+        rows = trials(cluster)
+        measured = np.array([row["step_time_s"] for row in rows])
+        rankings[f"{cluster}: AMP's own model"] = Ranking.of(np.array([row["amp_s"] for row in rows]), measured)
+        rankings[f"{cluster}: engine, nothing fitted"] = Ranking.of(np.array([predict_trial_s(row) for row in rows]), measured)
+        if fit and cluster == "mixed":
+            held = hold_out(Variant(_predictor(rows), MIXED_CONSTANTS), measured, [row["micro_batch"] for row in rows])
+            rankings["mixed: constants fitted, micro-batch size held out"] = Ranking.of(held.predicted, measured)
+    return MixedReport(rankings, held, *compare_steady())
+
+
+def trials(cluster: str) -> list[dict[str, Any]]:
+    """Reads AMP's trials on one of its clusters, "mixed" or "t4"."""
+    table = load_table("amp_mixed")
+    lead = table["lead_layers"]
+    rows = [dict(zip(table["header"], cells, strict=True)) for cells in table["rows"]]
+    for row in rows:
+        ends = [min(max(end - lead, 0), 24) for end in row["boundaries"]]
+        row["blocks"] = [b - a for a, b in itertools.pairwise(ends)]
+        row["micro_batches"] = table["global_batch"] // (row["data"] * row["micro_batch"])
+    return [row for row in rows if row["cluster"] == cluster]
+
+
+def predict_trial_s(row: Mapping[str, Any], constants: Mapping[str, float] | None = None) -> float:
+    """Returns the predicted time of a trial, from data sheets or with `MIXED_CONSTANTS`."""
+    chosen = Strategy(
+        data=row["data"],
+        tensor=row["tensor"],
+        pipeline=row["pipeline"],
+        micro_batch=row["micro_batch"],
+        accumulation=row["micro_batches"],
+        precision="fp16-master",
+        optimizer="adam",
+        cuts="-".join(map(str, row["blocks"])) if row["pipeline"] > 1 else "",
+    )
+    table = load_table("amp_mixed")
+    work = catalog.workload("gpt2-medium", seq_len=table["sequence"], vocabulary=table["vocabulary"], dropout=0.1)
+    framework = runtime("deepspeed").with_(main_gradients=True)
+    if constants is None:
+        return estimate(work, machines(row["cluster"]), chosen, runtime=framework).step_time_s
+    cluster = machines(row["cluster"], constants["v100_clock"], constants["t4_clock"], constants["port_efficiency"])
+    found = estimate(work, cluster, chosen, runtime=framework.with_(launch_s=constants["launch_s"])).step_time_s
+    neighbours = min(row["pipeline"] - 1, 2)
+    sends = 2 * neighbours * row["micro_batches"] if row["tensor"] > 1 else 0
+    return found + constants["step_s"] + sends * constants["tensor_send_s"]
+
+
+def machines(name: str, v100_clock: float = 1.0, t4_clock: float = 1.0, port_efficiency: float | None = None) -> Cluster:
+    """Returns AMP's cluster "mixed" or "t4", with clocks and ports as given shares of their data sheets."""
+    port = catalog.link("ethernet-10g")
+    port = replace(port, efficiency=port_efficiency or port.efficiency)
+    wide = replace(port, name="ethernet-50g", bandwidth_bytes_per_s=5 * port.bandwidth_bytes_per_s)
+    host = catalog.link("pcie3-x16")
+    t4 = Node((_slower(catalog.device("t4"), t4_clock),) * 4, None, host, nic=wide)
+    v100 = Node((_slower(catalog.device("v100-sxm-16g"), v100_clock),) * 4, None, host, catalog.link("nvlink2"), nic=port)
+    return Cluster(name, (v100, v100, v100, t4) if name == "mixed" else (t4,) * 4)
+
+
+def _slower(device: Device, share: float) -> Device:
+    return replace(device, clock_hz=device.clock_hz * share, peak_flops={d: p * share for d, p in device.peak_flops.items()})
+
+
+def _predictor(rows: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, float], Sequence[int]], FloatArray]:
+    @cache
+    def one(i: int, values: tuple[tuple[str, float], ...]) -> float:
+        return predict_trial_s(rows[i], dict(values))
+
+    return lambda values, chosen: np.array([one(i, tuple(values.items())) for i in chosen])
+
+
+def compare_steady() -> tuple[dict[str, ErrorSummary], tuple[tuple[str, float, float, float], ...]]:
+    """Predicts Sailor's steps from its profile, and with what replicas add to a step, learned from the other rows."""
+    table = load_table("sailor_gh200")
+    rows = [dict(zip(table["header"], cells, strict=True)) for cells in table["rows"]]
+    measured = np.array([row["step_time_s"] for row in rows])
+    alone = np.array([profiled_s(table, row) for row in rows])
+    several = np.array([float(row["data"] > 1) for row in rows])
+    held = np.array([alone[i] + several[i] * _agreement_s(alone, several, measured, leave=i) for i in range(len(rows))])
+    errors = {
+        "profile of layers, nothing fitted": summarise((alone / measured - 1).tolist()),
+        "one constant for steps of several replicas, each row left out": summarise((held / measured - 1).tolist()),
+    }
+    cells = zip((row["where"] for row in rows), measured.tolist(), alone.tolist(), held.tolist(), strict=True)
+    return errors, tuple(cells)
+
+
+def _agreement_s(alone: FloatArray, several: FloatArray, measured: FloatArray, leave: int) -> float:
+    """The addition to steps of several replicas with the least mean relative error over all rows but one."""
+    keep = np.arange(len(measured)) != leave
+    tried = np.linspace(0, 0.2, 201)
+    errors = np.abs((alone + tried[:, None] * several) / measured - 1)[:, keep].mean(axis=1)
+    return float(tried[errors.argmin()])
+
+
+def profiled_s(table: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """Step time from a profile: DeepSpeed's schedule by event, then each stage's gradients around a ring, then the update.
+
+    A smaller micro-batch is taken to cost no more than a larger one. A third of a layer's time is its forward pass, as Sailor has it.
+    """
+    later = np.array([cells[1:] for cells in table["profile"] if cells[0] >= row["micro_batch"]])
+    embedding, block, head = later[:, :3].min(axis=0) * MS
+    update_s, total, of_block = later[0, 3] * MS, later[0, 4], later[0, 5]
+    ends = (total - table["blocks"] * of_block) / 2
+    cuts = np.cumsum([0, *row["stages"]])
+    layer_s = np.array([embedding, *[block] * table["blocks"], head])
+    layer_bytes = np.array([ends, *[of_block] * table["blocks"], ends])
+    stage_s, stage_bytes = (np.add.reduceat(x, cuts[:-1]) for x in (layer_s, layer_bytes))
+    rate = table["link_gb_per_s"] * GB
+    send_s = np.full((1, len(stage_s) - 1), table["activation_bytes_per_sample"] * row["micro_batch"] / rate)
+    lines = Pipelines(stage_s[None] / 3, stage_s[None] * 2 / 3, send_s, np.zeros(1))
+    passes = finish_s(lines, row["global_batch"] // (row["data"] * row["micro_batch"]), "rendezvous")[0]
+    ring = 2 * (row["data"] - 1) / row["data"] * stage_bytes.max() / rate
+    return float(passes + ring + update_s * stage_bytes.max() / total)
+
+
+__all__ = ["MixedReport", "Ranking", "compare_mixed", "compare_steady", "machines", "predict_trial_s", "profiled_s", "trials"]

@@ -4,13 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as some
 from torch import nn
 
 import simtrain as st
-from simtrain.core.errors import StrategyError, UnsupportedError
-from simtrain.core.tensorize import Tensorization, parse_tensorize
+from simtrain.core.tensorize import parse_tensorize
 from simtrain.torch.pieces import block_paths
 from simtrain.torch.tensor_conversion import tensorize_blocks
 from tests.workloads.image_models import image_model
@@ -25,7 +22,9 @@ CASES = {
     "gpt without biases": ("gpt", SMALL | {"fused_qkv": False, "kv_heads": 2, "bias": False}, FORMS[0]),
     "llama": ("llama", SMALL | {"ffn": 96, "kv_heads": 2}, FORMS[1]),
     "bert": ("bert", SMALL, FORMS[0]),
-    **{f"resnet18 {form}": ("resnet18", {"image_size": 64, "width": 16}, form) for form in ("tucker:compression=3", "tensor-train:rank=20")},
+    **{
+        f"resnet18 {form}": ("resnet18", {"image_size": 64, "width": 16}, form) for form in ("tucker:compression=3", "tensor-train:rank=20")
+    },
     "resnet50": ("resnet50", {"image_size": 64, "width": 16}, "tucker:rank=24"),
     "vit": ("vit-tiny", {"layers": 3, "image_size": 64}, "low-rank:compression=4"),
 }

@@ -96,7 +96,8 @@ def tensorize(
         most = None if error is not None else _ranks(layer, given)
         if most == ():
             continue
-        made, ranks = _converted(layer, kind, error or 0.0, most)
+        with torch.random.fork_rng(devices=[]):  # the first values of factors are overwritten: they must not cost random numbers
+            made, ranks = _converted(layer, kind, error or 0.0, most)
         before = int(layer.weight.numel())
         after = sum(p.numel() for p in made.parameters()) - (layer.bias.numel() if layer.bias is not None else 0)
         if after >= before:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simtrain.cli.files import PICTURES, check_path, save_figure
 from simtrain.cli.output import write_json, write_table
 from simtrain.core.errors import InputError, UnknownNameError
 
@@ -285,11 +286,18 @@ def validate_memory(
     as_json: Json = False,
     profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
     save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of time against memory to write (.png, .svg, .pdf).")] = None,
+    read: Annotated[Path | None, typer.Option("--from", help="Saved comparison to show again instead of measuring.")] = None,
 ) -> None:
     """Recompute blocks of real models by every rule and by optimal choices; compare peak memory, time and gradients."""
-    from validation.memory import compare_memory
+    from validation.memory import compare_memory, read_memory
 
-    report = compare_memory(_profile(profile), progress=_progress)
+    check_path("--plot", plot, PICTURES)
+    report = read_memory(read) if read else compare_memory(_profile(profile), progress=_progress)
+    if plot:
+        from validation.memory_plot import plot_memory_pairs
+
+        save_figure(plot, plot_memory_pairs(report))
     if save:
         save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     if as_json:

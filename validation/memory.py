@@ -14,8 +14,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from simtrain.core.errors import InputError
 from simtrain.step.predict import schedule
 from simtrain.step.remat_choice import Question
 from simtrain.step.setting import resolve
@@ -156,6 +158,21 @@ class MemoryReport:
         lines += [f"{name:<12} {summarise(errors)}" for name, errors in self._errors().items()]
         matched = (f"{m['step']:<16}optimal / {m['rival']:<16} peak {m['peak']:.3f}  time {m['time']:.3f}" for m in self._matched())
         return "\n".join([*lines, "at equal peak, and a quarter below no recomputation, measured over measured:", *matched])
+
+
+def read_memory(path: Path) -> MemoryReport:
+    """Reads a saved report.
+
+    Raises:
+        InputError: There is no such file, or it holds something else.
+    """
+    try:
+        data = json.loads(path.read_text())
+        return MemoryReport(tuple(MemoryRow(**row) for row in data["rows"]), Environment(**data["environment"]))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no saved comparison of simtrain validate memory: {error}") from None
 
 
 def compare_memory(profile: MachineProfile, steps: Sequence[TrainingStep] = MEMORY_STEPS, progress: Progress | None = None) -> MemoryReport:

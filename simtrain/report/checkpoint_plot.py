@@ -10,7 +10,13 @@ from simtrain.step.checkpoint_curve import CheckpointCurve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_RULE_MARKS = {"none": ("o", "#5f9e6e"), "every:2": ("s", "#c9a227"), "sqrt": ("D", "#b23a48"), "full": ("^", "#6a4c93")}
+_RULE_MARKS = {
+    "none": ("o", "#5f9e6e"),
+    "every:2": ("s", "#c9a227"),
+    "sqrt": ("D", "#b23a48"),
+    "full": ("^", "#6a4c93"),
+    "selective": ("v", "#0f766e"),
+}
 
 
 def plot_checkpoint_curve(curve: CheckpointCurve, ax: Axes | None = None) -> Axes:

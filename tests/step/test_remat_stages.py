@@ -80,3 +80,11 @@ def test_explicit_blocks_counted_within_a_range() -> None:
     assert blocks_within("layers:0-3,[5-6],8", 0, 4) == "layers:0-3"
     assert blocks_within("layers:0-3", 4, 8) == "none"
     assert blocks_within("every:2", 4, 8) == "every:2"
+
+
+def test_selective_recomputation_stands_on_the_curve_of_unfused_attention() -> None:
+    unfused = st.runtime("torch-eager").with_(fused_attention=False)
+    curve = st.checkpoint_curve("gpt2-small", "1x rtx-3090", "micro_batch=8,precision=bf16-amp", runtime=unfused, budgets=4)
+    selective = next(p for p in curve.rules if p.name == "selective")
+    beaten = all(p.step_time_s > selective.step_time_s for p in curve.optimal if p.device_bytes <= selective.device_bytes)
+    assert beaten == any("selective beats" in line for line in curve.findings)

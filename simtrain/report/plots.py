@@ -132,8 +132,6 @@ def _annotate_peak(ax: Axes, x: np.ndarray[tuple[int], np.dtype[np.float64]], pe
         textcoords="offset points",
         ha="right" if on_the_right else "left",
         fontsize=8,
-        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
-        zorder=6,
         arrowprops={"arrowstyle": "-", "color": "black", "linewidth": 0.6},
         bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.95},
         zorder=6,

@@ -14,7 +14,6 @@ from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.run.checks import above_zero, not_negative
 
-
 INEXACT = ("compression=", "low_communication=", "tensorize=")
 """Fields of a strategy that change what a token brings, if they are said."""
 

@@ -149,7 +149,7 @@ def _ranks(layer: nn.Module, form: Tensorization) -> tuple[int, ...]:
     return form.matrix_ranks(layer.in_features, layer.out_features)  # type: ignore[arg-type]
 
 
-def _converted(layer: nn.Module, kind: TensorizeKind, error: float, most: tuple[int, ...] | None) -> tuple[nn.Module, tuple[int, ...]]:
+def _converted(layer: nn.Module, kind: TensorizeKind, error: float, most: tuple[int, ...] | None) -> tuple[Any, tuple[int, ...]]:
     """The converted layer, with ranks for an error, or those given."""
     if isinstance(layer, nn.Conv2d):
         return _tucker(layer, error, most) if kind == "tucker" else _train_of_filter(layer, error, most)

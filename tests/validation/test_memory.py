@@ -48,7 +48,7 @@ def test_a_tensorized_model_has_the_predicted_peak():
     trainer = Trainer(step, "tensorize=low-rank:rank=6")
     trainer.step()
     predicted = schedule(
-        workload_of(step), "1x laptop-cpu", step.parsed().with_(tensorize="low-rank:rank=6"), runtime=CPU_RUNTIME
+        workload_of(step), "1x cpu-core", step.parsed().with_(tensorize="low-rank:rank=6"), runtime=CPU_RUNTIME
     ).memory.allocated_bytes
     assert trainer.peak_bytes() == pytest.approx(predicted, rel=0.01)
 

@@ -42,7 +42,7 @@ def plot_memory_pairs(report: MemoryReport) -> Figure:
         _panel(ax, step, [r for r in rows if not r.error and not r.tensorize])
     for ax in places[len(models) :]:
         ax.axis("off")
-    places[len(models)].legend(*places[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=10)
+    places[len(models)].legend(*places[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=10, title="hollow: predicted")
     return figure
 
 

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types layers unit benchmark validate notebook clean
+.PHONY: demo test lint types layers unit benchmark validate validate-gpu notebook clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ benchmark: $(READY)
 validate: $(READY)
 	$(BIN)/simtrain validate published
 	$(BIN)/simtrain validate torch --save validation/measured
+
+# One GPU machine, in one call; its own Python with PyTorch, no network: `make validate-gpu PYTHON=python3 DEVICE=cuda`.
+validate-gpu:
+	PYTHON=$(PYTHON) validation/gpu_session.sh
 
 notebook: $(READY)
 	$(BIN)/python notebooks/execute.py

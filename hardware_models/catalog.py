@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from hardware_models.cpu import CpuModel
 from hardware_models.gpu import GpuModel
+from hardware_models.measured import MeasuredModel
 from hardware_models.reading import read_cluster, read_device, read_link
 from hardware_models.spatial import SpatialModel
 from hardware_models.systolic import SystolicModel
@@ -45,7 +46,7 @@ def clusters() -> Mapping[str, Cluster]:
 @cache
 def compute_models() -> Mapping[str, ComputeModel]:
     """Returns the compute models, by the name that device files give as `compute_model`."""
-    models: tuple[ComputeModel, ...] = (GpuModel(), CpuModel(), SystolicModel(), SpatialModel())
+    models: tuple[ComputeModel, ...] = (GpuModel(), MeasuredModel(), CpuModel(), SystolicModel(), SpatialModel())
     return {model.name: model for model in models}
 
 

@@ -15,7 +15,7 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import DType
 from simtrain.cost.roofline import ceil_div, join, soft_minimum
 
-TENSOR_PATHS = (DType.TF32, DType.BF16, DType.FP16, DType.FP8)
+TENSOR_PATHS = (DType.TF32, DType.BF16, DType.FP16, DType.FP8, DType.FP4)
 """Arithmetic that runs on tensor cores."""
 
 LINEAR_TILES = ((128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64), (32, 32))
@@ -63,7 +63,8 @@ def power_cap_flops(device: Device, arithmetic: DType, constants: GpuConstants) 
     """
     per_w: float = constants.cap_tflops_per_w * 1e12 * 2.0 ** ((device.year - 2018) / constants.cap_doubling_years)
     ratio = constants.cap_tensor_ratio
-    path = {DType.FP64: 0.5, DType.TF32: ratio / 2, DType.BF16: ratio, DType.FP16: ratio, DType.FP8: ratio * 2}.get(arithmetic, 1.0)
+    wide = {DType.FP64: 0.5, DType.TF32: ratio / 2, DType.BF16: ratio, DType.FP16: ratio}
+    path = (wide | {DType.FP8: ratio * 2, DType.FP4: ratio * 4}).get(arithmetic, 1.0)
     # Boards under the offset do not exist; the floor keeps a typing error in a file from giving a negative rate.
     return per_w * path * max(device.power_w - constants.cap_offset_w, 0.1 * device.power_w)
 
@@ -77,7 +78,8 @@ def sustained_flops(device: Device, arithmetic: DType, constants: GpuConstants) 
     peak = device.peak(arithmetic)
     capped = float(soft_minimum(peak, power_cap_flops(device, arithmetic, constants), constants.cap_exponent))
     if arithmetic in TENSOR_PATHS:
-        share = {DType.TF32: constants.gemm_efficiency_tf32, DType.FP8: constants.gemm_efficiency_fp8}
+        narrow = constants.gemm_efficiency_fp8  # fp4 is taken to reach the share of fp8
+        share = {DType.TF32: constants.gemm_efficiency_tf32, DType.FP8: narrow, DType.FP4: narrow}
         return capped * share.get(arithmetic, constants.gemm_efficiency_16bit)
     wide = device.lanes_per_multiprocessor >= 128 and device.year >= 2020
     return capped * constants.gemm_efficiency_simt * (constants.gemm_efficiency_wide if wide else 1.0)

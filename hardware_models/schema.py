@@ -41,7 +41,7 @@ class NumberField:
     whole: bool = False
 
 
-PEAK_PATHS = (DType.FP64, DType.FP32, DType.TF32, DType.BF16, DType.FP16, DType.FP8)
+PEAK_PATHS = (DType.FP64, DType.FP32, DType.TF32, DType.BF16, DType.FP16, DType.FP8, DType.FP4)
 """Arithmetic paths that a device file may give a dense peak for, as `peak_<path>`."""
 
 DEVICE_NUMBERS: Mapping[str, NumberField] = {

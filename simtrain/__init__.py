@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from simtrain.run.course import Evaluation, Phase, Target
     from simtrain.run.faults import Faults, Preemption, SilentFaults, SlowFaults, Units, read_trace
     from simtrain.run.loss_laws import ChinchillaLaw, KaplanLaw, LossCurve, NoiseGrowth, fit_chinchilla
+    from simtrain.run.loss_scale import LossScaler, Overflow
     from simtrain.run.policies import Policy
     from simtrain.run.predict_run import simulate_run
     from simtrain.run.run_result import RunResult
     from simtrain.run.site import Site
     from simtrain.run.snapshots import Snapshots
     from simtrain.run.state_price import StatePrice
+    from simtrain.step.adaptive import choose_precision
     from simtrain.step.checkpoint_curve import checkpoint_curve, choose_checkpoint
     from simtrain.step.predict import estimate, schedule, simulate
     from simtrain.step.tensorized import tensorize
@@ -49,7 +51,9 @@ _HOME = {
     "Faults": "simtrain.run.faults",
     "KaplanLaw": "simtrain.run.loss_laws",
     "LossCurve": "simtrain.run.loss_laws",
+    "LossScaler": "simtrain.run.loss_scale",
     "NoiseGrowth": "simtrain.run.loss_laws",
+    "Overflow": "simtrain.run.loss_scale",
     "Phase": "simtrain.run.course",
     "Limits": "simtrain.planner.objectives",
     "ModelError": "simtrain.planner.robust",
@@ -71,6 +75,7 @@ _HOME = {
     "allocate": "simtrain.planner.allocation.allocate",
     "checkpoint_curve": "simtrain.step.checkpoint_curve",
     "choose_checkpoint": "simtrain.step.checkpoint_curve",
+    "choose_precision": "simtrain.step.adaptive",
     "cluster": "simtrain.core.catalog",
     "compare": "simtrain.planner.why",
     "device": "simtrain.core.catalog",
@@ -106,8 +111,10 @@ __all__ = [
     "KaplanLaw",
     "Limits",
     "LossCurve",
+    "LossScaler",
     "ModelError",
     "NoiseGrowth",
+    "Overflow",
     "Phase",
     "Plan",
     "Policy",
@@ -127,6 +134,7 @@ __all__ = [
     "allocate",
     "checkpoint_curve",
     "choose_checkpoint",
+    "choose_precision",
     "cluster",
     "compare",
     "device",

@@ -51,15 +51,15 @@ class SailorCase:
         """Bytes per second between two nodes, so many devices of each sending one message each of that size together."""
         network = self.data["network"]
         one, four = network["one_pair_gb_per_s"][device], network["four_pairs_gb_per_s"][device]
-        large = {1: one, 2: min(2 * one, four), MOST_PAIRS: four}[pairs]
+        large: float = {1: one, 2: min(2 * one, four), MOST_PAIRS: four}[pairs]
         least, most = (network["rate_share"][i][0] for i in (0, -1))
         return large * GB * float(np.polyval(self._shape, math.log2(min(max(size_bytes / MB, least / 4), most))))
 
     def send_s(self, a: Unit, b: Unit, micro_batch: int, together: bool) -> float:
         """One transfer between stages."""
-        size = self.data["model"]["activation_bytes_per_sample"] * micro_batch
+        size = float(self.data["model"]["activation_bytes_per_sample"] * micro_batch)
         if together:
-            return float(size / (self.data["network"]["nvlink_gb_per_s"][a.kind] * GB))
+            return size / float(self.data["network"]["nvlink_gb_per_s"][a.kind] * GB)
         return float(size / min(self.rate(u.kind, min(u.tensor, MOST_PAIRS), size) for u in (a, b)))
 
     def synchronise_s(self, size_bytes: float, replicas: int, kinds: frozenset[str]) -> float:

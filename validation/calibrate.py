@@ -1,4 +1,4 @@
-"""Calibration: a minute of real training steps turned into the constants of this machine's CPU core.
+"""Calibration: minutes of real training steps turned into the constants of this machine's CPU core, or of its GPU.
 
 Small training steps are run; the time inside each operator, where it runs, is added up by class; each class gets a cost per launch, per
 FLOP and per byte, for fp32 and for bf16 autocast apart. What is left of the step (Python, autograd) becomes a cost per launch, and what
@@ -7,7 +7,7 @@ checkpointed steps take beyond their recomputation a cost per saved tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,11 +21,12 @@ from simtrain.core.precision import DType, precision
 from simtrain.core.workload import OperatorKind
 from validation.features import CPU_RUNTIME, class_features, executed_flops, saved_tensors, workload_of
 from validation.fit import ClassCost, ClassFit, fit_classes, framework_launch_s
+from validation.gpu_steps import GPU_CALIBRATION_STEPS, QUICK_GPU_NAMES
 from validation.machine_profile import BASE_DEVICE, MachineProfile
-from validation.measure import Progress, measure
+from validation.measure import Progress, environment, measure
 from validation.measurement import Measurement, Settings
 from validation.operator_table import entries, merged, operators_of
-from validation.steps import CALIBRATION_STEPS, TrainingStep
+from validation.steps import CALIBRATION_STEPS, TrainingStep, quick_calibration_steps
 
 RECOMPUTE = "recompute.launch_s"
 OPTIMIZER = kernel_class(OperatorKind.OPTIMIZER)
@@ -33,21 +34,47 @@ CALIBRATION_SETTINGS = Settings(warmup_steps=2, timed_steps=5, operator_steps=4,
 
 
 def calibrate(
-    steps: Sequence[TrainingStep] = CALIBRATION_STEPS, settings: Settings = CALIBRATION_SETTINGS, progress: Progress | None = None
+    steps: Sequence[TrainingStep] = CALIBRATION_STEPS,
+    settings: Settings = CALIBRATION_SETTINGS,
+    progress: Progress | None = None,
+    *,
+    data_sheet: str | None = None,
+    keep: Callable[[Sequence[Measurement]], None] | None = None,
 ) -> MachineProfile:
     """Measures this machine.
 
     Args:
-        steps: What to run; the shipped list by default.
-        settings: How to measure; operator times must be on.
+        steps: What to run; the processor's shipped list by default, see `calibration_list`.
+        settings: How to measure, and on which device; operator times must be on.
         progress: Told about each measured step.
+        data_sheet: Device of the catalog, or a device file, that a GPU is; by default found by its name and size.
+        keep: Given the measurements before anything is fitted.
 
     Raises:
-        InputError: PyTorch is not installed, or the settings leave operator times out.
+        InputError: PyTorch is not installed, sees no such device, the catalog has none like it, or operator times are left out.
     """
     if not settings.operator_steps:
         raise InputError("calibration needs the times inside operators: operator_steps must be at least 1")
-    return profile_from(measure(steps, settings, progress))
+    from validation.calibrate_gpu import data_sheet_of, profile_from_gpu
+
+    on_gpu = settings.device != "cpu"
+    sheet = (data_sheet or data_sheet_of(environment(settings.device).accelerator)) if on_gpu else ""
+    measurements = measure(steps, settings, progress)
+    if keep is not None:
+        keep(measurements)
+    return profile_from_gpu(measurements, sheet) if on_gpu else profile_from(measurements)
+
+
+def calibration_list(device: str, *, quick: bool = False) -> tuple[TrainingStep, ...]:
+    """Returns the fixed list of a device.
+
+    Args:
+        device: "cpu" or "cuda".
+        quick: Only what the quick test steps need.
+    """
+    if device == "cpu":
+        return quick_calibration_steps() if quick else CALIBRATION_STEPS
+    return tuple(s for s in GPU_CALIBRATION_STEPS if not quick or s.name in QUICK_GPU_NAMES)
 
 
 def profile_from(measurements: Sequence[Measurement]) -> MachineProfile:

@@ -13,13 +13,15 @@ import typer
 from simtrain.cli.files import PICTURES, check_path, save_figure
 from simtrain.cli.output import write_json, write_table
 from simtrain.core.errors import InputError, UnknownNameError
+from validation.run_commands import validate_batch_law, validate_proposal
 
 if TYPE_CHECKING:
     from validation.compare import ComparisonReport
     from validation.machine_profile import MachineProfile
-    from validation.steps import TrainingStep
+    from validation.measurement import Measurement
 
 PROBED_STRATEGY = "micro_batch=4,optimizer=adamw"
+DeviceOption = Annotated[str, typer.Option("--device", help="What is measured: cpu (one core) or cuda (one GPU).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -31,6 +33,7 @@ def register(app: typer.Typer) -> None:
     validate.command("published")(validate_published)
     validate.command("collectives")(validate_collectives)
     validate.command("kernels")(validate_kernels)
+    validate.command("precision")(validate_precision)
     validate.command("decisions")(validate_decisions)
     validate.command("allocation")(validate_allocation)
     validate.command("regret")(validate_regret)
@@ -38,6 +41,8 @@ def register(app: typer.Typer) -> None:
     validate.command("batch")(validate_batch)
     validate.command("quality")(validate_quality)
     validate.command("memory")(validate_memory)
+    validate.command("batch-law")(validate_batch_law)
+    validate.command("proposal")(validate_proposal)
     app.add_typer(validate, name="validate")
 
 
@@ -49,9 +54,13 @@ def calibrate(
     strategy: Annotated[str, typer.Option(help="What the probed steps do: micro-batch, optimizer, precision.")] = PROBED_STRATEGY,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Sequence length of the probed model; its own by default.")] = None,
     base: Annotated[Path | None, typer.Option("--profile", help="Profile that a probe adds to; by default that of this machine.")] = None,
+    device: DeviceOption = "cpu",
+    data_sheet: Annotated[str | None, typer.Option(help="Catalog name or file of the GPU; by default found by its name.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few of the steps: to try the command out.")] = False,
+    raw: Annotated[Path | None, typer.Option("--save", help="File to write all measurements to, as JSON.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine's CPU core under PyTorch, in three minutes, and keep what was found in a profile.
+    """Measure this machine's CPU core or GPU under PyTorch, in three minutes, and keep what was found in a profile.
 
     With --probe, a few steps of your own model are measured as well, and what is predicted is compared before and after.
     """
@@ -60,8 +69,10 @@ def calibrate(
     if probe is not None:
         from validation.probe import probe as run
 
-        report = run(_profile(base), probe, strategy, sequence=seq_len, progress=_progress)
-        path = out or probed_path()
+        if data_sheet is not None or quick or raw is not None:
+            raise InputError("--data-sheet, --quick and --save belong to a calibration, not to a probe")
+        report = run(_profile(base, device), probe, strategy, sequence=seq_len, progress=_progress)
+        path = out or probed_path(device)
         save(report.profile, path)
         if as_json:
             write_json(report)
@@ -70,7 +81,9 @@ def calibrate(
         return
     if base is not None or seq_len is not None or strategy != PROBED_STRATEGY:
         raise InputError("--profile, --seq-len and --strategy belong to a probe: give --probe WORKLOAD, too")
-    profile, path = _calibrate(), out or default_path()
+    if quick and out is None:
+        raise InputError("a quick calibration is not kept for predictions: name a file with --out")
+    profile, path = _calibrate(device, quick=quick, data_sheet=data_sheet, raw=raw), out or default_path(device)
     save(profile, path)
     if as_json:
         write_json(profile)
@@ -81,16 +94,16 @@ def calibrate(
 def validate_torch(
     quick: Annotated[bool, typer.Option("--quick", help="Five of the test steps, once each.")] = False,
     families: Annotated[bool, typer.Option("--families", help="GPTs, ResNets and ViTs instead of the GPT test steps.")] = False,
+    device: DeviceOption = "cpu",
     as_json: Json = False,
     profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
     save: Annotated[Path | None, typer.Option(help="Folder to write the comparison to, as JSON.")] = None,
 ) -> None:
     """Run real PyTorch training steps and compare time and peak memory with predictions; calibrates first if need be."""
-    from validation.compare import QUICK_SETTINGS, TEST_SETTINGS, compare
-    from validation.steps import MATCHED_STEPS, TEST_STEPS, quick_test_steps
+    from validation.compare import compare, fixed_list
 
-    constants = _profile(profile, quick=quick)
-    steps, settings = (quick_test_steps(), QUICK_SETTINGS) if quick else (MATCHED_STEPS if families else TEST_STEPS, TEST_SETTINGS)
+    steps, settings = fixed_list(device, quick=quick, families=families)
+    constants = _profile(profile, device, quick=quick)
     report = compare(constants, steps, settings, _progress)
     if save:
         _write(report, save)
@@ -194,6 +207,17 @@ def validate_kernels(as_json: Json = False) -> None:
         typer.echo("\n\n".join(str(r) for r in fitted))
 
 
+def validate_precision(as_json: Json = False) -> None:
+    """Compare what mixed precision gains over fp32 and TF32 with published pairs of runs, beside one ratio per device."""
+    from validation.precision_ratios import compare
+
+    reports = compare()
+    if as_json:
+        write_json([r.to_dict() for r in reports])
+    else:
+        typer.echo("\n\n".join(map(str, reports)))
+
+
 def validate_decisions(
     predictions: Annotated[Path, typer.Option(help="File with the predictions, made before anything is measured.")],
     predict: Annotated[bool, typer.Option("--predict", help="Write the predictions and stop.")] = False,
@@ -283,6 +307,8 @@ def validate_quality(
 
 
 def validate_memory(
+    quick: Annotated[bool, typer.Option("--quick", help="The first model only.")] = False,
+    device: DeviceOption = "cpu",
     as_json: Json = False,
     profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
     save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
@@ -290,10 +316,13 @@ def validate_memory(
     read: Annotated[Path | None, typer.Option("--from", help="Saved comparison to show again instead of measuring.")] = None,
 ) -> None:
     """Recompute blocks of real models by every rule and by optimal choices; compare peak memory, time and gradients."""
-    from validation.memory import compare_memory, read_memory
+    from validation.gpu_steps import GPU_MEMORY_STEPS
+    from validation.memory import MEMORY_STEPS, compare_memory, read_memory
 
     check_path("--plot", plot, PICTURES)
-    report = read_memory(read) if read else compare_memory(_profile(profile), progress=_progress)
+    steps = MEMORY_STEPS if device == "cpu" else GPU_MEMORY_STEPS
+    chosen = steps[:1] if quick else steps
+    report = read_memory(read) if read else compare_memory(_profile(profile, device, quick=quick), chosen, _progress)
     if plot:
         from validation.memory_plot import plot_memory_pairs
 
@@ -306,42 +335,55 @@ def validate_memory(
         typer.echo(str(report))
 
 
-def _profile(path: Path | None, *, quick: bool = False) -> MachineProfile:
+def _profile(path: Path | None, device: str = "cpu", *, quick: bool = False) -> MachineProfile:
     from validation.machine_profile import default_path, load, save
     from validation.measure import environment
 
+    here = environment(device)
     if path is not None:
-        return load(path, environment())
-    if default_path().exists():
+        return load(path, here)
+    if default_path(device).exists():
         try:
-            return load(default_path(), environment())
+            return load(default_path(device), here)
         except InputError as error:
             typer.echo(f"{error}; doing so", err=True)
     _progress("no profile of this machine yet: calibrating")
     if quick:  # only what the quick steps need, so it is not kept
-        from validation.steps import quick_calibration_steps
-
-        return _calibrate(quick_calibration_steps())
-    profile = _calibrate()
-    save(profile, default_path())
+        return _calibrate(device, quick=True)
+    profile = _calibrate(device)
+    save(profile, default_path(device))
     return profile
 
 
-def _calibrate(steps: Sequence[TrainingStep] | None = None) -> MachineProfile:
-    from validation.calibrate import calibrate as run
-    from validation.steps import CALIBRATION_STEPS
+def _calibrate(device: str = "cpu", *, quick: bool = False, data_sheet: str | None = None, raw: Path | None = None) -> MachineProfile:
+    from dataclasses import replace
 
-    return run(steps or CALIBRATION_STEPS, progress=_progress)
+    from validation.calibrate import CALIBRATION_SETTINGS, calibration_list
+    from validation.calibrate import calibrate as run
+
+    if data_sheet is not None and device == "cpu":
+        raise InputError("--data-sheet names a GPU: give --device cuda, too")
+
+    def keep(measurements: Sequence[Measurement]) -> None:
+        if raw is not None:
+            raw.write_text(json.dumps({"command": "simtrain calibrate", "measurements": [m.to_dict() for m in measurements]}) + "\n")
+
+    settings = replace(CALIBRATION_SETTINGS, device=device)
+    return run(calibration_list(device, quick=quick), settings, _progress, data_sheet=data_sheet, keep=keep)
 
 
 def _naming(path: Path) -> str:
-    from validation.machine_profile import default_path, probed_path
+    from validation.machine_profile import kept_paths
 
-    name = {default_path(): "machine", probed_path(): "probed"}.get(path, str(path))
+    name = {place: name for name, place in kept_paths().items()}.get(path, str(path))
     return f"predict and plan with it: --cluster profile:{name}"
 
 
 def _describe(profile: MachineProfile) -> str:
+    if profile.on_gpu:
+        from validation.calibrate_gpu import describe
+
+        return describe(profile)
     lines = [
         f"{profile.environment.cpu_model}, torch {profile.environment.torch_version}, load {profile.environment.load_average:.1f}",
         f"{'class':<20}{'share':>8}{'misfit':>8}{'per launch':>12}{'GFLOP/s':>10}{'GB/s':>8}",
@@ -363,7 +405,8 @@ def _write(report: ComparisonReport, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     environment = report.profile.environment
     names = {row.measurement.step.workload for row in report.rows}
-    kind = "torch_cpu" if names == {"gpt"} else "torch_cpu_families"
+    device = "cuda" if report.profile.on_gpu else "cpu"
+    kind = f"torch_{device}" if names == {"gpt"} else f"torch_{device}_families"
     name = f"{kind}_{environment.date_utc[:10]}.json"
     number = 1
     while (folder / name).exists():  # a run is never overwritten

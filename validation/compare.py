@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from simtrain.core import catalog
@@ -14,15 +14,17 @@ from simtrain.core.hardware import Cluster, Device, Node
 from simtrain.step.predict import schedule
 from validation.calibrate import arithmetic
 from validation.errors import ErrorSummary, skill, summarise
-from validation.features import CPU_RUNTIME, executed_flops, workload_of
+from validation.features import executed_flops, runtime_of, workload_of
+from validation.gpu_steps import GPU_TEST_STEPS
 from validation.machine_profile import MachineProfile
 from validation.measure import Progress, measure
 from validation.measurement import Measurement, Settings
-from validation.steps import TEST_STEPS, TrainingStep
+from validation.steps import MATCHED_STEPS, TEST_STEPS, TrainingStep, quick_test_steps
 
 TEST_SETTINGS = Settings(warmup_steps=3, timed_steps=11, operator_steps=0, processes=3, memory=True)
+GPU_TEST_SETTINGS = replace(TEST_SETTINGS, warmup_steps=5, timed_steps=15, processes=2)
 QUICK_SETTINGS = Settings(warmup_steps=3, timed_steps=5, operator_steps=0, processes=1, memory=True)
-VARIANTS_LOOKED_AT = {"test": 2, "matched": 1}
+VARIANTS_LOOKED_AT = {"test": 2, "matched": 1, "gpu": 0}
 """Changes of the model's form after residuals on a list had been looked at.
 
 The first run of the test list showed checkpointed steps 5 to 7 % too fast; development steps then gave the cost of saving tensors again,
@@ -79,6 +81,8 @@ class ComparisonReport:
     @property
     def variants_looked_at(self) -> int:
         """For the list that the steps come from."""
+        if self.profile.on_gpu:
+            return VARIANTS_LOOKED_AT["gpu"]
         return VARIANTS_LOOKED_AT["test" if any(r.measurement.step in TEST_STEPS for r in self.rows) else "matched"]
 
     @property
@@ -150,15 +154,29 @@ def _line(row: Comparison) -> str:
 
 
 def single_core(device: Device) -> Cluster:
-    """Returns a machine with one rank on the given CPU core."""
+    """Returns a machine with one rank, on the given CPU core or GPU."""
     node = Node(devices=(device,), host=None, host_link=catalog.link(device.host_link))
     return Cluster(name=device.name, nodes=(node,))
 
 
 def predict(step: TrainingStep, device: Device) -> tuple[float, float]:
     """Returns predicted step time in seconds and peak allocated bytes."""
-    result = schedule(workload_of(step), single_core(device), step.parsed(), runtime=CPU_RUNTIME)
+    result = schedule(workload_of(step), single_core(device), step.parsed(), runtime=runtime_of(device))
     return result.step_time_s, result.memory.allocated_bytes
+
+
+def fixed_list(device: str, *, quick: bool = False, families: bool = False) -> tuple[tuple[TrainingStep, ...], Settings]:
+    """Returns the fixed list of a device, and how it is measured.
+
+    Args:
+        device: "cpu" or "cuda", whose list holds all families.
+        quick: A few steps, measured once.
+        families: GPTs, ResNets and ViTs rather than GPTs alone (on the processor).
+    """
+    if device == "cpu":
+        return (quick_test_steps(), QUICK_SETTINGS) if quick else (MATCHED_STEPS if families else TEST_STEPS, TEST_SETTINGS)
+    chosen = GPU_TEST_STEPS[:2] if quick else GPU_TEST_STEPS
+    return chosen, replace(QUICK_SETTINGS if quick else GPU_TEST_SETTINGS, device=device)
 
 
 def compare(

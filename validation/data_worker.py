@@ -173,6 +173,34 @@ def alone(data: ImageFiles, batch: int, step: Step, lasts_s: float) -> dict[str,
     return {"sample_s": median(sample_s), "step_s": median(step_s)}
 
 
+def waiting(data: ImageFiles, batch: int, wait_s: float, lasts_s: float) -> float:
+    """Measures CPU time of a sample in a process of its own that waits before each batch, as a worker does whose prefetch is full.
+
+    A core that slept or did something else has cold caches: a sample then takes an eighth to a third more than one right after another.
+    """
+    context = multiprocessing.get_context("fork")
+    answer = context.SimpleQueue()
+    process = context.Process(target=_waiting, args=(answer, data, batch, wait_s, lasts_s))
+    process.start()
+    sample_s: float = answer.get()
+    process.join()
+    return sample_s
+
+
+def _waiting(answer: Any, data: ImageFiles, batch: int, wait_s: float, lasts_s: float) -> None:
+    times = []
+    deadline = time.perf_counter() + lasts_s
+    for index in count():
+        if len(times) >= 5 and time.perf_counter() > deadline:
+            break
+        time.sleep(wait_s)
+        start = time.process_time()
+        samples = [data[batch * index + offset] for offset in range(batch)]
+        del samples
+        times.append((time.process_time() - start) / batch)
+    answer.put(median(times[1:]))
+
+
 def calibrate(sizes: list[int], lasts_s: float) -> list[dict[str, float]]:
     """Measures the loader itself at several batch sizes in bytes: with a worker, and in the main process."""
     rows = []
@@ -189,6 +217,7 @@ def measure_case(case: dict[str, Any], folder: Path, lasts_s: float) -> dict[str
     """Measures a case: its parts alone, then the loader with each number of workers."""
     data, step = ImageFiles(folder, case["side"]), Step(case["products"])
     parts = alone(data, case["batch"], step, lasts_s)
+    parts["worker_sample_s"] = waiting(data, case["batch"], parts["step_s"], lasts_s)
     batch_bytes = data[0].numel() * 4 * case["batch"]
     runs = {str(workers): run_loader(data, case["batch"], workers, step, lasts_s, ATTEMPTS) for workers in case["workers"]}
     return {"name": case["name"], "batch_bytes": batch_bytes, **parts, "runs": runs}

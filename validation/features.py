@@ -6,6 +6,7 @@ import numpy as np
 
 from hardware_models.cpu import bytes_done, calls_done, flops_done, kernel_class
 from simtrain.core import catalog
+from simtrain.core.hardware import Device
 from simtrain.core.kernels import KernelBatch
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import precision
@@ -18,6 +19,12 @@ from simtrain.step.specialize import concrete_layers
 from validation.steps import TrainingStep
 
 CPU_RUNTIME = "torch-eager-cpu"
+GPU_RUNTIME = "torch-eager"
+
+
+def runtime_of(device: Device) -> str:
+    """Returns the runtime that steps of a device are measured under."""
+    return CPU_RUNTIME if device.device_class == "cpu" else GPU_RUNTIME
 
 
 def workload_of(step: TrainingStep) -> Workload:

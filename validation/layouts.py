@@ -28,6 +28,7 @@ LAYOUT_SETS = (
     "megatron_papers",
     "bigscience_bloom",
     "dgxc",
+    "dgxc_fp8",
     "internevo",
     "megatron_reference",
 )

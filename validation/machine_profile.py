@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hardware_models.measured import MeasuredModel
 from hardware_models.operator_table import COLUMNS
 from simtrain.core import catalog
 from simtrain.core.errors import InputError, UnknownNameError
@@ -22,7 +23,7 @@ BASE_DEVICE = "cpu-core"
 
 @dataclass(frozen=True, slots=True)
 class MachineProfile:
-    """Constants of this machine's CPU core under PyTorch.
+    """Constants of this machine's CPU core, or of its GPU, under PyTorch.
 
     Attributes:
         constants: As `Device.profile` holds them: `gemm.flops_per_s`, ...
@@ -31,9 +32,10 @@ class MachineProfile:
         residuals: Time-weighted mean misfit of each class.
         shares: Share of each class in the measured time.
         step_error: Mean absolute relative error of the calibration steps themselves, refitted (not a test).
-        framework_launch_s: Time outside operators per launch; contained in each class's launch time.
+        framework_launch_s: Time outside operators per launch; contained in each class's launch time. Of a GPU: the host's per launch.
         operator_table: Entries of `hardware_models.operator_table` by class and path.
         null_flops_per_s: FLOP/s of the null model by arithmetic path, one constant for everything, fitted to the same steps.
+        data_sheet: Device of the catalog, or its file, that the constants refine.
     """
 
     constants: Mapping[str, float]
@@ -45,20 +47,30 @@ class MachineProfile:
     framework_launch_s: float
     null_flops_per_s: Mapping[str, float]
     operator_table: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    data_sheet: str = BASE_DEVICE
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU was measured."""
+        return bool(self.environment.accelerator)
 
     def device(self) -> Device:
-        """Returns the CPU core with these constants."""
-        base = catalog.device(BASE_DEVICE)
-        source = f"calibration on {self.environment.cpu_model}, torch {self.environment.torch_version}, {self.environment.date_utc}"
+        """Returns the CPU core, or the GPU, with these constants."""
+        base = catalog.device(self.data_sheet)
+        processor = _identity(self.environment)["processor"]
+        source = f"calibration on {processor}, torch {self.environment.torch_version}, {self.environment.date_utc}"
         provenance = dict(base.provenance) | {"profile": Provenance(ValueKind.MEASUREMENT, source)}
         table = {name: np.array(rows, dtype=np.float64).reshape(-1, COLUMNS) for name, rows in self.operator_table.items()}
         memory = base.memory
-        if self.environment.memory_bytes:
-            memory = replace(memory, capacity_bytes=float(self.environment.memory_bytes))
-            provenance["memory.capacity_bytes"] = Provenance(ValueKind.MEASUREMENT, "main memory that the operating system reports")
+        reported = int(self.environment.accelerator.get("memory_bytes", 0)) if self.on_gpu else self.environment.memory_bytes
+        if reported:
+            memory = replace(memory, capacity_bytes=float(reported))
+            who = "device memory that the driver" if self.on_gpu else "main memory that the operating system"
+            provenance["memory.capacity_bytes"] = Provenance(ValueKind.MEASUREMENT, f"{who} reports")
         return replace(
             base,
-            name=f"{BASE_DEVICE} (calibrated)",
+            name=f"{base.name} (calibrated)",
+            compute_model=MeasuredModel.name if self.on_gpu else base.compute_model,
             aliases=(),
             memory=memory,
             profile=dict(self.constants),
@@ -89,16 +101,22 @@ class MachineProfile:
             raise InputError(f"{name} is not a machine profile ({error}): run `simtrain calibrate` again") from None
 
 
-def default_path() -> Path:
+def default_path(device: str = "cpu") -> Path:
     """Returns where profiles are kept: the user's cache folder."""
     from platformdirs import user_cache_path
 
-    return user_cache_path("simtrain") / "machine_profile.json"
+    return user_cache_path("simtrain") / ("machine_profile.json" if device == "cpu" else f"{device}_profile.json")
 
 
-def probed_path() -> Path:
+def probed_path(device: str = "cpu") -> Path:
     """Returns where a profile with probed operators is kept, beside the machine's own."""
-    return default_path().with_name("probed_profile.json")
+    return default_path().with_name("probed_profile.json" if device == "cpu" else f"{device}_probed_profile.json")
+
+
+def kept_paths() -> dict[str, Path]:
+    """Returns where profiles are kept by the name that `profile:...` gives them."""
+    gpu = "cuda"
+    return {"machine": default_path(), "probed": probed_path(), gpu: default_path(gpu), f"{gpu}-probed": probed_path(gpu)}
 
 
 def save(profile: MachineProfile, path: Path) -> None:
@@ -116,12 +134,13 @@ def named_device(text: str) -> Device:
     """Returns the device of a profile; one of another machine or PyTorch says so in what it assumes.
 
     Args:
-        text: "machine" for what `simtrain calibrate` found, "probed" for what `simtrain calibrate --probe` added, or a file.
+        text: "machine" for what `simtrain calibrate` found, "probed" for what `simtrain calibrate --probe` added, "cuda" and
+            "cuda-probed" for the same with `--device cuda`, or a file.
 
     Raises:
         InputError: There is no such profile, or it is broken.
     """
-    kept = {"machine": default_path(), "probed": probed_path()}
+    kept = kept_paths()
     path = kept.get(text) or Path(text)
     if text not in kept and not path.suffix:
         raise UnknownNameError("profile", text, kept)
@@ -134,6 +153,9 @@ def _said_about(profile: MachineProfile) -> tuple[str, ...]:
     """What a prediction with a profile must say: that it was measured elsewhere."""
     from validation.measure import cpu_model, torch_version
 
+    if profile.on_gpu:  # which GPU is here now, only PyTorch with its driver could say
+        measured = ", ".join(f"{what} {then}" for what, then in _identity(profile.environment).items())
+        return (f"the profile was measured with {measured}: what is predicted is how long steps take there",)
     now = {"processor": cpu_model(), "PyTorch": torch_version() or "none"}
     away = [f"{what} {then!r} (here: {now[what]!r})" for what, then in _identity(profile.environment).items() if then != now[what]]
     if not away:
@@ -143,7 +165,7 @@ def _said_about(profile: MachineProfile) -> tuple[str, ...]:
 
 def _identity(environment: Environment) -> dict[str, str]:
     """What has to be the same for measured times to hold."""
-    return {"processor": environment.cpu_model, "PyTorch": environment.torch_version}
+    return {"processor": str(environment.accelerator.get("name", environment.cpu_model)), "PyTorch": environment.torch_version}
 
 
 def read(path: Path) -> MachineProfile:
@@ -153,8 +175,9 @@ def read(path: Path) -> MachineProfile:
         InputError: No such file, or broken.
     """
     if not path.exists():
-        probe = path == probed_path()
-        raise InputError(f"there is no machine profile {path}: run `simtrain calibrate{' --probe WORKLOAD' if probe else ''}`")
+        command = "simtrain calibrate" + (" --device cuda" if path in (default_path("cuda"), probed_path("cuda")) else "")
+        command += " --probe WORKLOAD" if path in (probed_path(), probed_path("cuda")) else ""
+        raise InputError(f"there is no machine profile {path}: run `{command}`")
     try:
         return MachineProfile.from_json(path.read_text(), str(path))
     except (OSError, UnicodeDecodeError) as error:

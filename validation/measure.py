@@ -1,4 +1,7 @@
-"""Running real training steps in fresh processes on a quiet, fixed core, with an allocator that reuses its buffers."""
+"""Running real training steps in fresh processes on a quiet, fixed core, with an allocator that reuses its buffers, or on a GPU.
+
+On a GPU a process runs the whole list: starting a process and its CUDA context takes longer than a step's measurement.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,14 +57,14 @@ def measure(steps: Sequence[TrainingStep], settings: Settings, progress: Progres
         MeasurementError: A process failed.
         InputError: PyTorch is not installed.
     """
-    here = environment()
+    here = environment(settings.device)
     rounds: dict[str, list[dict[str, Any]]] = {step.name: [] for step in steps}
     for number in range(settings.processes):
-        for step in steps:
-            answer = run_worker((step,), settings, memory=False)[step.name]
-            rounds[step.name].append(answer)
-            if progress:
-                progress(f"{step.name}: {answer['step_time_s'] * 1e3:.1f} ms" + (f" (process {number + 1})" if number else ""))
+        for together in [(step,) for step in steps] if settings.device == "cpu" else [tuple(steps)]:
+            for name, answer in run_worker(together, settings, memory=False).items():
+                rounds[name].append(answer)
+                if progress:
+                    progress(f"{name}: {answer['step_time_s'] * 1e3:.1f} ms" + (f" (process {number + 1})" if number else ""))
     peaks = run_worker(steps, settings, memory=True) if settings.memory else {}
     return tuple(_combine(step, rounds[step.name], peaks.get(step.name, {}), settings, here) for step in steps)
 
@@ -83,6 +86,7 @@ def _combine(
         settings=settings,
         environment=here,
         call_times_s=rounds[0]["call_times_s"],
+        reserved_memory_bytes=int(peak.get("reserved_memory_bytes", 0)),
     )
 
 
@@ -97,13 +101,14 @@ def run_worker(steps: Sequence[TrainingStep], settings: Settings, *, memory: boo
     Raises:
         MeasurementError: The process failed.
     """
+    on_cpu = settings.device == "cpu"
     request = {
         "steps": [s.to_dict() for s in steps],
         "settings": {f: getattr(settings, f) for f in settings.__dataclass_fields__},
-        "core": quietest_core(),
+        "core": quietest_core() if on_cpu else None,
         "memory": memory,
     }
-    variables = os.environ | ALLOCATOR_ENVIRONMENT | dict.fromkeys(THREAD_ENVIRONMENT, str(settings.threads))
+    variables = os.environ | (worker_environment(settings.threads) if on_cpu else {})
     command = [sys.executable, "-P", "-m", "validation.worker"]
     process = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=variables, check=False)
     if process.returncode != 0:
@@ -112,11 +117,19 @@ def run_worker(steps: Sequence[TrainingStep], settings: Settings, *, memory: boo
     return {answer["name"]: answer for answer in answers}
 
 
-def environment() -> Environment:
+def worker_environment(threads: int = 1) -> dict[str, str]:
+    """Returns the environment variables that fix allocator and threads of a process that measures the processor."""
+    return ALLOCATOR_ENVIRONMENT | dict.fromkeys(THREAD_ENVIRONMENT, str(threads))
+
+
+def environment(device: str = "cpu") -> Environment:
     """Describes this machine, now.
 
+    Args:
+        device: What is measured: "cpu" or "cuda".
+
     Raises:
-        InputError: PyTorch is not installed.
+        InputError: PyTorch is not installed, or sees no such device.
     """
     installed = torch_version()
     if installed is None:
@@ -129,9 +142,18 @@ def environment() -> Environment:
         system=f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
         date_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
-        allocator=ALLOCATOR_ENVIRONMENT,
+        allocator=ALLOCATOR_ENVIRONMENT if device == "cpu" else {},
         memory_bytes=_memory_bytes(),
+        accelerator=_accelerator(device),
     )
+
+
+def _accelerator(device: str) -> Mapping[str, str | int]:
+    if device == "cpu":
+        return {}
+    from validation.backend import backend
+
+    return backend(device).describe()
 
 
 def _memory_bytes() -> int:

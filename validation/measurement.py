@@ -19,7 +19,8 @@ class Settings:
         operator_steps: Steps under the per-operator clock, apart from the timed ones (0 to leave operators out).
         processes: Fresh processes per training step; the result is the median of their medians.
         memory: Whether peak memory is measured too, in a process of its own.
-        threads: Threads inside an operator.
+        threads: Threads inside an operator (on the processor).
+        device: "cpu" or "cuda".
     """
 
     warmup_steps: int = 3
@@ -28,6 +29,7 @@ class Settings:
     processes: int = 1
     memory: bool = True
     threads: int = 1
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Environment:
         load_average: One-minute load when it began.
         allocator: Environment variables that fix the C library's allocator.
         memory_bytes: Main memory of the machine (0 where the system does not say).
+        accelerator: Name, driver, libraries and clocks of the device that trained; empty where the processor did.
     """
 
     cpu_model: str
@@ -55,24 +58,26 @@ class Environment:
     load_average: float
     allocator: Mapping[str, str]
     memory_bytes: int = 0
+    accelerator: Mapping[str, str | int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One training step as it really ran on this machine's CPU.
+    """One training step as it really ran on this machine.
 
     Attributes:
         step: What was run.
-        step_time_s: Process CPU time of a step, median.
+        step_time_s: Of a step, median: process CPU time, on a GPU the time between events on its stream.
         noise: Interquartile range over the median, within a process.
         process_spread: Largest over smallest median of fresh processes, minus one (0 for a single process).
-        peak_memory_bytes: Peak of what tensors occupy, from allocator events (0 if not measured).
+        peak_memory_bytes: Peak of what tensors occupy, from the allocator (0 if not measured).
         class_times_s: Time per step inside operators, by operator class (empty if not measured).
         class_calls: Operator calls per step, by operator class.
         page_faults_per_step: Minor faults per timed step; near 0 when buffers are reused.
         settings: How it was measured.
         environment: Where and when.
         call_times_s: Time of every operator call, by class in program order (empty if not measured).
+        reserved_memory_bytes: The most that a caching allocator had reserved (0 where there is none).
     """
 
     step: TrainingStep
@@ -86,6 +91,7 @@ class Measurement:
     settings: Settings = field(default_factory=Settings)
     environment: Environment | None = None
     call_times_s: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    reserved_memory_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON; `from_dict` reads it back."""

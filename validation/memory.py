@@ -23,9 +23,10 @@ from simtrain.step.remat_choice import Question
 from simtrain.step.setting import resolve
 from validation.compare import single_core
 from validation.errors import summarise
-from validation.features import CPU_RUNTIME, workload_of
+from validation.features import runtime_of, workload_of
+from validation.gpu_steps import GPU_MEMORY_STEPS
 from validation.machine_profile import MachineProfile
-from validation.measure import ALLOCATOR_ENVIRONMENT, THREAD_ENVIRONMENT, MeasurementError, Progress, environment, quietest_core
+from validation.measure import MeasurementError, Progress, environment, quietest_core, worker_environment
 from validation.measurement import Environment
 from validation.memory_worker import PARTITIONER, TENSORIZE
 from validation.steps import TrainingStep, gpt, image_model
@@ -95,17 +96,18 @@ class MemoryRow:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """All rows, with where they were measured."""
+    """All rows, where they were measured, and the training steps that they recompute."""
 
     rows: tuple[MemoryRow, ...]
     environment: Environment
+    steps: tuple[TrainingStep, ...] = MEMORY_STEPS
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON."""
         return {
             "command": "simtrain validate memory",
             "environment": asdict(self.environment),
-            "steps": [s.to_dict() for s in MEMORY_STEPS],
+            "steps": [s.to_dict() for s in self.steps],
             "rounds": ROUNDS,
             "summary": {name: summarise(errors).to_dict() for name, errors in self._errors().items()},
             "equal_peak": self._matched(),
@@ -168,34 +170,37 @@ def read_memory(path: Path) -> MemoryReport:
     """
     try:
         data = json.loads(path.read_text())
-        return MemoryReport(tuple(MemoryRow(**row) for row in data["rows"]), Environment(**data["environment"]))
+        steps = tuple(TrainingStep.from_dict(step) for step in data["steps"])
+        return MemoryReport(tuple(MemoryRow(**row) for row in data["rows"]), Environment(**data["environment"]), steps)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no saved comparison of simtrain validate memory: {error}") from None
 
 
-def compare_memory(profile: MachineProfile, steps: Sequence[TrainingStep] = MEMORY_STEPS, progress: Progress | None = None) -> MemoryReport:
+def compare_memory(profile: MachineProfile, steps: Sequence[TrainingStep] | None = None, progress: Progress | None = None) -> MemoryReport:
     """Predicts, then measures every way to recompute every model.
 
     Args:
-        profile: This machine's constants.
-        steps: Which.
+        profile: This machine's constants, of its core or of its GPU.
+        steps: Which; the device's fixed list by default.
         progress: Told about each model.
 
     Raises:
         MeasurementError: A measuring process failed.
     """
-    here, rows = environment(), []
-    for step in steps:
-        partitioned = _measured(step, [f"{PARTITIONER}{share}" for share in PARTITIONERS], rounds=0)
+    device = "cuda" if profile.on_gpu else "cpu"
+    here, rows = environment(device), []
+    chosen = tuple(steps or (GPU_MEMORY_STEPS if profile.on_gpu else MEMORY_STEPS))
+    for step in chosen:
+        partitioned = _measured(step, [f"{PARTITIONER}{share}" for share in PARTITIONERS], 0, device)
         predicted = _predicted(step, profile, {way: answer["peak_bytes"] for way, answer in partitioned.items() if "peak_bytes" in answer})
         ways = list(dict.fromkeys(row.way for row in predicted if not row.error))  # an optimal choice may be a rule
-        answers = _measured(step, ways, ROUNDS)
+        answers = _measured(step, ways, ROUNDS, device)
         rows += [row if row.error else _joined(row, answers[row.way]) for row in predicted]
         if progress:
             progress(f"{step.name}: {len(ways)} ways")
-    return MemoryReport(tuple(rows), here)
+    return MemoryReport(tuple(rows), here, chosen)
 
 
 def _joined(row: MemoryRow, answer: dict[str, Any]) -> MemoryRow:
@@ -206,8 +211,9 @@ AT, _LESS_NAME = "optimal at ", f"optimal, {LESS:.0%} less"
 
 
 def _predicted(step: TrainingStep, profile: MachineProfile, partitioned: dict[str, float]) -> list[MemoryRow]:
-    core, strategy, work = single_core(profile.device()), step.parsed(), workload_of(step)
-    question = Question.of(resolve(work, core, strategy.with_(checkpoint="optimal"), CPU_RUNTIME))
+    device, strategy, work = profile.device(), step.parsed(), workload_of(step)
+    core, runtime = single_core(device), runtime_of(device)
+    question = Question.of(resolve(work, core, strategy.with_(checkpoint="optimal"), runtime))
     most = question.counted_bytes("none")
     least = question.counted_bytes(question.text(question.smallest().spans))
     budgets = {f"optimal {share:.0%}": least + share * (most - least) for share in BUDGETS}
@@ -220,22 +226,22 @@ def _predicted(step: TrainingStep, profile: MachineProfile, partitioned: dict[st
         if plan is not None:
             ways[name] = strategy.with_(checkpoint=question.text(plan.spans))
         else:
-            rows.append(
-                MemoryRow(step.name, name, "", error=f"not reached: the smallest choice takes {least / most:.1%} of no recomputation")
-            )
+            why = f"not reached, the smallest choice takes {least / most:.1%} of no recomputation"
+            rows.append(MemoryRow(step.name, name, "", error=why))
     if form := TENSORIZED.get(step.name):
         ways[f"tensorize {form}"] = strategy.with_(tensorize=form, checkpoint="none")
     for name, how in ways.items():
-        result = schedule(work, core, how, runtime=CPU_RUNTIME)
+        result = schedule(work, core, how, runtime=runtime)
         form = "" if how.tensorize == "none" else how.tensorize
         memory, time_s = result.memory.allocated_bytes, result.step_time_s
         rows.append(MemoryRow(step.name, name, how.checkpoint, predicted_bytes=memory, predicted_time_s=time_s, tensorize=form))
     return rows + [MemoryRow(step.name, f"{PARTITIONER}{share}", "") for share in PARTITIONERS]
 
 
-def _measured(step: TrainingStep, ways: list[str], rounds: int) -> dict[str, dict[str, Any]]:
-    request = {"step": step.to_dict(), "ways": ways, "rounds": rounds, "core": quietest_core()}
-    variables = os.environ | ALLOCATOR_ENVIRONMENT | dict.fromkeys(THREAD_ENVIRONMENT, "1")
+def _measured(step: TrainingStep, ways: list[str], rounds: int, device: str) -> dict[str, dict[str, Any]]:
+    core = quietest_core() if device == "cpu" else None
+    request = {"step": step.to_dict(), "ways": ways, "rounds": rounds, "core": core, "device": device}
+    variables = os.environ | (worker_environment() if device == "cpu" else {})
     command = [sys.executable, "-P", "-m", "validation.memory_worker"]
     process = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=variables, check=False)
     if process.returncode != 0:

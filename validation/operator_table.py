@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,12 +15,39 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import precision
 from simtrain.core.runtime import runtime
 from simtrain.core.strategy import Strategy
-from simtrain.core.workload import Workload
+from simtrain.core.workload import OperatorKind, Workload
 from simtrain.step.kernels import layer_kernels, optimizer_kernels
-from validation.fit import ClassCost
 
 Table = Mapping[str, tuple[tuple[float, ...], ...]]
 """By class and path, entries of `hardware_models.operator_table`."""
+
+
+class Cost(Protocol):
+    """What a class of operators costs."""
+
+    def seconds(self, *args: Any, **kwargs: Any) -> float:
+        """Returns the time of some work: one number for each column of the formula."""
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """How a kind of device sees kernels.
+
+    Attributes:
+        kernel_class: Class of an operator.
+        work: What kernels do, shape (kernels, columns): what `Cost.seconds` takes.
+    """
+
+    kernel_class: Callable[[OperatorKind, str], str]
+    work: Callable[[KernelBatch], FloatArray]
+
+
+def _cpu_work(kernels: KernelBatch) -> FloatArray:
+    return np.column_stack([calls_done(kernels), flops_done(kernels), bytes_done(kernels)])
+
+
+CPU_FORMULA = Formula(kernel_class, _cpu_work)
+"""Pieces of work, FLOPs and bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,38 +56,44 @@ class Operators:
 
     Attributes:
         points: Coordinates in the table, shape (operators, 5).
-        work: Pieces of work, FLOPs and bytes, shape (operators, 3).
+        work: What the formula counts, one row for each operator.
     """
 
     points: FloatArray
     work: FloatArray
 
 
-def operators_of(work: Workload, strategy: Strategy, runtime_name: str) -> dict[str, Operators]:
+def operators_of(work: Workload, strategy: Strategy, runtime_name: str, formula: Formula = CPU_FORMULA) -> dict[str, Operators]:
     """Lists the operators of a micro-batch by class, forward and backward without recomputation.
 
     Args:
         work: Of the model.
         strategy: Micro-batch and precision.
         runtime_name: Decides between fused and unfused operators.
+        formula: Of the kind of device.
     """
     points: dict[str, list[FloatArray]] = {}
     counts: dict[str, list[FloatArray]] = {}
     for kernels in kernels_in_order(work, strategy, runtime_name):
         where = coordinates(kernels)
-        rows = np.column_stack([calls_done(kernels), flops_done(kernels), bytes_done(kernels)])
+        rows = formula.work(kernels)
         for i, (kind, operator) in enumerate(zip(kernels.kinds, kernels.names, strict=True)):
-            name = kernel_class(kind, operator)
+            name = formula.kernel_class(kind, operator)
             points.setdefault(name, []).append(where[i])
             counts.setdefault(name, []).append(rows[i])
     return {name: Operators(np.array(points[name]), np.array(counts[name])) for name in points}
 
 
-def update_of(work: Workload, strategy: Strategy, runtime_name: str) -> Operators:
+def update_of(work: Workload, strategy: Strategy, runtime_name: str, formula: Formula = CPU_FORMULA) -> Operators:
     """Returns the optimizer's update, which is timed as a whole."""
+    kernels = update_kernels(work, strategy, runtime_name)
+    return Operators(coordinates(kernels), formula.work(kernels))
+
+
+def update_kernels(work: Workload, strategy: Strategy, runtime_name: str) -> KernelBatch:
+    """Returns the kernels of the optimizer's update."""
     sizes = [p.elements for layer in work for p in layer.parameters if p.tied_to is None]
-    kernels = optimizer_kernels(sizes, strategy.optimizer, precision(strategy.precision), runtime(runtime_name))
-    return Operators(coordinates(kernels), np.column_stack([calls_done(kernels), flops_done(kernels), bytes_done(kernels)]))
+    return optimizer_kernels(sizes, strategy.optimizer, precision(strategy.precision), runtime(runtime_name))
 
 
 def kernels_in_order(work: Workload, strategy: Strategy, runtime_name: str) -> Iterator[KernelBatch]:
@@ -75,7 +109,7 @@ def kernels_in_order(work: Workload, strategy: Strategy, runtime_name: str) -> I
 def entries(
     operators: Mapping[str, Operators],
     call_times_s: Mapping[str, Sequence[float]],
-    costs: Mapping[str, ClassCost],
+    costs: Mapping[str, Cost],
     outside_s: float,
     totals_s: Mapping[str, float] | None = None,
 ) -> dict[str, tuple[tuple[float, ...], ...]]:

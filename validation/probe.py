@@ -12,21 +12,23 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hardware_models.cpu import CLASSES, class_constants
+from hardware_models.measured import factor_name
 from hardware_models.operator_table import label
 from simtrain.core import catalog
 from simtrain.core.errors import InputError, UnsupportedError
 from simtrain.core.hardware import Device
-from simtrain.core.precision import precision
+from simtrain.core.precision import DType, precision
 from simtrain.core.workload import Workload
 from simtrain.step.predict import schedule
 from validation.calibrate import OPTIMIZER, arithmetic
+from validation.calibrate_gpu import Factor, gpu_formula, path_of
 from validation.compare import single_core
-from validation.features import CPU_RUNTIME
+from validation.features import runtime_of
 from validation.fit import ClassCost
 from validation.machine_profile import MachineProfile
 from validation.measure import Progress, measure
 from validation.measurement import Measurement, Settings
-from validation.operator_table import entries, merged, operators_of, update_of
+from validation.operator_table import CPU_FORMULA, Cost, Formula, entries, merged, operators_of, update_of
 from validation.steps import TrainingStep
 
 PROBE_SETTINGS = Settings(warmup_steps=3, timed_steps=13, operator_steps=4, processes=1, memory=False)
@@ -107,7 +109,9 @@ def probe(
     work = catalog.workload(name, seq_len=sequence)
     step = probed_step(name, strategy, work)
     other = replace(step, name="held out", strategy=str(_at_another_batch(step)))
-    measured, held_out = measure((step,), PROBE_SETTINGS, progress)[0], measure((other,), HELD_OUT_SETTINGS, progress)[0]
+    device = "cuda" if profile.on_gpu else "cpu"
+    measured = measure((step,), replace(PROBE_SETTINGS, device=device), progress)[0]
+    held_out = measure((other,), replace(HELD_OUT_SETTINGS, device=device), progress)[0]
     folded, covered = fold(profile, work, measured)
     sizes = tuple(_size(m, work, profile, folded, fitted=m is measured) for m in (measured, held_out))
     return ProbeReport(name, strategy, sizes, covered, folded)
@@ -123,7 +127,7 @@ def probed_step(name: str, strategy: str, work: Workload) -> TrainingStep:
     plan = step.parsed()
     if plan.checkpoint != "none" or plan.accumulation != 1 or plan.ranks != 1:
         raise UnsupportedError(
-            f"a probe runs plain steps on one core: leave checkpointing, accumulation and sharding out of {strategy!r}; "
+            f"a probe runs plain steps on one device: leave checkpointing, accumulation and sharding out of {strategy!r}; "
             "predictions that use them take the probed operators all the same"
         )
     return step
@@ -141,11 +145,11 @@ def fold(profile: MachineProfile, work: Workload, measured: Measurement) -> tupl
         InputError: No class of operators could be paired with the measured calls.
     """
     path = arithmetic(measured.step)
-    bare = replace(profile, operator_table={}).device()
-    costs: Mapping[str, ClassCost] = {name: ClassCost(*class_constants(bare, name, path)) for name in CLASSES}
-    plan = measured.step.parsed()
-    operators = operators_of(work, plan, CPU_RUNTIME) | {OPTIMIZER: update_of(work, plan, CPU_RUNTIME)}
-    table = entries(operators, measured.call_times_s, costs, profile.framework_launch_s, measured.class_times_s)
+    bare, plan = replace(profile, operator_table={}).device(), measured.step.parsed()
+    formula, costs, outside_s = _gpu_costs(profile, measured) if profile.on_gpu else _cpu_costs(profile, bare, path)
+    where = runtime_of(bare)
+    operators = operators_of(work, plan, where, formula) | {OPTIMIZER: update_of(work, plan, where, formula)}
+    table = entries(operators, measured.call_times_s, costs, outside_s, measured.class_times_s)
     if not table:
         raise InputError("none of the model's operators could be paired with the calls that PyTorch makes: there is nothing to fold in")
     covered = float(np.sum([measured.class_times_s[name] for name in table])) / measured.step_time_s
@@ -156,8 +160,19 @@ def fold(profile: MachineProfile, work: Workload, measured: Measurement) -> tupl
     return replace(profile, operator_table=together, steps=steps), covered
 
 
+def _cpu_costs(profile: MachineProfile, bare: Device, path: DType) -> tuple[Formula, Mapping[str, Cost], float]:
+    costs = {name: ClassCost(*class_constants(bare, name, path)) for name in CLASSES}
+    return CPU_FORMULA, costs, profile.framework_launch_s
+
+
+def _gpu_costs(profile: MachineProfile, measured: Measurement) -> tuple[Formula, Mapping[str, Cost], float]:
+    """Factors of the profile; the host's time passes beside the kernels, not in them."""
+    factors = {name: Factor(profile.constants.get(factor_name(name, path_of(name, measured)), 1.0)) for name in CLASSES}
+    return gpu_formula(catalog.device(profile.data_sheet)), factors, 0.0
+
+
 def _size(m: Measurement, work: Workload, before: MachineProfile, after: MachineProfile, *, fitted: bool) -> ProbedSize:
     def seconds(device: Device) -> float:
-        return schedule(work, single_core(device), m.step.parsed(), runtime=CPU_RUNTIME).step_time_s
+        return schedule(work, single_core(device), m.step.parsed(), runtime=runtime_of(device)).step_time_s
 
     return ProbedSize(m.step.parsed().micro_batch, m.step_time_s, m.noise, seconds(before.device()), seconds(after.device()), fitted)

@@ -41,6 +41,8 @@ class PublishedRow:
         file: In the source repository.
         line: In that file.
         options: Of the workload.
+        several_devices: Whether its set is of several kinds of devices.
+        accumulation: Micro-batches per step.
     """
 
     model: str
@@ -55,6 +57,7 @@ class PublishedRow:
     line: int
     options: Mapping[str, Any] = field(default_factory=dict)
     several_devices: bool = False
+    accumulation: int = 1
 
     @property
     def name(self) -> str:
@@ -228,7 +231,13 @@ def compare(dataset: PublishedSet) -> PublishedReport:
 
 def predict(dataset: PublishedSet, row: PublishedRow, *, overlap: bool = True) -> float:
     """Returns predicted samples per second."""
-    strategy = Strategy(data=row.devices, micro_batch=row.micro_batch, precision=row.precision, optimizer=dataset.optimizer)
+    strategy = Strategy(
+        data=row.devices,
+        micro_batch=row.micro_batch,
+        accumulation=row.accumulation,
+        precision=row.precision,
+        optimizer=dataset.optimizer,
+    )
     framework = runtime(dataset.runtime).with_(
         fused_attention=dataset.fused_attention, optimizer_style=row.optimizer_style, overlap_communication=overlap
     )

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simtrain.core.strategy import Strategy
 from simtrain.run.batch_policy import BatchPolicy, StepPrice
-from simtrain.run.learning_rate import LearningRate
+from simtrain.run.learning_rate import LearningRate, Scaling
 from simtrain.torch.dynamic_batch import DynamicBatch
 from validation.training import apply_checkpointing
 from workloads.transformer.module import Transformer
@@ -26,12 +26,21 @@ SLOW_NETWORK = StepPrice(update_s=4.0, pass_s=0.5, sample_s=0.5 / 16)
 """Price by which the dynamic batch decides, in arbitrary units: once a step costs as much as four micro-batches of 16, as over a slow
 network. On this machine alone small batches would always win, and nothing would change."""
 
+FOLDS = {"digits": 3, "text": 10}
+"""Parts of each task's data, of which one is held out."""
+
+
+def fold(data: Tensor, seed: int, folds: int) -> tuple[Tensor, Tensor]:
+    """Returns the part that a seed holds out, and the rest in its order."""
+    first, last = (len(data) * (seed % folds + end) // folds for end in (0, 1))
+    return data[first:last], torch.cat([data[:first], data[last:]])
+
 
 class Digits:
     """Handwritten digits of 8 by 8 pixels, a small convolutional network, accuracy on a third of the images that it never saw.
 
     Args:
-        seed: Of split, weights and order.
+        seed: Of weights and order; three seeds in a row share a split into thirds, and each holds out another one.
         recompute: Whether its convolutions are computed again in backward.
     """
 
@@ -42,9 +51,9 @@ class Digits:
 
         data = load_digits()
         images, labels = torch.tensor(data.images[:, None] / 16, dtype=torch.float32), torch.tensor(data.target)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-        held = len(images) // 3
-        self.test, self.train = (images[order[:held]], labels[order[:held]]), (images[order[held:]], labels[order[held:]])
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed // FOLDS["digits"]))
+        held, rest = fold(order, seed, FOLDS["digits"])
+        self.test, self.train = (images[held], labels[held]), (images[rest], labels[rest])
         self.samples = 10 * len(self.train[0])
         torch.manual_seed(seed)
         self.features = nn.Sequential(
@@ -78,10 +87,10 @@ class Digits:
 
 
 class Text:
-    """Python's own documentation by characters, a small GPT, loss on the last tenth of the text.
+    """Python's own documentation by characters, a small GPT, loss on a tenth of the text.
 
     Args:
-        seed: Of weights and order.
+        seed: Of weights and order; ten seeds in a row hold out each tenth once.
         recompute: Whether its blocks are computed again in backward.
     """
 
@@ -93,7 +102,7 @@ class Text:
         text = "\n".join(topics[name] for name in sorted(topics))
         index = {c: i for i, c in enumerate(sorted(set(text)))}
         ids = torch.tensor([index[c] for c in text])
-        self.train, self.held = ids[: len(ids) * 9 // 10], ids[len(ids) * 9 // 10 :]
+        self.held, self.train = fold(ids, seed, FOLDS["text"])
         self.samples = 220 * self.micro_batch
         torch.manual_seed(seed)
         self.model: nn.Module = Transformer(
@@ -129,11 +138,11 @@ TASKS: dict[str, type[Digits] | type[Text]] = {"digits": Digits, "text": Text}
 
 def train(name: str, seed: int, component: str) -> dict[str, Any]:
     """Trains a task with one component, within the same budget: of samples, or for "dynamic-batch" of priced time."""
-    task = TASKS[name](seed, recompute=component == "checkpoint")
+    task = TASKS[name](seed, recompute=component in ("checkpoint", "all"))
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=task.rate)
     start = time.process_time()
-    dynamic = component.startswith("dynamic-batch")
-    runs = _dynamic(task, optimizer, by_samples=component.endswith("samples")) if dynamic else _fixed(task, optimizer, component)
+    dynamic = component.startswith("dynamic-batch") or component == "all"
+    runs = _dynamic(task, optimizer, component) if dynamic else _fixed(task, optimizer, component)
     steps = list(runs)
     cpu_s = time.process_time() - start
     return {
@@ -147,11 +156,20 @@ def train(name: str, seed: int, component: str) -> dict[str, Any]:
     }
 
 
+def _schedule(task: Digits | Text, scaling: Scaling) -> LearningRate:
+    total = task.samples // task.micro_batch
+    return LearningRate(task.micro_batch, total, warmup_steps=total // 20, final=0.05, scaling=scaling)
+
+
+def _autocast(wanted: bool) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", dtype=torch.bfloat16) if wanted else nullcontext()
+
+
 def _fixed(task: Digits | Text, optimizer: torch.optim.Optimizer, component: str) -> Iterator[int]:
     total = task.samples // task.micro_batch
-    schedule = LearningRate(task.micro_batch, total, warmup_steps=total // 20, final=0.05, scaling="none")
+    schedule = _schedule(task, "none")
     for step in range(total):
-        with torch.autocast("cpu", dtype=torch.bfloat16) if component == "bf16-amp" else nullcontext():
+        with _autocast(component == "bf16-amp"):
             loss = task.loss(task.draw(task.micro_batch))
         loss.backward()  # type: ignore[no-untyped-call]
         if component == "schedule":
@@ -162,9 +180,11 @@ def _fixed(task: Digits | Text, optimizer: torch.optim.Optimizer, component: str
         yield task.micro_batch
 
 
-def _dynamic(task: Digits | Text, optimizer: torch.optim.Optimizer, *, by_samples: bool) -> Iterator[int]:
+def _dynamic(task: Digits | Text, optimizer: torch.optim.Optimizer, component: str) -> Iterator[int]:
+    """A batch that follows the noise scale; "all" adds everything else, at the baseline's samples, where its schedule ends."""
+    together, by_samples = component == "all", component != "dynamic-batch"
     policy = BatchPolicy((task.micro_batch // 2,), max_accumulation=16, dwell_steps=20)
-    rate = LearningRate(task.micro_batch, scaling="square-root")
+    rate = _schedule(task, "square-root") if together else LearningRate(task.micro_batch, scaling="square-root")
     dynamic = DynamicBatch(
         task.model, optimizer, task.micro_batch // 2, accumulation=2, policy=policy, learning_rate=rate, price=SLOW_NETWORK, every=5
     )
@@ -173,7 +193,9 @@ def _dynamic(task: Digits | Text, optimizer: torch.optim.Optimizer, *, by_sample
     while left > 0:
         size = dynamic.choice.micro_batch
         with dynamic.micro_batch(size):
-            dynamic.backward(task.loss(task.draw(size)))
+            with _autocast(together):
+                loss = task.loss(task.draw(size))
+            dynamic.backward(loss)
         accumulation = dynamic.accumulation
         if dynamic.step():
             left -= accumulation * size if by_samples else SLOW_NETWORK(size, accumulation)

@@ -51,6 +51,10 @@ class TrainingStep:
         return cls(data["name"], data["workload"], int(data["sequence"]), data["strategy"], dict(data["options"]))
 
 
+GPT_POSITIONS = 1024
+"""Positions of the family's models unless they are told otherwise."""
+
+
 def gpt(name: str, shape: tuple[int, int, int, int], batch: tuple[int, int], optimizer: str, extra: str = "") -> TrainingStep:
     """Returns a step of a GPT-like model.
 
@@ -65,6 +69,8 @@ def gpt(name: str, shape: tuple[int, int, int, int], batch: tuple[int, int], opt
     micro_batch, sequence = batch
     strategy = f"micro_batch={micro_batch},optimizer={optimizer}" + (f",{extra}" if extra else "")
     options = {"layers": layers, "hidden": hidden, "heads": heads, "vocabulary": vocabulary}
+    if sequence > GPT_POSITIONS:
+        options["max_positions"] = sequence
     return TrainingStep(name, "gpt", sequence, strategy, options)
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from simtrain.core.errors import InputError, UnsupportedError
+from simtrain.core.precision import precision
 from simtrain.core.strategy import Strategy, checkpoint_segment
 from simtrain.torch.files import example
 from simtrain.torch.recorder import batch_tensors
 from simtrain.torch.sizes import batch_shape
 from simtrain.torch.subject import call_model, find_loss
+from validation.backend import Backend, CpuBackend
 from validation.steps import TrainingStep
 from workloads.convnet import module as convnet
 from workloads.convnet import presets as convnets
@@ -49,19 +51,26 @@ class Segment(nn.Module):
 class Training:
     """A model, its data and its optimizer.
 
+    Args:
+        step: What is trained, and how.
+        device: Where; the processor by default.
+        seed: Of weights and data.
+
     Attributes:
         model: The real module of the family.
         optimizer: As the strategy names it, with PyTorch's defaults.
     """
 
-    def __init__(self, step: TrainingStep, seed: int = 0) -> None:
+    def __init__(self, step: TrainingStep, device: Backend | None = None, seed: int = 0) -> None:
         torch.manual_seed(seed)
-        strategy = step.parsed()
-        self.model, self.batch = build(step, seed)
+        strategy, device = step.parsed(), device or CpuBackend()
+        self._autocast = device.autocast(strategy.precision)
+        self.model, self.batch = on_device(build(step, seed), device.torch_device)
         apply_checkpointing(self.model, strategy)
         self.optimizer = build_optimizer(self.model, strategy.optimizer)
         self.accumulation = strategy.accumulation
-        self._autocast = _autocast(strategy.precision)
+        scales = precision(strategy.precision).loss_scaling
+        self._scaler = torch.amp.GradScaler(torch.device(device.torch_device).type) if scales else None
 
     def passes(self) -> None:
         """Clears gradients, then runs forward and backward of every micro-batch."""
@@ -71,16 +80,26 @@ class Training:
                 loss = self.model(*self.batch)
             if self.accumulation > 1:
                 loss = loss / self.accumulation
-            loss.backward()
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
     def update(self) -> None:
-        """Runs the optimizer."""
-        self.optimizer.step()
+        """Runs the optimizer, under loss scaling if the precision has it."""
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
 
     def step(self) -> None:
         """Runs one whole training step."""
         self.passes()
         self.update()
+
+
+def on_device(built: tuple[nn.Module, tuple[Any, ...]], torch_device: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """Moves a model and its batch."""
+    model, batch = built
+    return model.to(torch_device), tree_map(lambda x: x.to(torch_device) if isinstance(x, torch.Tensor) else x, batch)
 
 
 def build(step: TrainingStep, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -168,11 +187,3 @@ def build_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
     if name in ("sgd", "sgd-momentum"):
         return torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9 if name == "sgd-momentum" else 0.0)
     raise UnsupportedError(f"optimizer {name!r} cannot be measured")
-
-
-def _autocast(precision: str) -> Callable[[], AbstractContextManager[Any]]:
-    if precision == "fp32":
-        return nullcontext
-    if precision == "bf16-amp":
-        return lambda: torch.autocast("cpu", dtype=torch.bfloat16)
-    raise UnsupportedError(f"precision {precision!r} cannot be measured on a CPU; use fp32 or bf16-amp")

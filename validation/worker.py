@@ -6,37 +6,30 @@ Run as `python -P -m validation.worker` by `validation.measure`, which fixes cor
 from __future__ import annotations
 
 import json
-import os
-import resource
 import sys
-import time
 from statistics import median, quantiles
 from typing import Any
 
+from validation.backend import Backend, backend
 from validation.measurement import Settings
 from validation.steps import TrainingStep
 
 
-def time_step(step: TrainingStep, settings: Settings) -> dict[str, Any]:
+def time_step(step: TrainingStep, settings: Settings, device: Backend) -> dict[str, Any]:
     """Measures step time, noise, page faults and, if asked, times inside operators."""
-    from hardware_models.cpu import kernel_class
     from validation.operator_times import ClassTimes
     from validation.training import Training
 
-    training, classes = Training(step), ClassTimes(kernel_class)
+    training, classes = Training(step, device), ClassTimes(device.kernel_class)
     for _ in range(settings.warmup_steps):
         training.step()
-    times_s: list[float] = []
-    faults: list[int] = []
-    for i in range(settings.timed_steps):
-        before = _page_faults()
-        start = time.process_time()
-        training.step()
-        times_s.append(time.process_time() - start)
-        faults.append(_page_faults() - before)
+
+    def operators(i: int) -> None:
         # in turn with the timed steps, so that a machine that drifts does so for both
         if i < settings.operator_steps:
-            classes.step(training.passes, training.update)
+            device.operator_times(training, classes)
+
+    times_s, faults = device.timed_steps_s(training, settings.timed_steps, operators)
     lower, middle, upper = quantiles(times_s, n=4) if len(times_s) > 1 else times_s * 3
     return {
         "step_time_s": median(times_s),
@@ -48,35 +41,28 @@ def time_step(step: TrainingStep, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _page_faults() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def memory_of_step(step: TrainingStep, steps: int = 2) -> dict[str, Any]:
+def memory_of_step(step: TrainingStep, device: Backend, steps: int = 2) -> dict[str, Any]:
     """Measures the allocation peak of building a model and training it (optimizer states appear in the first step)."""
-    from validation.allocation_peak import allocation_peak_bytes
     from validation.training import Training
 
     def run() -> None:
-        training = Training(step)
+        training = Training(step, device)
         for _ in range(steps):
             training.step()
 
-    return {"peak_memory_bytes": allocation_peak_bytes(run)}
+    peak, reserved = device.peak_bytes(run, held=0, others=0)
+    return {"peak_memory_bytes": peak, "reserved_memory_bytes": reserved}
 
 
 def main() -> None:
     """Answers one request."""
     request = json.loads(sys.stdin.read())
     settings = Settings(**request["settings"])
-    if request["core"] is not None:
-        os.sched_setaffinity(0, {request["core"]})
-    import torch
-
-    torch.set_num_threads(settings.threads)
+    device = backend(settings.device)
+    device.prepare(request["core"], settings.threads)
     for data in request["steps"]:
         step = TrainingStep.from_dict(data)
-        answer = memory_of_step(step) if request["memory"] else time_step(step, settings)
+        answer = memory_of_step(step, device) if request["memory"] else time_step(step, settings, device)
         sys.stdout.write(json.dumps({"name": step.name} | answer) + "\n")
         sys.stdout.flush()
 

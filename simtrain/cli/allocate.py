@@ -23,7 +23,7 @@ def allocate(
     precision: Annotated[
         str | None, typer.Option("--precision", help="Of all devices; by default the 16-bit type that they share.")
     ] = None,
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd or sgd-momentum.")] = "adamw",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd, sgd-momentum, adamw-8bit or muon.")] = "adamw",
     runtime: RuntimeOption = None,
     micro_batch: Annotated[list[int] | None, typer.Option("--micro-batch", min=1, help="Allowed sizes; repeat for several.")] = None,
     tensor: Annotated[list[int] | None, typer.Option("--tensor", min=1, help="Allowed tensor widths; repeat for several.")] = None,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from simtrain import __version__
-from simtrain.cli import allocate, capture, catalogs, compare, devices, environment, plan, predict, run, sweep
+from simtrain.cli import allocate, capture, catalogs, compare, data, devices, environment, plan, predict, run, sweep
 from simtrain.cli.output import note, write_json
 from simtrain.core.errors import SimtrainError
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "plan": plan.plan,
     "allocate": allocate.allocate,
     "run": run.run,
+    "data": data.data,
     "compare": compare.compare,
     "sweep": sweep.sweep,
     "capture": capture.capture,

@@ -48,7 +48,7 @@ def plan(
     ] = None,
     checkpoint: Annotated[list[str] | None, typer.Option("--checkpoint", help="Allowed; repeat for several.")] = None,
     zero: Annotated[list[int] | None, typer.Option("--zero", help="Allowed ZeRO stages; repeat for several.")] = None,
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd or sgd-momentum.")] = "adamw",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd, sgd-momentum, adamw-8bit or muon.")] = "adamw",
     runtime: Annotated[list[str] | None, typer.Option("--runtime", help="The framework, such as megatron; repeat to choose from.")] = None,
     fixed: Annotated[str, typer.Option("--fixed", help="Choices that are settled: 'tensor=8,micro_batch=1'.")] = "",
     devices: Annotated[int | None, typer.Option("--devices", min=1, help="How many to use; all by default.")] = None,

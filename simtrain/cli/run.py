@@ -26,6 +26,13 @@ class SnapshotKind(StrEnum):
     ASYNC = "async"
 
 
+class BatchPolicyKind(StrEnum):
+    """Whether the batch stays."""
+
+    FIXED = "fixed"
+    DYNAMIC = "dynamic"
+
+
 class Pricing(StrEnum):
     """How devices are paid."""
 
@@ -46,6 +53,10 @@ def run(
     efficiency: Annotated[
         float | None, typer.Option("--efficiency", help="Share of tokens that compression or rare synchronisation leave, for a loss.")
     ] = None,
+    batch_policy: Annotated[
+        BatchPolicyKind, typer.Option("--batch-policy", help="Whether the batch stays or follows the noise scale, for a target loss.")
+    ] = BatchPolicyKind.FIXED,
+    max_batch: Annotated[int | None, typer.Option("--max-batch", min=1, help="Samples a step that a dynamic batch may reach.")] = None,
     mtbf_h: Annotated[float | None, typer.Option("--mtbf-h", help="Mean hours between failures of the whole job.")] = None,
     device_mtbf_h: Annotated[float | None, typer.Option("--device-mtbf-h", help="Mean hours between failures of one device.")] = None,
     node_mtbf_h: Annotated[float | None, typer.Option("--node-mtbf-h", help="Mean hours between failures of one node.")] = None,
@@ -68,6 +79,7 @@ def run(
     json: JsonOption = False,
 ) -> None:
     """Predict when a run reaches its target, and what it takes: goodput, energy, carbon and cost."""
+    from simtrain.run.batch_phases import dynamic_phases
     from simtrain.run.course import Target
     from simtrain.run.faults import Faults
     from simtrain.run.policies import Policy
@@ -77,11 +89,17 @@ def run(
     check_path("--plot", plot, PICTURES)
     if sum(given is not None for given in (target_loss, steps, tokens)) != 1:
         raise InputError("give exactly one of --target-loss, --steps and --tokens")
+    subject, machines, how = catalog.workload(workload, seq_len=seq_len), catalog.cluster(cluster), read_strategy(strategy)
+    until = Target(loss=target_loss, steps=steps, tokens=tokens)
+    if batch_policy is BatchPolicyKind.FIXED and max_batch is not None:
+        raise InputError("--max-batch belongs to --batch-policy dynamic")
+    dynamic = batch_policy is BatchPolicyKind.DYNAMIC
     result = simulate_run(
-        catalog.workload(workload, seq_len=seq_len),
-        catalog.cluster(cluster),
-        read_strategy(strategy),
-        until=Target(loss=target_loss, steps=steps, tokens=tokens),
+        subject,
+        machines,
+        how,
+        until=until,
+        phases=dynamic_phases(subject, machines, how, until, law=law, max_batch=max_batch, runtime=runtime) if dynamic else (),
         faults=Faults(mtbf_h=mtbf_h, device_mtbf_h=device_mtbf_h, node_mtbf_h=node_mtbf_h, repair_h=repair_h, detection_s=detection_s),
         snapshots=_snapshots(snapshot.value, snapshot_every_s),
         policy=Policy("spares" if spares else "restart", spares=spares, restart_s=restart_s),

@@ -80,7 +80,7 @@ def _device(name: str, text: str) -> Device:
         return catalog.device(name)
     except UnknownNameError as error:
         presets = nearest(text, catalog.names("clusters"))
-        if presets and not error.suggestions:
+        if presets and not error.suggestions and "+" not in text:
             raise UnknownNameError("cluster", text, catalog.names("clusters")) from None
         raise
 

@@ -18,8 +18,8 @@ from simtrain.core.offload import Offload, parse_offload
 from simtrain.core.precision import precision as find_precision
 from simtrain.core.tensorize import parse_tensorize
 
-OPTIMIZERS: dict[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1}
-"""State tensors per parameter of each optimizer."""
+OPTIMIZERS: dict[str, int] = {"adamw": 2, "adam": 2, "sgd": 0, "sgd-momentum": 1, "adamw-8bit": 2, "muon": 2}
+"""State tensors per parameter of each optimizer (of Muon: one of matrices inside blocks, two of what AdamW updates)."""
 
 CONTEXT_STYLES = ("ring", "ring-contiguous", "ulysses")
 """How attention is computed over a sequence that several ranks share; see `simtrain.core.workload.Form`."""
@@ -79,7 +79,7 @@ class Strategy:
         micro_batch: Samples per forward pass of a replica.
         accumulation: Micro-batches per replica and step.
         precision: A recipe of `simtrain.core.precision`.
-        optimizer: "adamw", "adam", "sgd" or "sgd-momentum".
+        optimizer: "adamw", "adam", "sgd", "sgd-momentum", "adamw-8bit" or "muon" (`simtrain.step.optimizers`).
         checkpoint: Activation checkpointing: "none", "full" (every layer), "sqrt" (segments of about the square root of the depth),
             "every:K", "selective" (attention scores and probabilities only), "optimal" or "optimal:8GiB" (the least recomputation with
             which a device's memory, or so much of it, suffices), or explicit blocks such as "layers:0-3,8" (`simtrain.core.checkpoint`).

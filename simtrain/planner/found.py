@@ -47,12 +47,13 @@ class Plan:
         cluster: Name.
         global_batch: Samples per step (the first where several were allowed).
         objective: What was optimised (the first where there were several).
-        considered: Combinations in the space; the sum of ranked, failed and passed over.
+        considered: Combinations in the space; the sum of ranked, failed, unlisted and passed over.
         ranked: What fits and was read, best first.
         failed: What does not, nearest to fitting first.
         passed_over: Combinations that a bound or a projection of their step time showed to be no match for the best.
         unread: Combinations that were not looked at because the search took too long; above zero, the plan is not complete.
         front: With several objectives, what nothing else beats in all of them; else the best alone.
+        unlisted: Combinations that memory does not suffice for either, by more than for those listed as failed.
         objectives: All of them.
         notes: How it was searched, in words.
         elapsed_s: How long it took.
@@ -72,6 +73,7 @@ class Plan:
     passed_over: int = 0
     unread: int = 0
     front: tuple[Result, ...] = ()
+    unlisted: int = 0
     objectives: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     elapsed_s: float = 0.0

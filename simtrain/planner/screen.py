@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from simtrain.core.checkpoint import is_optimal
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster
 from simtrain.core.result import MemoryReport, Result
@@ -13,12 +14,14 @@ from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.planner.space import Candidate
+from simtrain.step.adaptive import settle_precision
 from simtrain.step.costs import chain
 from simtrain.step.instructions import chunk_costs
 from simtrain.step.layout import lay_out
 from simtrain.step.ledger import ledger
 from simtrain.step.occupancy import Mode
 from simtrain.step.predict import estimate
+from simtrain.step.remat_choice import settle
 from simtrain.step.results import lane_report, tightest_lane
 from simtrain.step.schedules import Action
 from simtrain.step.setting import resolve
@@ -117,8 +120,10 @@ class Screen:
         return self._work[key]
 
     def _price(self, lone: Strategy, runtime: Runtime) -> Work:
-        layout = lay_out(resolve(self.workload, self.cluster, lone, runtime))
-        lane = max(layout.lanes, key=lambda x: x.place.device.peak(layout.setting.precision.arithmetic))
+        # recomputation of chosen blocks is left out, so that none is chosen
+        plain = lone.with_(checkpoint="none") if is_optimal(lone.checkpoint) else lone
+        layout = lay_out(settle_precision(resolve(self.workload, self.cluster, plain, runtime)))
+        lane = max(layout.lanes, key=lambda x: x.place.device.peak(layout.setting.precision.fastest))
         chunk = lane.chunks[0]
         costs = chunk_costs(layout.setting, lane, chunk)
         certain = lone.checkpoint in ("none", "selective", "full")
@@ -188,7 +193,7 @@ class Screen:
         strategy = shortened(candidate.strategy)
         key = (strategy, candidate.runtime)
         if key not in self._memory:
-            layout = lay_out(resolve(self.workload, self.cluster, strategy, candidate.runtime))
+            layout = lay_out(settle(settle_precision(resolve(self.workload, self.cluster, strategy, candidate.runtime))))
             stages = sorted({0, min(1, layout.grid.pipeline - 1), layout.grid.pipeline - 1})
             chosen = replace(layout, lanes=tuple(layout.by_stage[s][0] for s in stages))
             books = [ledger(layout.setting, lane, layout.plan) for lane in chosen.lanes]

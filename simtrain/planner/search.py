@@ -15,17 +15,19 @@ from typing import Any
 from simtrain.core import catalog
 from simtrain.core.errors import InputError
 from simtrain.core.hardware import Cluster
-from simtrain.core.result import MemoryReport, Result
+from simtrain.core.result import Result
 from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
+from simtrain.planner.arrays.finalists import screen_blocks
 from simtrain.planner.evidence import nearest
+from simtrain.planner.failures import difference, failure, refusal, too_large
 from simtrain.planner.found import Failure, Plan
 from simtrain.planner.objectives import BALANCED, OBJECTIVES, PRICED, TIMED, Judge, Limits, Objective, Weights, check_degrees, weights_of
 from simtrain.planner.robust import FINALISTS, ModelError, check_robust, order, outlooks, settled
 from simtrain.planner.screen import REFUSALS, Screen
-from simtrain.planner.space import Candidate, Wishes, candidates, check_fixed, default_runtimes
+from simtrain.planner.space import Block, Candidate, Wishes, blocks, check_fixed, default_runtimes, dividing, merged
 from simtrain.planner.why import feasible, near_limits, why
 from simtrain.step.predict import estimate, schedule, simulate
 
@@ -39,20 +41,15 @@ KEPT = 12
 SCHEDULED = 5
 """Of the best, how many are read by `schedule` where reading takes long."""
 
+MARGIN = 0.01
+"""Share of the step time by which a screen may be wrong: what is as close to the best is scheduled too."""
+
 SIMULATED = 3
 LONG_STEP = 4_000
 """Instructions of a step beyond which it is scheduled for few and simulated for none."""
 
-DIVIDING = ("megatron", "fsdp2")
-"""Runtimes that divide a model over devices."""
-
 PATIENCE_S = 40.0
 """Screening stops after so long and the plan says that it is not complete."""
-
-CHOICES = (
-    *("micro_batch", "precision", "checkpoint", "zero", "tensor", "sequence_parallel"),
-    *("pipeline", "schedule", "chunks", "context", "expert", "shard"),
-)
 
 
 def plan(
@@ -131,7 +128,7 @@ def plan(
     search = _Search(work, machines, _listed(work, machines, batches, frameworks, wishes), judge, kept_to, progress, patience_s)
     found = search.run(batches[0])
     others = dividing(machines, frameworks) if runtime is None else ()
-    if found.best is None and others:
+    if others:
         frameworks, found = _wider(search, frameworks, others, wishes, batches, found)
     if robust and found.best is not None:
         found = _robust(found, work, machines, frameworks, robust, errors, jitter)
@@ -146,21 +143,18 @@ def plan(
 
 def _listed(
     workload: Workload, cluster: Cluster, batches: Sequence[int], frameworks: Sequence[Runtime], wishes: Wishes
-) -> tuple[Candidate, ...]:
-    return tuple(c for batch in batches for c in candidates(workload, cluster, batch, frameworks, wishes)[0])
-
-
-def dividing(cluster: Cluster, tried: Sequence[Runtime]) -> tuple[Runtime, ...]:
-    """Runtimes that divide a model over the devices, where that is possible, without those that are tried anyway."""
-    if cluster.size == 1 or any(d.device_class == "cpu" for d in cluster.devices):
-        return ()
-    return tuple(find_runtime(n) for n in DIVIDING if n not in {r.name for r in tried})
+) -> tuple[Block, ...]:
+    return merged([b for batch in batches for b in blocks(workload, cluster, batch, frameworks, wishes)[0]])
 
 
 def _wider(
     search: _Search, frameworks: tuple[Runtime, ...], others: tuple[Runtime, ...], wishes: Wishes, batches: Sequence[int], found: Plan
 ) -> tuple[tuple[Runtime, ...], Plan]:
-    """The same search with the runtimes that divide models, where nothing fits under those that come first."""
+    """The same search with the runtimes that divide models, where nothing fits under those that come first; else says what was left."""
+    first, then = (" and ".join(r.name for r in f) for f in (frameworks, others))
+    if found.best is not None:
+        left = f"{then}, which divide models over devices, were not searched beside {first}: name runtimes (--runtime) to compare"
+        return frameworks, replace(found, notes=(left, *found.notes))
     try:
         choices = _listed(search.workload, search.cluster, batches, others, wishes)
     except InputError:  # what is asked for is no choice under them
@@ -168,12 +162,12 @@ def _wider(
     wider = _Search(search.workload, search.cluster, choices, search.judge, search.limits, search.progress, search.patience_s).run(
         batches[0]
     )
-    first, then = (" and ".join(r.name for r in f) for f in (frameworks, others))
     both = replace(
         wider,
         considered=found.considered + wider.considered,
         failed=(*wider.failed, *found.failed),
         passed_over=found.passed_over + wider.passed_over,
+        unlisted=found.unlisted + wider.unlisted,
         unread=found.unread + wider.unread,
         notes=(f"nothing fits under {first}, so {then} were searched as well", *wider.notes),
         elapsed_s=found.elapsed_s + wider.elapsed_s,
@@ -217,7 +211,7 @@ class _Search:
 
     workload: Workload
     cluster: Cluster
-    choices: tuple[Candidate, ...]
+    space: tuple[Block, ...]
     judge: Judge
     limits: Limits
     progress: Callable[[int, int], None] | None
@@ -228,17 +222,20 @@ class _Search:
     projected: list[tuple[float, Candidate]] = field(default_factory=list)
     passed_over: int = 0
     unread: int = 0
+    unlisted: int = 0
+    screened: int = 0
     done: int = 0
 
     def run(self, global_batch: int) -> Plan:
-        small = len(self.choices) <= EXHAUSTIVE and sum(_instructions(c.strategy) for c in self.choices) <= SHORT_STEPS
+        every = [block.candidate(i) for block in self.space for i in range(len(block))] if sum(map(len, self.space)) <= EXHAUSTIVE else []
+        small = 0 < sum(_instructions(c.strategy) for c in every) <= SHORT_STEPS
         screen = Screen(self.workload, self.cluster, self.limits.memory_margin)
-        for bound_s, candidate in [(0.0, c) for c in self.choices] if small else self._ordered(screen):
-            if not small and time.monotonic() - self.start_s > self.patience_s:
-                self.unread = len(self.choices) - self.done
+        for bound_s, candidate in [(0.0, c) for c in every] if small else self._ordered(screen, self._screened()):
+            if not small and self._late():
                 break
             self._look(screen, candidate, bound_s, small)
             self._tick()
+        self.unread = sum(map(len, self.space)) - self.done
         self._read_projected()
         self._refine()
         results = self.judge.ranked([r for _, r in self.found])
@@ -248,30 +245,43 @@ class _Search:
             cluster=self.cluster.name,
             global_batch=global_batch,
             objective=self.judge.objectives[0],
-            considered=len(self.choices),
+            considered=sum(map(len, self.space)),
             ranked=tuple(results),
             failed=tuple(failed),
             passed_over=self.passed_over,
             unread=self.unread,
             front=tuple(self.judge.front(results)),
+            unlisted=self.unlisted,
             objectives=self.judge.objectives,
             notes=self._notes(small),
             elapsed_s=time.monotonic() - self.start_s,
         )
 
-    def _tick(self) -> None:
-        self.done += 1
+    def _tick(self, count: int = 1) -> None:
+        self.done += count
         if self.progress is not None:
-            self.progress(self.done, len(self.choices))
+            self.progress(self.done, sum(map(len, self.space)))
 
-    def _ordered(self, screen: Screen) -> list[tuple[float, Candidate]]:
+    def _late(self) -> bool:
+        return time.monotonic() - self.start_s > self.patience_s
+
+    def _screened(self) -> list[Candidate]:
+        """Screens by arrays what they know; returns the rest."""
+        found = screen_blocks(self.workload, self.cluster, self.space, self.judge.objectives, self.limits, self._tick, self._late)
+        self.projected += found.finalists
+        self.failed += found.failed
+        self.passed_over, self.unlisted = self.passed_over + found.passed_over, self.unlisted + found.unlisted
+        self.screened = found.known
+        return list(found.rest)
+
+    def _ordered(self, screen: Screen, choices: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
         """The candidates with the bounds of their time per sample, most promising first; what cannot be is counted as failed."""
         ordered = []
-        for candidate in self.choices:
+        for candidate in choices:
             try:
                 ordered.append((screen.bound_s(candidate) / candidate.strategy.global_batch, candidate))
             except REFUSALS as error:
-                self.failed.append((candidate, _refusal(candidate, str(error))))
+                self.failed.append((candidate, refusal(candidate, str(error))))
                 self._tick()
         return sorted(ordered, key=lambda pair: pair[0])
 
@@ -285,11 +295,11 @@ class _Search:
                 return
             larger = screen.too_large(candidate)
             if larger is not None:
-                self.failed.append((candidate, _too_large(candidate, *larger, self.limits)))
+                self.failed.append((candidate, too_large(candidate, *larger, self.limits)))
             else:
                 self.projected.append((screen.projected_s(candidate) / candidate.strategy.global_batch, candidate))
         except REFUSALS as error:
-            self.failed.append((candidate, _refusal(candidate, str(error))))
+            self.failed.append((candidate, refusal(candidate, str(error))))
 
     def _bar_s(self) -> float:
         """Seconds per sample that the next candidate must be able to beat; only where the objective goes with time."""
@@ -304,16 +314,15 @@ class _Search:
             self.found.append((candidate, result))
             return
         over = max(result.memory.device_bytes - result.memory.capacity_bytes * (1 - self.limits.memory_margin), 0.0)
-        failure = _failure(candidate, broken, over, result.memory if over else None)
+        failed = failure(candidate, broken, over, result.memory if over else None)
         taken = max((times for _, times in self.limits.asked_of(result)), default=0.0)
-        self.failed.append((candidate, failure if over else replace(failure, times_limit=taken)))
+        self.failed.append((candidate, failed if over else replace(failed, times_limit=taken)))
 
     def _read_projected(self) -> None:
         """Reads the best of what was projected; with objectives other than time, all of it."""
         self.projected.sort(key=lambda pair: pair[0])
         timed = all(o in TIMED for o in self.judge.objectives)
-        for seconds, candidate in self.projected:
-            del seconds
+        for _, candidate in self.projected:
             late = time.monotonic() - self.start_s > self.patience_s + 10 and len(self.found) >= SCHEDULED
             if (timed and len(self.found) >= KEPT) or late:
                 self.passed_over += timed
@@ -326,7 +335,8 @@ class _Search:
         for reader, count in ((schedule, SCHEDULED), (simulate, SIMULATED)):
             read: set[Candidate] = set()
             while True:
-                ahead = [self._pair(r) for r in self.judge.ranked([r for _, r in self.found])[:count]]
+                most = count if reader is simulate else max(count, self._close())
+                ahead = [self._pair(r) for r in self.judge.ranked([r for _, r in self.found])[:most]]
                 waiting = [(c, r) for c, r in ahead if c not in read]
                 if not waiting:
                     break
@@ -337,6 +347,11 @@ class _Search:
                     self.found.remove((candidate, result))
                     self._add(candidate, reader(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
 
+    def _close(self) -> int:
+        """How many are as good as the best within what their reading may be wrong by."""
+        best = min((r.step_time_s / r.global_batch for _, r in self.found), default=0.0)
+        return sum(r.step_time_s / r.global_batch <= best * (1 + MARGIN) for _, r in self.found)
+
     def _pair(self, result: Result) -> tuple[Candidate, Result]:
         return next(pair for pair in self.found if pair[1] is result)
 
@@ -345,9 +360,15 @@ class _Search:
         if small:
             notes.append("every combination was read by schedule, the best by simulate")
         else:
-            notes.append(f"bounds and memory screened all, estimate read the best, schedule the best {SCHEDULED} of them")
+            arrays = f"{self.screened:,} of {sum(map(len, self.space)):,} were estimated as arrays"
+            how = arrays if self.screened else "bounds and memory screened all"
+            notes.append(f"{how}, estimate read the best, schedule the best {SCHEDULED} of them")
         if any(_instructions(c.strategy) > LONG_STEP for c, r in self.found if r.reader == "schedule"):
             notes.append(f"steps of more than {LONG_STEP} instructions were not simulated")
+        read = {c for c, _ in (*self.found, *self.failed)}
+        best = min((r.step_time_s / r.global_batch for _, r in self.found), default=0.0)
+        if close := sum(seconds <= best * (1 + MARGIN) and c not in read for seconds, c in self.projected):
+            notes.append(f"{close} more are within {MARGIN:.0%} of the best as the screen has it, and were not scheduled")
         if self.unread:
             notes.append(f"NOT COMPLETE: {self.unread} combinations were not looked at within {self.patience_s:.0f} s")
         if BALANCED in self.judge.objectives and not self.judge.weights.noise_batch:
@@ -355,7 +376,7 @@ class _Search:
         return tuple(notes)
 
     def _with_change(self, candidate: Candidate, failure: Failure) -> Failure:
-        near = min(self.found, key=lambda pair: (_difference(candidate, pair[0]), -pair[1].samples_per_s), default=None)
+        near = min(self.found, key=lambda pair: (difference(candidate, pair[0]), -pair[1].samples_per_s), default=None)
         if near is None or not failure.over_bytes:
             return failure
         return replace(failure, smallest_change=str(near[0].strategy), smallest_change_samples_per_s=near[1].samples_per_s)
@@ -363,29 +384,6 @@ class _Search:
 
 def _instructions(strategy: Strategy) -> int:
     return 2 * strategy.accumulation * strategy.pipeline * max(strategy.chunks, 1)
-
-
-def _difference(a: Candidate, b: Candidate) -> int:
-    """Choices in which two strategies differ; micro-batch and accumulation are one choice under a fixed global batch."""
-    return sum(bool(getattr(a.strategy, name) != getattr(b.strategy, name)) for name in CHOICES) + 2 * (a.runtime != b.runtime)
-
-
-def _refusal(candidate: Candidate, reason: str) -> Failure:
-    return Failure(str(candidate.strategy), reason, runtime=candidate.runtime.name)
-
-
-def _failure(candidate: Candidate, reason: str, over_bytes: float, memory: MemoryReport | None) -> Failure:
-    kinds = memory.by_kind_bytes if memory else {}
-    term = max(kinds, key=lambda k: kinds[k]) if kinds else ""
-    return Failure(str(candidate.strategy), reason, over_bytes, term, runtime=candidate.runtime.name)
-
-
-def _too_large(candidate: Candidate, witness: Candidate, memory: MemoryReport, limits: Limits) -> Failure:
-    over = memory.device_bytes - memory.capacity_bytes * (1 - limits.memory_margin)
-    if witness == candidate:
-        return _failure(candidate, f"out of memory by {over / 2**30:.2f} GiB at {memory.peak_moment}", over, memory)
-    reason = f"out of memory: {witness.strategy} needs no more and is over by {over / 2**30:.2f} GiB"
-    return _failure(candidate, reason, over, memory)
 
 
 __all__ = ["OBJECTIVES", "Failure", "Plan", "plan"]

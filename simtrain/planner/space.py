@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
+
+import numpy as np
 
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError, nearest
 from simtrain.core.hardware import Cluster
 from simtrain.core.precision import PRECISIONS
+from simtrain.core.program import IntArray
 from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
@@ -18,6 +21,9 @@ from simtrain.step.setting import resolve
 from simtrain.step.shard import rank_form
 
 AMP = ("fp32", "tf32", "fp16-amp", "bf16-amp")
+DIVIDING = ("megatron", "fsdp2")
+"""Runtimes that divide a model over devices."""
+
 LONGEST_SEQUENCE = 8192
 """Tokens above which a sequence is worth dividing (a choice of the search, not a limit of the engine)."""
 
@@ -87,6 +93,77 @@ class Candidate:
     runtime: Runtime
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Candidates with the same runtime and degrees: every combination of a few choices that makes sense, as codes.
+
+    Attributes:
+        runtime: What carries them out.
+        degrees: Degrees of all of them.
+        micro_batches: Micro-batches to choose from, each with the accumulation that goes with it.
+        precisions: Recipes to choose from.
+        checkpoints: Checkpointing to choose from.
+        zeros: ZeRO stages to choose from.
+        splits: Whether the sequence is divided.
+        schedules: Schedules with their chunks.
+        rest: Other fields.
+        codes: For each candidate the index of each of these six choices, in this order.
+    """
+
+    runtime: Runtime
+    degrees: Mapping[str, Any]
+    micro_batches: tuple[tuple[int, int], ...]
+    precisions: tuple[str, ...]
+    checkpoints: tuple[str, ...]
+    zeros: tuple[int, ...]
+    splits: tuple[bool, ...]
+    schedules: tuple[tuple[str, int], ...]
+    rest: Mapping[str, Any]
+    codes: IntArray
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def candidate(self, index: int) -> Candidate:
+        """A candidate in full."""
+        return Candidate(self.strategy_of(self.codes[index].tolist()), self.runtime)
+
+    def strategy_of(self, codes: Sequence[int]) -> Strategy:
+        """The strategy that codes stand for."""
+        micro_batch, accumulation = self.micro_batches[codes[0]]
+        schedule, chunks = self.schedules[codes[5]]
+        return Strategy(
+            **self.degrees,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            precision=self.precisions[codes[1]],
+            checkpoint=self.checkpoints[codes[2]],
+            zero=self.zeros[codes[3]],
+            sequence_parallel=self.splits[codes[4]],
+            schedule=schedule,
+            chunks=chunks,
+            **self.rest,
+        )
+
+
+def merged(space: Sequence[Block]) -> tuple[Block, ...]:
+    """The same candidates in as few blocks as can be: what differs in its micro-batches alone is one block."""
+    alike: dict[tuple[Any, ...], list[Block]] = {}
+    for block in space:
+        choices = (block.precisions, block.checkpoints, block.zeros, block.splits, block.schedules)
+        alike.setdefault((block.runtime, *choices, *block.degrees.items(), *block.rest.items()), []).append(block)
+    return tuple(_joined(blocks) for blocks in alike.values())
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    batches = list(dict.fromkeys(pair for block in blocks for pair in block.micro_batches))
+    place = {pair: i for i, pair in enumerate(batches)}
+    codes = [b.codes.copy() for b in blocks]
+    for block, own in zip(blocks, codes, strict=True):
+        own[:, 0] = np.array([place[pair] for pair in block.micro_batches])[own[:, 0]]
+    return replace(blocks[0], micro_batches=tuple(batches), codes=np.concatenate(codes))
+
+
 @dataclass(frozen=True, slots=True)
 class Wishes:
     """What narrows the space; `None` leaves it to the runtime's habits.
@@ -116,6 +193,13 @@ def default_runtimes(cluster: Cluster) -> tuple[Runtime, ...]:
     return tuple(find_runtime(n) for n in names)
 
 
+def dividing(cluster: Cluster, tried: Sequence[Runtime]) -> tuple[Runtime, ...]:
+    """Runtimes that divide a model over the devices, where that is possible, without those that are tried anyway."""
+    if cluster.size == 1 or any(d.device_class == "cpu" for d in cluster.devices):
+        return ()
+    return tuple(find_runtime(n) for n in DIVIDING if n not in {r.name for r in tried})
+
+
 def check_fixed(fixed: Mapping[str, Any]) -> dict[str, Any]:
     """Checks the names and values of fixed fields and turns text into numbers.
 
@@ -134,7 +218,15 @@ def check_fixed(fixed: Mapping[str, Any]) -> dict[str, Any]:
 def candidates(
     workload: Workload, cluster: Cluster, global_batch: int, runtimes: Sequence[Runtime], wishes: Wishes
 ) -> tuple[tuple[Candidate, ...], dict[str, int]]:
-    """Lists what is worth trying.
+    """Lists what is worth trying, one by one; see `blocks`."""
+    found, left_out = blocks(workload, cluster, global_batch, runtimes, wishes)
+    return tuple(block.candidate(i) for block in found for i in range(len(block))), left_out
+
+
+def blocks(
+    workload: Workload, cluster: Cluster, global_batch: int, runtimes: Sequence[Runtime], wishes: Wishes
+) -> tuple[tuple[Block, ...], dict[str, int]]:
+    """Lists what is worth trying, as arrays.
 
     Args:
         workload: What is trained.
@@ -155,7 +247,7 @@ def candidates(
     if not 1 <= wishes.devices <= cluster.size:
         raise InputError(f"devices={wishes.devices}: {cluster.name!r} has {cluster.size}, so give 1 to {cluster.size}")
     left_out: dict[str, int] = {}
-    found: list[Candidate] = []
+    found: list[Block] = []
     undivided: list[int] = []
     for runtime in runtimes:
         for degrees in _degrees(workload, cluster, runtime, wishes):
@@ -167,8 +259,8 @@ def candidates(
             if global_batch % degrees["data"]:
                 undivided.append(degrees["data"])
                 continue
-            choices = _choices(cluster, runtime, degrees, per_replica, wishes, blocks_of(workload))
-            found += [Candidate(s, runtime) for s in choices if s.micro_batch >= workload.at_least]
+            block = _block(cluster, runtime, degrees, per_replica, wishes, workload)
+            found += [block] if len(block) else []
     if not found:
         _complain(global_batch, undivided, left_out, wishes)
     return tuple(found), left_out
@@ -243,9 +335,7 @@ def _allowed(fixed: Mapping[str, Any], name: str, usual: Iterable[Any]) -> list[
     return [fixed[name]] if name in fixed else list(usual)
 
 
-def _choices(
-    cluster: Cluster, runtime: Runtime, degrees: Mapping[str, Any], per_replica: int, wishes: Wishes, blocks: int
-) -> Iterator[Strategy]:
+def _block(cluster: Cluster, runtime: Runtime, degrees: Mapping[str, Any], per_replica: int, wishes: Wishes, workload: Workload) -> Block:
     habits, fixed = HABITS.get(runtime.name, HABITS["megatron"]), wishes.fixed
     usual_checkpoints = [c for c in habits.checkpoints if c != "selective" or not runtime.fused_attention]
     pipeline, holders = degrees["pipeline"], degrees["data"] * degrees["context"]
@@ -256,37 +346,33 @@ def _choices(
     schedules = habits.schedules if pipeline > 1 else (("1f1b", 0),)
     if "schedule" in fixed or "chunks" in fixed:
         schedules = ((fixed.get("schedule", "interleaved" if fixed.get("chunks", 0) > 1 else "1f1b"), fixed.get("chunks", 0)),)
-    for micro_batch, recipe, checkpoint, zero, split, (schedule, chunks) in product(
-        _allowed(fixed, "micro_batch", divisors(per_replica)),
-        _allowed(fixed, "precision", _precisions(cluster, habits, wishes)),
-        _allowed(fixed, "checkpoint", wishes.checkpoints if wishes.checkpoints is not None else usual_checkpoints),
-        _allowed(fixed, "zero", zeros),
-        _allowed(fixed, "sequence_parallel", sequence),
-        schedules,
-    ):
-        accumulation = per_replica // micro_batch
-        if micro_batch * accumulation != per_replica or fixed.get("accumulation", accumulation) != accumulation:
-            continue
-        if schedule == "interleaved" and "schedule" not in fixed and (accumulation % pipeline or pipeline * chunks > blocks):
-            continue
-        rest = {n: fixed[n] for n in ("shard", "context_style", "optimizer") if n in fixed}
-        yield Strategy(
-            **degrees,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            precision=recipe,
-            checkpoint=checkpoint,
-            zero=zero,
-            sequence_parallel=split,
-            schedule=schedule,
-            chunks=chunks,
-            **({"optimizer": wishes.optimizer} | rest),
-        )
+    batches = [
+        (n, per_replica // n)
+        for n in _allowed(fixed, "micro_batch", divisors(per_replica))
+        if per_replica % n == 0 and n >= workload.at_least
+    ]
+    batches = [(n, a) for n, a in batches if fixed.get("accumulation", a) == a]
+    axes = (
+        tuple(batches),
+        tuple(_allowed(fixed, "precision", _precisions(cluster, habits, wishes))),
+        tuple(_allowed(fixed, "checkpoint", wishes.checkpoints if wishes.checkpoints is not None else usual_checkpoints)),
+        tuple(_allowed(fixed, "zero", zeros)),
+        tuple(_allowed(fixed, "sequence_parallel", sequence)),
+        tuple(schedules),
+    )
+    codes = np.indices([len(a) for a in axes]).reshape(len(axes), -1).T
+    accumulation = np.array([a for _, a in batches], dtype=np.int64)[codes[:, 0]]
+    free = "schedule" not in fixed
+    rounds = np.array([free and s == "interleaved" for s, _ in schedules], dtype=bool)[codes[:, 5]]
+    deep = np.array([pipeline * c > blocks_of(workload) for _, c in schedules], dtype=bool)[codes[:, 5]]
+    codes = codes[~(rounds & ((accumulation % pipeline > 0) | deep))]
+    rest = {n: fixed[n] for n in ("shard", "context_style", "optimizer") if n in fixed}
+    return Block(runtime, degrees, *axes, {"optimizer": wishes.optimizer} | rest, codes)
 
 
 def _precisions(cluster: Cluster, habits: Habits, wishes: Wishes) -> Sequence[str]:
     if wishes.precisions is not None:
         return wishes.precisions
     devices = set(cluster.devices)
-    found = [n for n in habits.precisions if all(PRECISIONS[n].arithmetic in d.peak_flops for d in devices)]
+    found = [n for n in habits.precisions if all(PRECISIONS[n].fastest in d.peak_flops for d in devices)]
     return found[:1] if habits.one_precision else found

@@ -119,10 +119,12 @@ def plot_allocation(allocation: Allocation, ax: Axes | None = None) -> Axes:
     together = [e for e in allocation.events if e.stream == "communication"]
     for event in together:
         span = (event.start_s * 1e3, event.duration_s * 1e3)
-        ax.broken_barh([span], (-_BAR_HEIGHT / 2, len(lanes) - 1 + _BAR_HEIGHT), facecolors=CATEGORY_COLOURS["collective"], alpha=0.35)
+        ax.broken_barh(
+            [span], (-_BAR_HEIGHT / 2, len(lanes) - 1 + _BAR_HEIGHT), facecolors=CATEGORY_COLOURS["collective"], alpha=0.3, zorder=0.6
+        )
     ax.set_yticks(range(len(lanes)), lanes, fontsize=9)
     ax.set_ylim(len(lanes) - 0.5, -0.5)
-    ax.set_xlim(0, allocation.step_time_s * 1e3 * 1.02)
+    ax.set_xlim(0, max((e.start_s + e.duration_s for e in (*shown, *together)), default=allocation.step_time_s) * 1e3)
     ax.set_xlabel("time (ms); every second micro-batch is a little lighter")
     title = f"{allocation.workload} on {allocation.cluster}: one step of {format_time(allocation.step_time_s)}"
     ax.set_title(f"{title}, bound {format_time(allocation.bound_s)}", fontsize=10)

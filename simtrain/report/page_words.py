@@ -119,6 +119,8 @@ def search_in_words(plan: Plan) -> str:
     words += f": {len(plan.ranked):,} that fit were read and ranked"
     if plan.failed:
         words += f", {len(plan.failed):,} do not fit or cannot be"
+    if plan.unlisted:
+        words += f", {plan.unlisted:,} more are too large for memory and not listed"
     if plan.passed_over:
         words += f", {plan.passed_over:,} are outpaced by a bound or a projection"
     return f"{words}. {'. '.join(n[0].upper() + n[1:] for n in plan.notes)}".rstrip(". ") + "."

@@ -106,7 +106,9 @@ def plan_table(plan: Plan, top: int = 10) -> RenderableType:
             ("cluster", plan.cluster),
             ("global batch", str(plan.global_batch)),
             ("objective", ", ".join(plan.objectives) or plan.objective),
+            ("runtime", ", ".join(dict.fromkeys(r.runtime for r in plan.ranked)) or "-"),
             ("considered", _counts(plan)),
+            ("search", "; ".join(plan.notes)),
         ]
     )
     parts: list[RenderableType] = [head, ""]
@@ -134,8 +136,12 @@ def plan_table(plan: Plan, top: int = 10) -> RenderableType:
 
 def _counts(plan: Plan) -> str:
     counts = f"{plan.considered} strategies: {len(plan.ranked)} fit, {len(plan.failed)} do not"
+    if plan.unlisted:
+        counts += f", {plan.unlisted} more are too large for memory and not listed"
     if plan.passed_over:
         counts += f", {plan.passed_over} are outpaced by a bound or a projection"
+    if plan.unlisted:
+        counts += f", {plan.unlisted} more do not by far"
     return counts + f" ({format_time(plan.elapsed_s)})"
 
 

@@ -81,8 +81,21 @@ def fit_batch_law(batches: Sequence[float], steps: Sequence[float]) -> BatchLaw:
     return BatchLaw(float(least), float(least_samples / least), error, (float(b.min()), float(b.max())))
 
 
-def gain(batch: float, base_batch: float, noise_scale: float) -> float:
-    """Steps of the base batch that one step of this batch is worth: AdaScale's gain `r = (S + G²)/(S/s + G²)`, `s = B/B0`."""
+def gain(batch: float, base_batch: float, noise_scale: float | None) -> float:
+    """Steps of the base batch that one step of this batch is worth: AdaScale's gain `r = (phi + 1)/(phi/s + 1)`.
+
+    Here `s = B/B0` and `phi = B_noise/B0` (Johnson et al. 2020); it is the ratio of steps to a target at both batches.
+
+    Args:
+        batch: Samples of the step.
+        base_batch: Samples of the step that the learning rate was tuned for.
+        noise_scale: In samples, may be infinite; `None` if unknown, which promises nothing for a larger batch.
+
+    Raises:
+        InputError: A batch that is not above zero, or a noise scale below it.
+    """
+    if noise_scale is None:
+        return min(batch / base_batch, 1.0)
     return batch / base_batch * efficiency(batch, base_batch, noise_scale)
 
 
@@ -90,13 +103,15 @@ def efficiency(batch: float, base_batch: float, noise_scale: float) -> float:
     """Pollux's statistical efficiency: progress per sample relative to the base batch, `(B_noise + B0)/(B_noise + B)`.
 
     Raises:
-        InputError: A value that is not above zero.
+        InputError: A batch that is not above zero, or a noise scale below it.
     """
-    for value in (batch, base_batch, noise_scale):
-        _check_batch(value)
-    return (noise_scale + base_batch) / (noise_scale + batch)
+    _check_batch(batch)
+    _check_batch(base_batch)
+    if not noise_scale >= 0:
+        raise InputError(f"a noise scale is 0 or more, not {noise_scale!r}")
+    return 1.0 if math.isinf(noise_scale) else (noise_scale + base_batch) / (noise_scale + batch)
 
 
 def _check_batch(batch: float) -> None:
     if not batch > 0:
-        raise InputError(f"a batch or noise scale must be above zero, not {batch!r}")
+        raise InputError(f"a batch must be above zero, not {batch!r}")

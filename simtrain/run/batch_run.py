@@ -30,15 +30,38 @@ class Training:
         noise_free_steps: Steps to the target if gradients had no noise (S_min).
         noise_scale: In samples, by progress from 0 to 1.
         price: Seconds of a step by micro-batch and accumulation.
+        kept_rate_batch: Batch whose best learning rate is kept whatever the batch; `None` if the rate follows the batch.
     """
 
     noise_free_steps: float
     noise_scale: Noise
     price: Price
+    kept_rate_batch: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_free_steps) and self.noise_free_steps > 0):
             raise InputError(f"noise_free_steps is above zero, not {self.noise_free_steps!r}")
+
+    def pace(self, noise: float, batch: float) -> float:
+        """Steps without noise that one step of a batch is worth.
+
+        With the best learning rate for the batch it is u = 1 / (1 + noise / batch). In the same quadratic model, whose gain at a rate of
+        c times the noise-free one is 2c - c^2 / u, the rate u0 of another batch leaves u0 (2 - u0 / u): a larger batch then gains less
+        than a factor of two, however large, and one half as large or less may lose.
+
+        Raises:
+            InputError: The kept rate is too high for so small a batch: nothing is gained.
+        """
+        own = 1 / (1 + noise / batch)
+        if self.kept_rate_batch is None:
+            return own
+        kept = 1 / (1 + noise / self.kept_rate_batch)
+        if kept >= 2 * own:
+            raise InputError(
+                f"at the learning rate of batch {self.kept_rate_batch} and a noise scale of {noise:.4g} samples, "
+                f"steps of {batch:g} samples get nowhere: let the rate follow the batch"
+            )
+        return kept * (2 - kept / own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +170,9 @@ def _advance(
             raise InputError(f"a step of {choice} is priced at {step_s!r} s: give a price above zero")
         rate = learning_rate.factor(base_steps, batch, noise) if learning_rate else 1.0
         rows.append((time_s, steps, progress, batch, choice.accumulation, rate))
-        first = stretch_steps / training.noise_free_steps / (1 + noise / batch)
+        first = stretch_steps / training.noise_free_steps * training.pace(noise, batch)
         middle = _noise(training, progress + first / 2)  # midpoint rule: the noise scale moves within a stretch
-        gone = stretch_steps / training.noise_free_steps / (1 + middle / batch)
+        gone = stretch_steps / training.noise_free_steps * training.pace(middle, batch)
         last_steps = stretch_steps * min(1.0, (1 - progress) / gone)
         progress = progress + gone if gone < 1 - progress else 1.0
         time_s, steps, samples = time_s + last_steps * step_s, steps + last_steps, samples + last_steps * batch

@@ -226,7 +226,8 @@ def _or_negative(steps: float) -> int:
     return -1 if steps < -_ALMOST else _whole(max(steps, 0.0))
 
 
-def _grid(end: float) -> FloatArray:
+def effective_grid(end: float) -> FloatArray:
+    """Returns effective tokens from a ten-millionth of the end up to it, evenly in their logarithm."""
     return np.concatenate([[end * _SMALLEST / 10], np.geomspace(end * _SMALLEST, end, _GRID)])
 
 
@@ -238,7 +239,7 @@ def _processed(learning: Learning, grid: FloatArray, batch_tokens: float) -> Flo
 
 def _steps_to_loss(parts: Sequence[tuple[Phase, StatePrice]], steps: list[int], rest: int, loss: float, learning: Learning) -> int:
     end = learning.law.tokens(learning.parameters, loss)
-    grid = _grid(end)
+    grid = effective_grid(end)
     first, last = 0.0, end
     for n, (_, price) in zip(steps[:rest], parts[:rest], strict=True):
         first = _moved(learning, grid, price.tokens_per_step, first, n * price.tokens_per_step)
@@ -266,7 +267,7 @@ def _curve(stretches: tuple[Stretch, ...], learning: Learning | None) -> tuple[t
     total = sum(s.steps for s in stretches)
     effective, done_steps, done_tokens = 0.0, 0.0, 0.0
     points: list[tuple[float, float, float, float]] = []
-    grid = _grid(tokens) if learning else np.array([tokens])
+    grid = effective_grid(tokens) if learning else np.array([tokens])
     for s in stretches:
         inside = np.unique(np.linspace(0, s.steps, max(2, round(_SHOWN * s.steps / total))))
         inside_tokens = inside * s.price.tokens_per_step

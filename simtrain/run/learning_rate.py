@@ -10,29 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from simtrain.core.errors import InputError, UnknownNameError
+from simtrain.run.batch_law import gain
 
 Scaling = Literal["none", "linear", "square-root", "adascale"]
 SCALINGS: tuple[Scaling, ...] = ("none", "linear", "square-root", "adascale")
-
-
-def adascale_gain(batch: float, base_batch: float, noise_scale: float | None) -> float:
-    """Returns how many steps of the base batch one step of another is worth.
-
-    r = (phi + 1) / (phi / s + 1) with s = batch / base batch and phi = noise scale / base batch (Johnson et al. 2020, "AdaScale SGD").
-    It is the ratio of steps to a target at both batches under S(B) = S_min (1 + noise scale / B).
-
-    Args:
-        batch: Samples of the step.
-        base_batch: Samples of the step that the learning rate was tuned for.
-        noise_scale: In samples, may be infinite; `None` if unknown, which promises nothing for a larger batch.
-    """
-    scale = batch / base_batch
-    if noise_scale is None:
-        return min(scale, 1.0)
-    if math.isinf(noise_scale):
-        return scale
-    phi = noise_scale / base_batch
-    return (phi + 1) / (phi / scale + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +58,7 @@ class LearningRate:
         """Returns what a batch multiplies the rate by."""
         scale = batch / self.base_batch
         by_rule = {"none": 1.0, "linear": scale, "square-root": math.sqrt(scale)}
-        return by_rule[self.scaling] if self.scaling in by_rule else adascale_gain(batch, self.base_batch, noise_scale)
+        return by_rule[self.scaling] if self.scaling in by_rule else gain(batch, self.base_batch, noise_scale)
 
     def factor(self, progress_steps: float, batch: float, noise_scale: float | None = None) -> float:
         """Returns what the base rate is multiplied by in a step."""
@@ -86,5 +67,5 @@ class LearningRate:
     def advance(self, batch: float, noise_scale: float | None = None) -> float:
         """Returns how far a step goes, in steps of the base batch: its gain under AdaScale, its samples otherwise."""
         if self.scaling == "adascale":
-            return adascale_gain(batch, self.base_batch, noise_scale)
+            return gain(batch, self.base_batch, noise_scale)
         return batch / self.base_batch

@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from simtrain.core.errors import InputError, UnknownNameError, UnsupportedError
+from simtrain.core.errors import InputError, StrategyError
 from simtrain.core.hardware import Cluster
+from simtrain.core.precision import precision
 from simtrain.core.result import Result
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.run.course import Course, Evaluation, Learning, Phase, Target, plan_course
 from simtrain.run.faults import Faults
-from simtrain.run.loss_laws import KAPLAN_NOISE, LOSS_LAWS, KaplanLaw, LossLaw, NoiseGrowth
+from simtrain.run.learning import find_learning
+from simtrain.run.loss_laws import KAPLAN_NOISE, KaplanLaw, LossLaw, NoiseGrowth
+from simtrain.run.loss_scale import Overflow, lengthened
 from simtrain.run.policies import Planner, Policy
 from simtrain.run.question import Ledger, RunQuestion
 from simtrain.run.run_result import Quantiles, RunResult
@@ -64,6 +67,7 @@ def simulate_run(
     noise: NoiseGrowth | None = KAPLAN_NOISE,
     parameters: float | None = None,
     efficiency: float | None = None,
+    overflow: Overflow | None = None,
     runtime: Runtime | str | None = None,
     seed: int = 0,
     seeds: int = 1,
@@ -88,6 +92,7 @@ def simulate_run(
         parameters: Of the model, for the law; the workload's by default.
         efficiency: Effect of compression or of synchronising every few steps on convergence, which no published law knows: tokens that
             would bring as much with every step's gradients, over tokens processed (1 for no loss).
+        overflow: Of scaled gradients in fp16: the steps that a dynamic loss scaler skips; none by default.
         runtime: What carries it out.
         seed: The first seed.
         seeds: How many are simulated.
@@ -108,17 +113,38 @@ def simulate_run(
     site, policy = site or Site(), policy or Policy()
     _check_devices(book, base, policy)
     parts = _parts(book, base, phases)
-    learning = _learning(book, until, law, noise, parameters, _efficiency(efficiency, [p.inexact for _, p in parts], until, law))
-    course = plan_course(parts, until, learning)
+    learning = find_learning(book, until, law, noise, parameters, [p.inexact for _, p in parts], efficiency)
+    course, skips = plan_course(parts, until, learning), 0
+    if overflow is not None:
+        _check_scaling([price.name for _, price in parts])
+        course, skips = lengthened(course, overflow, until, seed)
     chosen = snapshots if snapshots is not None else Snapshots() if faults.any else None
     question = _question(book, base, course, faults, chosen, policy, evaluation)
     ledgers = _simulate(question, range(seed, seed + seeds), executor)
+    assumed = (*_skip_notes(overflow, skips, course), *_assumptions(book, question, chosen, site, learning))
+    notes = assumed, _sources(book, site, learning)
+    return _result(book, question, ledgers, site, until, seed, notes, workload=getattr(workload, "workload", base.name))
+
+
+def _result(
+    book: PriceBook,
+    question: RunQuestion,
+    ledgers: list[Ledger],
+    site: Site,
+    until: Target,
+    seed: int,
+    notes: tuple[tuple[str, ...], tuple[str, ...]],
+    *,
+    workload: str,
+) -> RunResult:
+    """Writes down the run of the median seed, and the spread over all."""
+    base, course, seeds = question.base, question.course, len(ledgers)
     outcomes = [_outcome(question, ledger, site) for ledger in ledgers]
     order = sorted(range(seeds), key=lambda i: outcomes[i]["time_s"])
     median = order[(seeds - 1) // 2]
     ledger = ledgers[median]
     return RunResult(
-        workload=book.workload.name if book.workload else getattr(workload, "workload", base.name),
+        workload=book.workload.name if book.workload else workload,
         cluster=book.cluster.name if book.cluster else f"{base.devices} devices",
         strategy=base.name,
         target=str(until),
@@ -140,9 +166,30 @@ def simulate_run(
         progress=_thinned([*ledger.progress, (outcomes[median]["time_s"], float(course.steps))]),
         curve=course.curve,
         batch_overhead=course.overhead,
-        assumptions=_assumptions(book, question, chosen, site, learning),
-        sources=_sources(book, site, learning),
+        assumptions=notes[0],
+        sources=notes[1],
         **{k: v for k, v in outcomes[median].items() if k != "goodput"},
+    )
+
+
+def _check_scaling(strategies: Sequence[str]) -> None:
+    """Refuses an overflow of scaled gradients where a strategy does not scale its loss."""
+    for text in strategies:
+        try:
+            recipe = precision(Strategy.parse(text).precision)
+        except StrategyError:
+            continue  # a stated price has a name of its own
+        if not recipe.loss_scaling:
+            raise InputError(f"overflow is of loss scaling, which precision={recipe.name} does not do: use fp16-amp or fp16-master")
+
+
+def _skip_notes(overflow: Overflow | None, skips: int, course: Course) -> tuple[str, ...]:
+    if overflow is None:
+        return ()
+    share = skips / course.steps
+    return (
+        f"{skips} steps ({share:.3%}) are skipped because scaled gradients leave fp16's range: largest gradient "
+        f"{overflow.largest_gradient:g}, spread {overflow.spread:g} as given; skipped steps take as long as others and read samples",
     )
 
 
@@ -153,50 +200,6 @@ def _check_devices(book: PriceBook, base: StatePrice, policy: Policy) -> None:
             f"policy {policy.kind!r} needs {need} devices ({base.devices} that train and {policy.spares} spares), but "
             f"{book.cluster.name!r} has {book.cluster.size}: {need - book.cluster.size} too few"
         )
-
-
-def _learning(
-    book: PriceBook, until: Target, law: LossLaw | str | None, noise: NoiseGrowth | None, parameters: float | None, efficiency: float
-) -> Learning | None:
-    if law is None and until.loss is None:
-        return None
-    if isinstance(law, str) and law not in LOSS_LAWS:
-        raise UnknownNameError("loss law", law, LOSS_LAWS)
-    chosen = LOSS_LAWS[law or "chinchilla"] if law is None or isinstance(law, str) else law
-    if book.workload is not None and book.workload.sample_unit != "sequence" and chosen in LOSS_LAWS.values():
-        raise UnsupportedError(f"the published loss laws are of language models; give a LossCurve of {book.workload.name}'s own")
-    size = parameters if parameters is not None else book.workload.parameter_count if book.workload is not None else None
-    if size is None or not size > 0:
-        raise InputError(f"the loss law needs the number of parameters: give parameters=..., above zero (given: {size!r})")
-    return Learning(chosen, float(size), noise, efficiency)
-
-
-def _efficiency(given: float | None, inexact: Sequence[str], until: Target, law: LossLaw | str | None) -> float:
-    """The effect on convergence of exchanging less than every step's gradients; published laws need it stated.
-
-    Raises:
-        InputError: Out of range, or given where it has no effect.
-        UnsupportedError: Needed and not given, or not the same in all phases.
-    """
-    named = next(filter(None, inexact), "")
-    learns = until.loss is not None or law is not None
-    if given is not None:
-        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= 1:
-            raise InputError(f"efficiency is a share of tokens above 0 and at most 1, not {given!r}")
-        if not named or not learns:
-            missing = "the strategy has neither" if not named else "no loss is asked for"
-            raise InputError(f"efficiency={given!r} is what compression or low_communication leave of a loss law's tokens, but {missing}")
-        if not all(inexact):
-            raise UnsupportedError(f"efficiency is one for the whole run, but only some phases have {named}: give it to all or none")
-        return float(given)
-    published = law is None or isinstance(law, str) or law in LOSS_LAWS.values()
-    if named and learns and published:
-        raise UnsupportedError(
-            f"what {named} does to convergence is not modelled, so no published loss law holds: give efficiency=... (tokens that would "
-            "bring as much with every step's gradients, over tokens processed; 1 for no loss), a law of your own, or a target of steps or "
-            "tokens"
-        )
-    return 1.0
 
 
 def _parts(book: PriceBook, base: StatePrice, phases: Sequence[Phase]) -> list[tuple[Phase, StatePrice]]:

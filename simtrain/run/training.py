@@ -12,6 +12,7 @@ import numpy as np
 import simpy
 
 from simtrain.core.errors import InputError
+from simtrain.core.units import format_time
 from simtrain.run.course import Stretch
 from simtrain.run.faults import HOUR_S, Units
 from simtrain.run.question import Ledger, RunQuestion, Snapshot
@@ -72,8 +73,9 @@ class Training:
             total = self.q.course.steps
             raise InputError(
                 f"the run does not get done: {self.done / total:.1%} of {total} steps after {limit_s / 86400:.3g} days, with "
-                f"{self.ledger.failures} interruptions and {self._available} of {self.q.base.devices} devices at the end. Failures are too "
-                "frequent for the snapshots, restarts and repairs given"
+                f"{self.ledger.failures} interruptions (one every {format_time(limit_s / max(self.ledger.failures, 1))}, where a restart takes "
+                f"{format_time(self.q.policy.restart_time_s(self.q.base.devices))}) and {self._available} of {self.q.base.devices} devices at "
+                "the end. Failures are too frequent for the snapshots, restarts and repairs given"
             )
         self._hold(0)
         if self._corrupt_s is not None:

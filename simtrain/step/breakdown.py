@@ -76,8 +76,10 @@ def _attribute(
     if program.kind[binding] == TermKind.OFFLOAD:
         parts["offload"] += gap
         return
-    if program.kind[binding] == TermKind.SEND:
-        parts["bubble"] += gap
+    if program.kind[binding] == TermKind.SEND:  # of another stage, which may have waited for its host itself
+        fetched = _covered(offloaded, gap_start, gap, start_s, end_s, period_s)
+        parts["offload"] += fetched
+        parts["bubble"] += gap - fetched
         return
     # the collective that ends the gap may itself have waited for slower ranks: only its transfers count as communication
     moving = min(_running(collectives, gap_start, gap, start_s, end_s, period_s), gap)
@@ -95,6 +97,14 @@ def _running(terms: np.ndarray, gap_start: float, gap: float, start_s: FloatArra
         high = np.minimum(end_s[terms] + shift, gap_start + gap)
         total += float(np.maximum(high - low, 0.0).sum())
     return total
+
+
+def _covered(terms: np.ndarray, gap_start: float, gap: float, start_s: FloatArray, end_s: FloatArray, period_s: float) -> float:
+    """How much of a gap there is a term that runs, in this step or in the one before."""
+    low, high = (np.clip(np.concatenate([at[terms], at[terms] - period_s]), gap_start, gap_start + gap) for at in (start_s, end_s))
+    order = np.argsort(low)
+    reached = np.maximum.accumulate(np.concatenate([[gap_start], high[order]]))
+    return float(np.maximum(high[order] - np.maximum(low[order], reached[:-1]), 0.0).sum())
 
 
 def _binding(program: Program, term: int, end_s: FloatArray, period_s: float) -> int | None:

@@ -163,9 +163,10 @@ class Builder:
         issues: list[int] = []
         if self.has_host:
             host = int(self.hosts[lane])
+            # the host may have to wait for any kernel before these
+            self.latest[host] = max(self.latest.get(host, -1), self.latest.get(compute, -1))
             if sync and self.synchronises:
                 # the scaler asks whether any reduced gradient overflowed, once the device has come so far
-                self.latest[host] = max(self.latest.get(host, -1), self.latest.get(compute, -1))
                 asks = self._term(TermKind.HOST, host, f"wait before {label}", micro_batch, waits)
                 self.wait(asks, waits)
             issues = [self._term(TermKind.HOST, host, f"issue {label}", micro_batch, (), Shares(cost.host_s))]

@@ -11,6 +11,7 @@ from simtrain.core.result import Result
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
+from simtrain.step.adaptive import settle_precision
 from simtrain.step.remat_choice import Question, findings, settle
 from simtrain.step.schedule import schedule_setting
 from simtrain.step.setting import Setting, resolve
@@ -70,7 +71,7 @@ def choose_checkpoint(
     Raises:
         StrategyError: Nothing fits the budget that the strategy gives.
     """
-    return settle(resolve(workload, cluster, strategy, runtime)).strategy
+    return settle(settle_precision(resolve(workload, cluster, strategy, runtime))).strategy
 
 
 def checkpoint_curve(

@@ -74,8 +74,13 @@ def pass_cost(device: Device, kernels: KernelBatch, runtime: Runtime) -> PassCos
     if len(kernels) == 0:
         return PassCost(0.0, 0.0, 0.0, 0)
     times = compute_model(device.compute_model).kernel_times_s(device, kernels)
-    cost = interlock(times, kernels.launches * runtime.launch_s, int(kernels.launches.sum()))
+    cost = interlock(times, kernels.launches * host_launch_s(device, runtime), int(kernels.launches.sum()))
     return replace(cost, memory_s=_memory_bound_s(device, kernels, times))
+
+
+def host_launch_s(device: Device, runtime: Runtime) -> float:
+    """Host time to issue one kernel: the runtime's, on a calibrated machine times what its host was measured to take over that."""
+    return runtime.launch_s * device.profile.get("host.launch_factor", 1.0)
 
 
 def _memory_bound_s(device: Device, kernels: KernelBatch, times_s: np.ndarray) -> float:
@@ -125,11 +130,10 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
         operators = fused_operators(tuple(operators), concrete)
     local = [op for op in operators if op.kind is not OperatorKind.COLLECTIVE]
     kernels = operator_kernels(local, concrete, place.batch, place.sequence)
-    local_s = compute_model(place.device.compute_model).kernel_times_s(place.device, kernels)
-    local_s = local_s / _library_speed(local, place)
+    local_s = _local_times(local, kernels, concrete, place) / _library_speed(local, place)
     memory_s = _memory_bound_s(place.device, kernels, local_s)
     if len(local) == len(operators):
-        alone = interlock(local_s, kernels.launches * place.runtime.launch_s, int(kernels.launches.sum()))
+        alone = interlock(local_s, kernels.launches * host_launch_s(place.device, place.runtime), int(kernels.launches.sum()))
         return replace(alone, memory_s=memory_s)
     if place.wire is None:
         raise InternalError(f"layer {concrete.layer.name!r} communicates, but nobody shares it")
@@ -146,7 +150,7 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
         loads.update(price.loads)
         if op.overlaps and i + 1 < len(operators) and not wired[i + 1]:
             times[i] = max(times[i] - times[i + 1], 0.0)
-    cost = interlock(times, launches * place.runtime.launch_s, int(launches.sum()))
+    cost = interlock(times, launches * host_launch_s(place.device, place.runtime), int(launches.sum()))
     return replace(cost, wire_s=float(times[wired].sum()), memory_s=memory_s, loads=dict(loads))
 
 
@@ -155,6 +159,20 @@ def _library_speed(operators: Sequence[Operator], place: Place) -> FloatArray:
     products = place.runtime.hopper_products if place.device.since_hopper else 1.0
     speeds = dict.fromkeys(ATTENTION, place.runtime.attention_speed) | dict.fromkeys(PRODUCTS, products)
     return np.array([speeds.get(op.kind, 1.0) for op in operators], dtype=np.float64)
+
+
+def _local_times(operators: Sequence[Operator], kernels: KernelBatch, concrete: ConcreteLayer, place: Place) -> FloatArray:
+    """Device times of operators that do not communicate, each on its own arithmetic path."""
+    model = compute_model(place.device.compute_model)
+    paths = [concrete.arithmetic(op) for op in operators]
+    if all(path is kernels.arithmetic for path in paths):
+        return model.kernel_times_s(place.device, kernels)
+    times = np.zeros(len(operators))
+    for path in dict.fromkeys(paths):
+        chosen = np.array([p is path for p in paths])
+        own = [op for op, p in zip(operators, paths, strict=True) if p is path]
+        times[chosen] = model.kernel_times_s(place.device, operator_kernels(own, concrete, place.batch, place.sequence, path))
+    return times
 
 
 @lru_cache(maxsize=20_000)

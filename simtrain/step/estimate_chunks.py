@@ -22,7 +22,7 @@ from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.results import assemble, by_rank, memory_report
 from simtrain.step.schedules import Action
-from simtrain.step.synchronise import chunk_buckets, gathering, shared_parameters, sharing, tie_cost, updates_cost
+from simtrain.step.synchronise import chunk_buckets, gathering, sharing, tie_cost, updated_bytes, updates_cost
 
 
 def in_order(ready_s: FloatArray, durations_s: FloatArray, start_s: float = 0.0) -> FloatArray:
@@ -40,13 +40,12 @@ def gather_s(layout: Layout, stage: int) -> float:
         return average.time_s
     if setting.strategy.zero not in (1, 2) or layout.grid.holders == 1:
         return 0.0
-    size = setting.precision.parameter.size_bytes
     held = layout.by_stage[stage][0].chunks
     layers = [x for chunk in held for x in chunk.workload if x.trained]
     if setting.runtime.overlap_gather:  # only what the first layer needs stands in the way
         layers = layers[:1]
-    counts = [(sum(shared_parameters(x, expert=expert) for x in layers), placed) for expert, placed in sharing(layout, stage)]
-    return sum(gathering(layout, placed, n * size).time_s for n, placed in counts if n)
+    sizes = [(sum(updated_bytes(x, setting, expert=expert) for x in layers), placed) for expert, placed in sharing(layout, stage)]
+    return sum(gathering(layout, placed, size).time_s for size, placed in sizes if size)
 
 
 def work_parts(passes: Sequence[PassCost]) -> dict[str, float]:

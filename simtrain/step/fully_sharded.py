@@ -24,6 +24,7 @@ from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.offload_program import HostSide
 from simtrain.step.schedules import Action
+from simtrain.step.setting import Setting
 from simtrain.step.shard import REST
 from simtrain.step.synchronise import update_cost
 
@@ -71,9 +72,13 @@ def scattered_parameters(lane: Lane, chunk: int, step: Step) -> int:
 
 def scattered_bytes(layout: Layout, lane: Lane, chunk: int, step: Step) -> float:
     """Bytes of the gradients that are complete after a pass."""
-    precision, runtime = layout.setting.precision, layout.setting.runtime
-    width = gradient_bytes(precision, runtime) if runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
-    return float(scattered_parameters(lane, chunk, step) * width)
+    return float(scattered_parameters(lane, chunk, step) * scattered_width(layout.setting))
+
+
+def scattered_width(setting: Setting) -> int:
+    """Bytes of one gradient as it is scattered."""
+    precision, runtime = setting.precision, setting.runtime
+    return gradient_bytes(precision, runtime) if runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
 
 
 def prefetched(runtime: Runtime, step: Step) -> int:

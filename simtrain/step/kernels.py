@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from simtrain.core.kernels import KernelBatch
-from simtrain.core.precision import DType, Precision
+from simtrain.core.precision import DType, DTypeRole, Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import OPTIMIZERS
 from simtrain.core.workload import Collective, Layer, Operator, OperatorKind
@@ -27,10 +27,19 @@ SGD_BYTES = {0: 12, 1: 32}
 CONVOLUTIONS = (OperatorKind.CONVOLUTION, OperatorKind.CONVOLUTION_BACKWARD)
 
 
-def operator_kernels(operators: Sequence[Operator], concrete: ConcreteLayer, batch: int, sequence: int) -> KernelBatch:
+def operator_kernels(
+    operators: Sequence[Operator], concrete: ConcreteLayer, batch: int, sequence: int, arithmetic: DType | None = None
+) -> KernelBatch:
     """Evaluates operators at a batch and a sequence length.
 
     Bytes moved count every tensor read once and every tensor written once; in-place updates count twice.
+
+    Args:
+        operators: In order.
+        concrete: The layer that they are of.
+        batch: Samples.
+        sequence: Sequence length.
+        arithmetic: Path of their products; the recipe's by default.
     """
     rows = [_row(op, concrete, batch, sequence) for op in operators]
     columns = np.array([r for r, _ in rows], dtype=np.float64).reshape(len(rows), 7)
@@ -46,7 +55,7 @@ def operator_kernels(operators: Sequence[Operator], concrete: ConcreteLayer, bat
         element_bytes=columns[:, 6],
         launches=np.array([n for _, n in rows], dtype=np.int64),
         causal=np.array([op.causal for op in operators], dtype=bool),
-        arithmetic=concrete.precision.arithmetic,
+        arithmetic=arithmetic or concrete.precision.arithmetic,
         windows=tuple(op.window for op in operators) if any(op.kind in CONVOLUTIONS for op in operators) else (),
         samples=batch,
     )
@@ -60,9 +69,18 @@ def _row(op: Operator, concrete: ConcreteLayer, batch: int, sequence: int) -> tu
     moved += sum(w.elements(batch, sequence) * concrete.precision.dtype(w.role).size_bytes for w in op.writes)
     moved += 2 * sum(tensor_bytes(name, concrete, batch, sequence) for name in op.updates)
     operand = (*(w.name for w in op.writes), *op.reads, *op.updates)[0]
-    size = concrete.dtype(op.reads[0] if op.reads and op.flops.terms else operand).size_bytes
+    size = concrete.dtype(op.reads[0] if op.reads and op.flops.terms else operand).operand_bytes
     moved += op.touched(batch, sequence) * size
+    if op.kind is OperatorKind.COPY and any(w.role is DTypeRole.NARROW for w in op.writes):
+        # a wide tensor read and narrow ones written: elements must be counted, they are not bytes over one width
+        size = moved / _accesses(op, concrete, batch, sequence)
     return (*dims, op.flops(batch, sequence), moved, size), op.launches
+
+
+def _accesses(op: Operator, concrete: ConcreteLayer, batch: int, sequence: int) -> float:
+    """Elements that an operator reads and writes."""
+    written = sum(tensor_bytes(w.name, concrete, batch, sequence) / concrete.dtype(w.name).operand_bytes for w in op.writes)
+    return written + sum(tensor_bytes(name, concrete, batch, sequence) / concrete.dtype(name).operand_bytes for name in op.reads)
 
 
 def tensor_bytes(name: str, concrete: ConcreteLayer, batch: int, sequence: int) -> float:
@@ -150,6 +168,23 @@ def bucket_copy_kernels(elements: Sequence[int], precision: Precision) -> Kernel
     )
 
 
+def narrow_copy_kernels(elements: int, matrices: int, precision: Precision) -> KernelBatch:
+    """Kernels that make the narrow copies of weights, once a step: a read (two where the largest magnitude comes first) and the copies.
+
+    Args:
+        elements: Of all weights that have such copies.
+        matrices: How many they are.
+        precision: Its `narrow` says in which format.
+    """
+    form = precision.narrow
+    if form is None or not elements:
+        return elementwise_kernels("narrow copies", OperatorKind.COPY, [], [], precision.parameter)
+    reads = 1 + form.amax_first
+    width = precision.state.size_bytes if form.primary else precision.parameter.size_bytes
+    moved = elements * (reads * width + form.weight_bytes)
+    return elementwise_kernels("narrow copies", OperatorKind.COPY, [moved], [reads * matrices], precision.parameter)
+
+
 def optimizer_kernels(parameters: Sequence[int], optimizer: str, precision: Precision, runtime: Runtime, shards: int = 1) -> KernelBatch:
     """Kernels of one optimizer update.
 
@@ -165,6 +200,8 @@ def optimizer_kernels(parameters: Sequence[int], optimizer: str, precision: Prec
     adam = OPTIMIZERS[optimizer] == 2
     per_parameter = ADAM_BYTES[runtime.optimizer_style] if adam else SGD_BYTES[OPTIMIZERS[optimizer]]
     passes = (1 if runtime.optimizer_style == "fused" else ADAM_PASSES) if adam else 1 + OPTIMIZERS[optimizer]
+    if precision.compensated:
+        per_parameter += 8  # the compensation is read and written, at the width of the weights
     moved = [per_parameter * n * scale for n in parameters]
     launches = [passes] * len(parameters)
     if runtime.optimizer_style != "single":

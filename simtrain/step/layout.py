@@ -15,6 +15,7 @@ from simtrain.cost.collectives import CollectiveCost
 from simtrain.cost.fabric import Fabric
 from simtrain.step.costs import Place
 from simtrain.step.grid import Grid
+from simtrain.step.mixed import split_formats
 from simtrain.step.network import send, stage_wire
 from simtrain.step.remat import segments
 from simtrain.step.schedules import SchedulePlan, plan
@@ -106,7 +107,7 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
     """
     strategy = setting.strategy
     grid = Grid.of(strategy)
-    local = rank_form(setting.workload, strategy, setting.runtime, setting.devices)
+    local = split_formats(rank_form(setting.workload, strategy, setting.runtime, setting.devices), setting.precision)
     schedule = strategy.schedule if strategy.pipeline > 1 else "1f1b"
     order = plan(schedule, strategy.pipeline, strategy.chunks if strategy.pipeline > 1 else 1, strategy.accumulation)
     if any(len(held) > 1 for held in order.holders):

@@ -6,6 +6,7 @@ else comes from replaying the operators of each pass (`occupancy`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -93,10 +94,10 @@ def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
         lane: Which ranks, with what they hold.
         plan: What they do in which order.
     """
-    book = _Book(setting, lane, plan)
+    book = _Book(setting, lane)
     base = left_on_device(setting, lane, persistent(setting, lane))
     labels, rows, owner = ["start"], [base[None]], [np.array([-1])]
-    instructions = book.instructions()
+    instructions = book.instructions(plan)
     stretches = [book.stretch(*i[:3]) for i in instructions]
     detailed = sum(len(s.names) for s in stretches) <= MOST_MOMENTS
     index = 0
@@ -114,11 +115,24 @@ def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
     return Ledger(tuple(labels), np.concatenate(rows), np.concatenate(owner).astype(np.int64))
 
 
+def instruction_moments(setting: Setting, lane: Lane, asked: Sequence[tuple[Action, int, bool]]) -> list[tuple[FloatArray, FloatArray]]:
+    """Memory of single instructions of a lane: bytes by kind at every moment relative to the start, and what is left behind.
+
+    Args:
+        setting: The question.
+        lane: Which ranks, with what they hold.
+        asked: Action, chunk, and whether gradients are there already.
+    """
+    book = _Book(setting, lane)
+    stretches = [book.stretch(*instruction) for instruction in asked]
+    return [(stretch.moments, stretch.net) for stretch in stretches]
+
+
 class _Book:
     """Replays instructions of a lane, each kind of them once."""
 
-    def __init__(self, setting: Setting, lane: Lane, plan: SchedulePlan) -> None:
-        self.setting, self.lane, self.plan = setting, lane, plan
+    def __init__(self, setting: Setting, lane: Lane) -> None:
+        self.setting, self.lane = setting, lane
         self.costs = [chunk_costs(setting, lane, chunk) for chunk in lane.chunks]
         self.sharded = FullShards.of(setting, lane)
         self.leaving = leaving_share(setting)
@@ -126,9 +140,9 @@ class _Book:
         self.memo: dict[tuple[object, ...], Occupancy] = {}
         self.known: dict[tuple[Action, int, bool], _Stretch] = {}
 
-    def instructions(self) -> list[tuple[Action, int, bool, int]]:
+    def instructions(self, plan: SchedulePlan) -> list[tuple[Action, int, bool, int]]:
         """Action, chunk, whether gradients are there already, and micro-batch of each instruction."""
-        plan, stage = self.plan, self.lane.stage
+        stage = self.lane.stage
         own = plan.of_rank(stage)
         if plan.stages == 1:
             own = own[plan.micro_batch[own] < SHOWN_MICRO_BATCHES]

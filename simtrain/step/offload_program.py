@@ -15,6 +15,9 @@ from simtrain.step.builder import Builder
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.offload import STAGING_BUFFERS, Sizes, held_elements, layer_elements
 
+HOST_STREAMS = ("host update", "drives read", "drives write")
+"""Streams of a host: its memory and drives serve the stages on it one after the other, which takes as long as all of them at once."""
+
 
 class HostSide:
     """What lanes exchange with their hosts around the update.
@@ -34,6 +37,7 @@ class HostSide:
         self.first_fetch: dict[int, int] = {}
         self.begun: list[int] = []
         self.known: dict[tuple[object, ...], CollectiveCost] = {}
+        self.beside = _beside(layout)
 
     @classmethod
     def of(cls, layout: Layout, build: Builder) -> HostSide | None:
@@ -50,7 +54,8 @@ class HostSide:
         return self.known[key]
 
     def _add(self, lane: Lane, stream: str, label: str, price: CollectiveCost, waits: Sequence[int]) -> int:
-        return self.build.transfer(TermKind.OFFLOAD, self.build.stream((lane.index,), stream), label, price, waits)
+        users = self.beside[lane.index] if stream in HOST_STREAMS else (lane.index,)
+        return self.build.transfer(TermKind.OFFLOAD, self.build.stream(users, stream), label, price, waits)
 
     def fetch(self, lanes: Sequence[Lane], size_bytes: float, waits: Sequence[int]) -> list[int]:
         """Brings a shard of a layer's weights to the device; what is waited for makes room for it."""
@@ -145,6 +150,17 @@ class HostSide:
         """Nothing of the next step that reads weights begins before they are there."""
         first = self.first_fetch.get(lane.index, self.build.first_work(lane.index))
         self.build.carries.append((last, first, 0.0))
+
+
+def _beside(layout: Layout) -> list[tuple[int, ...]]:
+    """For each lane, those that have hosts in common with it, itself among them."""
+    groups: list[tuple[set[int], list[int]]] = []
+    for lane in layout.lanes:
+        nodes = {int(layout.fabric.node_of[rank]) for rank in lane.rank_class.ranks}
+        met = [group for group in groups if group[0] & nodes]
+        groups = [group for group in groups if not group[0] & nodes]
+        groups.append((nodes.union(*(n for n, _ in met)), [i for _, lanes in met for i in lanes] + [lane.index]))
+    return [next(tuple(sorted(lanes)) for _, lanes in groups if lane.index in lanes) for lane in layout.lanes]
 
 
 __all__ = ["HostSide"]

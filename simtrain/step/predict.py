@@ -9,6 +9,7 @@ from simtrain.core.result import Result
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
+from simtrain.step.adaptive import settle_precision
 from simtrain.step.estimate import estimate_setting
 from simtrain.step.remat_choice import settle
 from simtrain.step.schedule import schedule_setting
@@ -31,7 +32,7 @@ def estimate(workload: Workload | str, cluster: Cluster | str, strategy: Strateg
         InputError: Unknown names, or a strategy that contradicts itself or the cluster.
         UnsupportedError: Something that is not modelled.
     """
-    return estimate_setting(settle(resolve(workload, cluster, strategy, runtime)))
+    return estimate_setting(settle(settle_precision(resolve(workload, cluster, strategy, runtime))))
 
 
 def schedule(workload: Workload | str, cluster: Cluster | str, strategy: Strategy | str, *, runtime: Runtime | str | None = None) -> Result:
@@ -39,7 +40,7 @@ def schedule(workload: Workload | str, cluster: Cluster | str, strategy: Strateg
 
     Args and errors are those of `estimate`; the result carries a timeline of the step and of its memory.
     """
-    return schedule_setting(settle(resolve(workload, cluster, strategy, runtime)))
+    return schedule_setting(settle(settle_precision(resolve(workload, cluster, strategy, runtime))))
 
 
 def simulate(
@@ -71,5 +72,5 @@ def simulate(
     """
     from simtrain.step.simulate import simulate_setting
 
-    setting = settle(resolve(workload, cluster, strategy, runtime))
+    setting = settle(settle_precision(resolve(workload, cluster, strategy, runtime)))
     return simulate_setting(setting, jitter=jitter, stragglers=stragglers, seed=seed, steps=steps)

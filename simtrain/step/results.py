@@ -9,6 +9,8 @@ from simtrain.core.catalog import compute_model
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import RankClass
 from simtrain.core.result import MemoryReport, Result, TraceEvent
+from simtrain.core.units import format_bytes
+from simtrain.core.workload import OperatorKind
 from simtrain.cost import energy
 from simtrain.step.exchange import notes as exchange_notes
 from simtrain.step.kernels import CONVOLUTIONS
@@ -116,7 +118,7 @@ def assemble(
     micro_batches = strategy.data * strategy.accumulation
     flops = workload.model_flops(strategy.micro_batch) * micro_batches
     causal = workload.model_flops(strategy.micro_batch, causal_as_done=True) * micro_batches
-    peak = sum(d.peak(setting.precision.arithmetic) for d in devices)
+    peak = sum(d.peak(setting.precision.fastest) for d in devices)
     samples_per_s = strategy.global_batch / step_time_s
     busy = busy_by_rank if busy_by_rank is not None else [busy_s.get("compute", 0.0)] * len(devices)
     energy_j = sum(energy.device_energy_j(d, step_time_s, b) for d, b in zip(devices, busy, strict=True))
@@ -169,9 +171,21 @@ def _notes(setting: Setting) -> list[str]:
     layers = setting.workload.layers
     if setting.runtime.library == "stated" and any(op.kind in CONVOLUTIONS for layer in layers for op in layer.forward):
         notes.append("what cuDNN allocates while a convolution runs is not counted as memory")
+    if setting.runtime.library == "onednn" and (rows := _rms_rows_bytes(setting)):
+        notes.append(
+            "PyTorch on the CPU composes RMS norms of small operators, which keep the normalized rows for the weight's gradient: up to "
+            f"{format_bytes(rows)} of a micro-batch without recomputation, which is not counted as memory"
+        )
     if setting.strategy.checkpoint != "none" and (kept := [layer.name for layer in layers if not layer.safe_to_recompute]):
         notes.append(f"not recomputed, because batch norms would update their running statistics twice: {', '.join(kept)}")
     return notes
+
+
+def _rms_rows_bytes(setting: Setting) -> float:
+    """Bytes of what every RMS norm of the model gives, in fp32; unlike layer norms they write one statistic beside it."""
+    batch, sequence = setting.strategy.micro_batch, setting.workload.sequence
+    norms = ((layer.repeats, op) for layer in setting.workload.layers for op in layer.forward if op.kind is OperatorKind.NORM)
+    return sum(4.0 * repeats * op.writes[0].elements(batch, sequence) for repeats, op in norms if len(op.writes) == 2)
 
 
 def _nodes_used(setting: Setting) -> int:

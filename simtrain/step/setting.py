@@ -14,7 +14,10 @@ from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.step.buckets import gradient_bytes
+from simtrain.step.mixed import refuse_mixtures
+from simtrain.step.narrow_check import settle
 from simtrain.step.offload_checks import check_offload
+from simtrain.step.optimizers import refuse_optimizer
 from simtrain.step.shard import stated_cuts
 from simtrain.step.tensorized import tensorize
 
@@ -68,9 +71,13 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     devices = machines.devices[: how.ranks]
     recipe = precision(how.precision)
     for device in set(devices):
-        device.peak(recipe.arithmetic)
+        for part in (recipe, *(p for _, p in recipe.layers)):
+            device.peak(part.arithmetic)
+    recipe = settle(recipe, work, how, devices)
     framework = _runtime(runtime, devices)
     _refuse_cpu_dropout(work, framework)
+    refuse_optimizer(work, how, devices)
+    refuse_mixtures(work, recipe, how)
     _refuse_exchanges(how)
     _refuse_formats(how, recipe, framework)
     check_offload(how, framework, devices[0])

@@ -13,6 +13,7 @@ from simtrain.core.precision import Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Form, Layer, Parameter, Workload
+from simtrain.step.narrow import narrowed_layers
 from simtrain.step.specialize import ConcreteLayer, concrete_layers
 
 REST = -1
@@ -212,7 +213,7 @@ def chunks(
     Raises:
         UnsupportedError: A tensor crosses layers outside the chain, so that the model cannot be cut.
     """
-    concrete = concrete_layers(workload, precision, runtime, selective=selective)
+    concrete = narrowed_layers(concrete_layers(workload, precision, runtime, selective=selective))
     if len(cuts) == 1:
         return (Chunk(0, workload, concrete, first=True, last=True, start=0),)
     shared = sorted({n for c in concrete for n in c.tensors if n.startswith("shared:")})

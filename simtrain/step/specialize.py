@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from simtrain.core.errors import InternalError
-from simtrain.core.precision import DType, Precision
+from simtrain.core.precision import DType, DTypeRole, Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Layer, Operator, OperatorKind, Tensor, Workload
+from simtrain.step.mixed import layer_recipes
 
 KEPT_NAMES = ("grad:", "shared:")
 """Prefixes of tensors that other layers or the optimizer know by name."""
@@ -27,6 +28,7 @@ class ConcreteLayer:
         precision: The recipe.
         before: The layer that hands in `x` (itself where it repeats).
         summed_into: Gradients from other layers that take the sum with this layer's own in place, see `concrete_layers`.
+        narrow_weights: Names of the weights of which narrow copies are kept (`simtrain.step.narrow`).
     """
 
     layer: Layer
@@ -37,6 +39,13 @@ class ConcreteLayer:
     precision: Precision
     before: Layer
     summed_into: frozenset[str] = frozenset()
+    narrow_weights: tuple[str, ...] = ()
+
+    def arithmetic(self, op: Operator) -> DType:
+        """Path that an operator of the layer runs on."""
+        tensor = self.tensors.get(op.reads[0]) if op.reads and op.kind is OperatorKind.GEMM else None
+        narrow = tensor is not None and tensor.role is DTypeRole.NARROW
+        return self.precision.fastest if narrow else self.precision.arithmetic
 
     def dtype(self, name: str) -> DType:
         """Number format of a tensor, a parameter, or the crossing tensors `x`, `y`, `dx`, `dy`.
@@ -74,7 +83,7 @@ def specialize(
     recomputed = _recompute_scores(layer) if selective and not fused_attention else layer.backward
     forward = _expand(layer.forward, fused_attention)
     backward = _expand(recomputed, fused_attention)
-    probe = _concrete(layer, forward, backward, precision, before)
+    probe = concrete_layer(layer, forward, backward, precision, before)
     rename: dict[str, str] = {}
     overwrite: dict[str, Tensor] = {}
     for op in forward + backward:
@@ -88,7 +97,7 @@ def specialize(
             rename[target.name] = source
     if not rename:
         return probe
-    return _concrete(layer, _renamed(forward, rename, overwrite), _renamed(backward, rename, overwrite), precision, before)
+    return concrete_layer(layer, _renamed(forward, rename, overwrite), _renamed(backward, rename, overwrite), precision, before)
 
 
 @lru_cache(maxsize=128)
@@ -100,8 +109,9 @@ def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime, 
     `torch/csrc/autograd/input_buffer.cpp` (who holds the last reference to a gradient reuses it) and allocator events of real steps.
     """
     before = [workload.layers[max(i - 1, 0)] for i in range(len(workload.layers))]
+    recipes = layer_recipes(workload, precision)
     layers = [
-        specialize(x, precision, runtime.fused_attention, b, selective=selective) for x, b in zip(workload.layers, before, strict=True)
+        specialize(x, p, runtime.fused_attention, b, selective=selective) for x, b, p in zip(workload.layers, before, recipes, strict=True)
     ]
     shared = {name: tensor for c in layers for name, tensor in c.tensors.items() if name.startswith("shared:")}
     cast = frozenset(w.name for c in layers for op in c.backward if op.kind is OperatorKind.CAST for w in op.writes) & shared.keys()
@@ -180,9 +190,10 @@ def _renamed(operators: tuple[Operator, ...], rename: dict[str, str], overwrite:
     return tuple(kept)
 
 
-def _concrete(
+def concrete_layer(
     layer: Layer, forward: tuple[Operator, ...], backward: tuple[Operator, ...], precision: Precision, before: Layer
 ) -> ConcreteLayer:
+    """A layer with these operators; what is saved between its passes follows from who reads what."""
     tensors = {t.name: t for t in layer.inputs} | {w.name: w for op in forward + backward for w in op.writes}
     written = {w.name for op in forward for w in op.writes} | {"x"}
     saved = frozenset(r for op in backward for r in (*op.reads, *op.updates) if r in written)
@@ -205,4 +216,4 @@ def recomputed_operators(concrete: ConcreteLayer, *, last_of_segment: bool) -> t
     return concrete.forward[: needed[-1] + 1] if needed else ()
 
 
-__all__ = ["ConcreteLayer", "concrete_layers", "recomputed_operators", "specialize"]
+__all__ = ["ConcreteLayer", "concrete_layer", "concrete_layers", "recomputed_operators", "specialize"]

@@ -21,14 +21,12 @@ from simtrain.step.buckets import gradient_bytes
 from simtrain.step.exchange import GRADIENT_BITS, WEIGHT_BITS, held_bytes, rare_exchange
 from simtrain.step.layout import Lane
 from simtrain.step.occupancy import BLOCK_BYTES, COLUMN, KINDS, Mode, Sizer
+from simtrain.step.optimizers import lane_parameters, muon_transient_bytes, orthogonalized, state_tensors
 from simtrain.step.passes import Pass
 from simtrain.step.setting import Setting
 from simtrain.step.shard import REST, Chunk
 from simtrain.step.specialize import ConcreteLayer
 from simtrain.step.workspace import blas_bytes
-
-STEP_COUNTER_BYTES = 4
-"""AdamW keeps a step counter tensor per parameter (`torch/optim/adamw.py`)."""
 
 
 def shards(setting: Setting, *, expert: bool = False) -> int:
@@ -60,37 +58,49 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     """What is there all the time on a rank, by kind."""
     row = np.zeros(len(KINDS))
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
-    parameters = [p for chunk in lane.chunks for p in chunk.parameters]
-    adam = OPTIMIZERS[strategy.optimizer] == 2
-    states = OPTIMIZERS[strategy.optimizer] + (precision.master is not None)
     whole_size = 0 if fully_sharded(setting) and precision.master is not None else precision.parameter.size_bytes
-    for parameter in parameters:
+    trained = {False: 0, True: 0}
+    for layer, parameter in ((x, p) for chunk in lane.chunks for x in chunk.workload.layers for p in x.parameters if p.tied_to is None):
         over = shards(setting, expert=parameter.expert)
         spread = over if strategy.zero == 3 else 1
         weights = _rounded(parameter.elements / spread, whole_size, runtime.allocator == "caching")
-        row[COLUMN[MemoryKind.PARAMETER]] += weights[0]
-        row[COLUMN[MemoryKind.ROUNDING]] += weights[1]
+        row[COLUMN[MemoryKind.PARAMETER]] += layer.repeats * weights[0]
+        row[COLUMN[MemoryKind.ROUNDING]] += layer.repeats * weights[1]
         if not parameter.trained:
             continue
-        state = _rounded(parameter.elements, precision.state.size_bytes, runtime.allocator == "caching")
-        row[COLUMN[MemoryKind.OPTIMIZER]] += (states * state[0] + STEP_COUNTER_BYTES * adam) / over
-        row[COLUMN[MemoryKind.ROUNDING]] += states * state[1] / over
-    for expert in (False, True):
-        total = sum(p.elements for p in parameters if p.trained and p.expert is expert)
+        trained[parameter.expert] += layer.repeats * parameter.elements
+        for elements, size in state_tensors(strategy.optimizer, parameter, precision, block=layer.block):
+            state = _rounded(elements, size, runtime.allocator == "caching" and elements > 1)
+            row[COLUMN[MemoryKind.OPTIMIZER]] += layer.repeats * state[0] / over
+            row[COLUMN[MemoryKind.ROUNDING]] += layer.repeats * state[1] / over
+    for expert, total in trained.items():
         holders = strategy.data * strategy.context // (strategy.expert if expert else 1)
         _add_gradients(row, setting, total, shards(setting, expert=expert), holders)
     if strategy.zero == 2:
-        whole = sum(p.elements for p in parameters if p.trained) * precision.parameter.size_bytes
+        whole = sum(trained.values()) * precision.parameter.size_bytes
         row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, whole)
     row[COLUMN[MemoryKind.COMMUNICATION]] += held_bytes(setting, lane)
     if (rare := rare_exchange(setting, lane)) is not None:
         row[COLUMN[MemoryKind.OPTIMIZER]] += rare.state_bytes
+    if precision.narrow is not None:
+        narrow = narrow_elements(lane)
+        row[COLUMN[MemoryKind.CAST]] += narrow * precision.narrow.weight_bytes
+        row[COLUMN[MemoryKind.PARAMETER]] -= narrow * precision.parameter.size_bytes * precision.narrow.primary
     row[COLUMN[MemoryKind.PARAMETER]] += sum(x.buffer_bytes for chunk in lane.chunks for x in chunk.workload)
     if any(chunk.first or chunk.last for chunk in lane.chunks):
         row[COLUMN[MemoryKind.INPUT]] += lane.chunks[0].workload.input_bytes(strategy.micro_batch, lane.place.sequence)
     row[COLUMN[MemoryKind.WORKSPACE]] += _workspaces(setting, lane)
     row[COLUMN[MemoryKind.COMMUNICATION]] += _boundary(setting, lane)
     return row
+
+
+def narrow_elements(lane: Lane) -> int:
+    """Weights of a lane of which narrow copies are kept."""
+    total = 0
+    for chunk in lane.chunks:
+        for layer, concrete in zip(chunk.workload.layers, chunk.concrete, strict=True):
+            total += layer.repeats * sum(p.elements for p in layer.parameters if p.name in concrete.narrow_weights)
+    return total
 
 
 def _workspaces(setting: Setting, lane: Lane) -> float:
@@ -165,16 +175,19 @@ def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
         coarser = gradient_bytes(setting.precision, runtime) < setting.precision.state.size_bytes
         total = sum(p.elements for chunk in lane.chunks for p in chunk.parameters if p.trained)
         row[COLUMN[MemoryKind.GRADIENT]] = coarser * total * setting.precision.state.size_bytes / shards(setting)
-    if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused":
+    trained = [(p, block) for p, block in lane_parameters(lane) if p.trained]
+    matrices = [p.shape for p, block in trained if orthogonalized(strategy.optimizer, p, block=block)]
+    row[COLUMN[MemoryKind.TRANSIENT]] = muon_transient_bytes(matrices, setting.precision)
+    if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused" or strategy.optimizer == "adamw-8bit":
         return row
     size = setting.precision.state.size_bytes
-    parameters = [p for chunk in lane.chunks for p in chunk.trained]
+    parameters = [p for p, block in trained if not orthogonalized(strategy.optimizer, p, block=block)]
     sizes = [p.elements for p in parameters]
     if runtime.optimizer_style == "foreach":
-        row[COLUMN[MemoryKind.TRANSIENT]] = sum(p.elements / shards(setting, expert=p.expert) for p in parameters) * size
+        row[COLUMN[MemoryKind.TRANSIENT]] += sum(p.elements / shards(setting, expert=p.expert) for p in parameters) * size
     elif sizes:
         # the root of the second moment and the denominator made from it, while the denominator of the parameter before is still held
-        row[COLUMN[MemoryKind.TRANSIENT]] = max(2 * own + before for before, own in pairwise([0, *sizes])) * size
+        row[COLUMN[MemoryKind.TRANSIENT]] += max(2 * own + before for before, own in pairwise([0, *sizes])) * size
     return row
 
 

@@ -17,13 +17,14 @@ from simtrain.step.builder import Builder
 from simtrain.step.costs import PassCost, chain, pass_cost
 from simtrain.step.exchange import averaging, outer_cost, pack_cost, reductions, restore_cost
 from simtrain.step.instructions import FORWARD_MODES, Step
-from simtrain.step.kernels import optimizer_kernels
+from simtrain.step.kernels import narrow_copy_kernels
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.offload_program import HostSide
+from simtrain.step.optimizers import lane_parameters, update_kernels
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, tied_parameter
-from simtrain.step.states import shards
+from simtrain.step.states import narrow_elements, shards
 
 Cell = tuple[int, int]
 """A stage and one of its chunks."""
@@ -91,6 +92,15 @@ def shared_parameters(layer: Layer, *, expert: bool) -> int:
     return sum(p.elements for p in layer.trained if p.expert is expert)
 
 
+def updated_bytes(layer: Layer, setting: Setting, *, expert: bool) -> float:
+    """Bytes of a layer's updated parameters as ranks that share the optimizer gather them: narrow where that is all that is kept."""
+    size, form = setting.precision.parameter.size_bytes, setting.precision.narrow
+    whole = float(size * shared_parameters(layer, expert=expert))
+    if form is None or not form.primary or expert or not layer.block:
+        return whole
+    return whole - (size - form.bytes_per_element) * sum(p.elements for p in layer.trained if len(p.shape) == 2)
+
+
 def gathering(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCost:
     """What it costs to collect updated parameters of a size: at once, or owner by owner."""
     if not layout.setting.runtime.gather_shards:
@@ -103,11 +113,15 @@ def gathering(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCo
 
 def update_cost(setting: Setting, lane: Lane) -> PassCost:
     """What the optimizer costs a lane, over all its chunks."""
-    over = {expert: shards(setting, expert=expert) for expert in (False, True)}
-    # experts are divided among fewer ranks, so that each updates more of them
-    parameters = [p.elements * (over[False] // over[p.expert]) for chunk in lane.chunks for p in chunk.trained]
-    kernels = optimizer_kernels(parameters, setting.strategy.optimizer, setting.precision, setting.runtime, over[False])
-    return pass_cost(lane.place.device, kernels, setting.runtime)
+    trained = [(p, block) for p, block in lane_parameters(lane) if p.trained]
+    kernels = update_kernels(setting, trained, (shards(setting), shards(setting, expert=True)))
+    costs = [pass_cost(lane.place.device, k, setting.runtime) for k in kernels]
+    if setting.precision.narrow is not None:
+        narrow = narrow_copy_kernels(
+            narrow_elements(lane), sum(len(c.narrow_weights) for k in lane.chunks for c in k.concrete), setting.precision
+        )
+        costs.append(pass_cost(lane.place.device, narrow, setting.runtime))
+    return chain(costs)
 
 
 def updates_cost(setting: Setting, lane: Lane) -> PassCost:
@@ -231,10 +245,10 @@ class Replicated:
         if not compressed:
             restored = [self._restore(lane) for lane in layout.lanes]
         ends = [self._reduced_terms(lane) + tied.get(lane.stage, []) for lane in layout.lanes]
-        updates = []
-        for lane, own in zip(layout.lanes, ends, strict=True):
+        updates = [0] * len(layout.lanes)
+        for lane, own in reversed(list(zip(layout.lanes, ends, strict=True))):  # the last stage is the first to have its gradients
             waits = self._everyone(lane, ends, last) if self.setting.runtime.global_norm else own[-1:]
-            updates.append(self.host.update(lane, [*waits, *own, last[lane.index]]) if self.host else self._update(lane, waits))
+            updates[lane.index] = self.host.update(lane, [*waits, *own, last[lane.index]]) if self.host else self._update(lane, waits)
         if self.setting.strategy.zero and layout.grid.holders > 1:
             self._gather(updates)
         self._average(updates)
@@ -311,7 +325,7 @@ class Replicated:
 def _gathers(chunk: Chunk, setting: Setting, sharers: tuple[bool, Placed]) -> list[tuple[int, float, Placed]]:
     """First layer, bytes and ranks of what is gathered together: each layer by itself where that overlaps, else all of them."""
     expert, placed = sharers
-    layers = [setting.precision.parameter.size_bytes * shared_parameters(layer, expert=expert) for layer in chunk.workload]
+    layers = [updated_bytes(layer, setting, expert=expert) for layer in chunk.workload]
     if setting.runtime.overlap_gather and setting.strategy.pipeline == 1:
-        return [(i, float(s), placed) for i, s in enumerate(layers) if s]
-    return [(0, float(sum(layers)), placed)] if sum(layers) else []
+        return [(i, s, placed) for i, s in enumerate(layers) if s]
+    return [(0, sum(layers), placed)] if sum(layers) else []

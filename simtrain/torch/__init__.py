@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from simtrain.torch.distributed import RankRecording, record_rank
     from simtrain.torch.dynamic_batch import DynamicBatch
     from simtrain.torch.files import capture_file
+    from simtrain.torch.formats import gradient_exponents
     from simtrain.torch.rank_recorder import Collective, CollectiveKind
     from simtrain.torch.recorder import Recorder, record_step
     from simtrain.torch.recording import Call, Phase, Recording, View
@@ -37,6 +38,7 @@ _HOME = {
     "apply": "applied",
     "capture": "captured",
     "capture_file": "files",
+    "gradient_exponents": "formats",
     "record_rank": "distributed",
     "record_step": "recorder",
     "tensorize": "tensor_conversion",
@@ -56,6 +58,7 @@ __all__ = [
     "apply",
     "capture",
     "capture_file",
+    "gradient_exponents",
     "record_rank",
     "record_step",
     "tensorize",

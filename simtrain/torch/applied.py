@@ -14,12 +14,12 @@ from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.precision import DType, Precision, precision
 from simtrain.core.strategy import Strategy, checkpoint_segment
 from simtrain.core.tensorize import parse_tensorize
+from simtrain.torch.formats import DTYPES, BlockFormats
 from simtrain.torch.offloaded import ActivationOffload, offloaded_blocks
 from simtrain.torch.pieces import block_paths
 from simtrain.torch.recompute import Recomputation, block_segments, check_names
 from simtrain.torch.tensor_conversion import Converted, tensorize_blocks
 
-_DTYPES = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16}
 _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "sgd-momentum": torch.optim.SGD}
 
 
@@ -60,6 +60,7 @@ class Applied:
         self.tensorized = _tensorized(strategy, model, optimizer, self.blocks)
         self._recomputation = Recomputation(model, self.blocks, _segments(strategy, self.blocks), batch_norms=batch_norms)
         self.offloaded = self._offloaded(model)
+        self._formats = BlockFormats(model, self.blocks, self._precision) if self._precision.layers else None
         self.model = _wrapped(strategy, model, optimizer, self.blocks)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision.loss_scaling)
         self._done = 0
@@ -83,7 +84,7 @@ class Applied:
                 stack.enter_context(self.model.no_sync())  # type: ignore[operator]
             elif self.strategy.data > 1 and self.strategy.zero == 3:
                 self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-            stack.enter_context(_autocast(self._precision, self._device.type))
+            stack.enter_context(self._formats.forward() if self._formats else _autocast(self._precision, self._device.type))
             yield
 
     def backward(self, loss: Tensor) -> bool:
@@ -179,12 +180,16 @@ def _refuse(strategy: Strategy, optimizer: torch.optim.Optimizer) -> None:
             "checkpoint=selective is not carried out here: fused attention keeps no scores; use none, full or layers:..."
         )
     recipe = precision(strategy.precision)
+    if recipe.budget is not None:
+        raise StrategyError(
+            f"precision={recipe.name} depends on the machines: st.choose_precision(workload, cluster, strategy) puts recipes in its place"
+        )
     if recipe.parameter is not DType.FP32:
         raise UnsupportedError(
             f"precision={recipe.name} stores weights in 16 bit, which is the model's and the optimizer's to do: use fp32 or an -amp recipe"
         )
-    kind, wanted = type(optimizer), _OPTIMIZERS[strategy.optimizer]
-    if kind in _OPTIMIZERS.values() and kind is not wanted:
+    kind, wanted = type(optimizer), _OPTIMIZERS.get(strategy.optimizer)
+    if kind in _OPTIMIZERS.values() and kind is not wanted and strategy.optimizer != "muon":
         raise InputError(
             f"the strategy says optimizer={strategy.optimizer}, but the optimizer is {kind.__name__}: predictions would not hold"
         )
@@ -240,7 +245,7 @@ def _tensorized(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Opt
 def _autocast(recipe: Precision, device: str) -> AbstractContextManager[Any]:
     if recipe.arithmetic is DType.TF32:
         torch.set_float32_matmul_precision("high")
-    return torch.autocast(device, dtype=_DTYPES[recipe.low]) if recipe.autocast else nullcontext()
+    return torch.autocast(device, dtype=DTYPES[recipe.low]) if recipe.autocast else nullcontext()
 
 
 def _wrapped(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Optimizer, blocks: Sequence[str]) -> nn.Module:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the usual name)
@@ -96,6 +97,9 @@ class GpuForms(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self._within():
+                return func(*args, **kwargs)
         replace = _REPLACED.get(func)
         if replace is not None:
             replaced = replace(*args, **kwargs)
@@ -104,6 +108,17 @@ class GpuForms(TorchFunctionMode):
         if self.autocast and func in _FP32 and torch.is_autocast_enabled("cpu") and "dtype" not in kwargs:
             args, kwargs = tree_map(self._raise, (args, kwargs))
         return func(*args, **kwargs)
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        """Reaches the calls inside a function of `torch.nn.functional` that is written in Python, during which PyTorch suspends modes."""
+
+        def through(function: Any) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self.__torch_function__(function, (), args, kwargs)
+
+        reached: dict[str, Any] = {name: through(getattr(F, name)) for name in _WITHIN}
+        with patch.multiple(F, **reached):
+            yield
 
     def _raise(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype is not LOW_DTYPE:
@@ -141,6 +156,10 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     torch.rms_norm: _rms_norm,
     F.scaled_dot_product_attention: _attention,
 }
+
+
+_WITHIN = ("scaled_dot_product_attention", "dropout", "softmax")
+"""What `multi_head_attention_forward` calls that has another form."""
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor
@@ -76,6 +77,8 @@ class RankRecorder(Recorder):  # type: ignore[no-untyped-call]
         if any(issubclass(t, DTensor | AsyncCollectiveTensor) for t in types):
             return NotImplemented  # they come again as operators on this rank's tensors
         if func.namespace in _NAMESPACES and func._opname == "wait_tensor":
+            if not isinstance(args[0], FakeTensor):
+                func(*args, **(kwargs or {}))  # who never waits keeps what arrived for good
             return args[0]  # as it does for real; on tensors without values PyTorch hands out a new one
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace in _NAMESPACES and func._opname not in _NO_TRANSFER:

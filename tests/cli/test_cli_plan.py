@@ -17,6 +17,15 @@ def test_it_ranks_and_says_why_the_rest_fails(run):
     assert "out of memory, mostly" in out
 
 
+def test_it_says_which_runtime_and_how_it_searched(run):
+    _, out, _ = run(*PLAN)
+    assert "runtime" in out
+    assert "torch-eager" in out
+    assert "megatron and fsdp2, which divide models over devices, were not searched" in " ".join(out.split())
+    _, out, _ = run(*PLAN, "--runtime", "torch-eager")
+    assert "were not searched" not in " ".join(out.split())
+
+
 def test_json_is_the_plan_with_its_own_field_names(run_json):
     code, data = run_json(*PLAN)
     assert code == 0

@@ -36,9 +36,26 @@ def test_json_is_the_library_s_answer(run_json):
         (("--steps", 5, "--mtbf-h", 3, "--spares", 4), "8 devices"),
         (("--steps", 5, "--region", "germny"), "did you mean 'germany'"),
         (("--steps", 5, "--plot", "run.txt"), ".png"),
+        (("--steps", 5, "--batch-policy", "dynamic"), "needs a loss as target"),
+        (("--target-loss", 3.5, "--max-batch", 64), "belongs to --batch-policy dynamic"),
     ],
 )
 def test_bad_input_is_refused_with_what_is_allowed(run, options, words):
     code, out, err = run(*RUN, *options)
     assert (code, out) == (2, "")
     assert words in err
+
+
+def test_a_dynamic_batch_and_its_input_are_asked_from_the_command_line(run, run_json):
+    code, dynamic = run_json(*RUN, "--target-loss", 3.6, "--batch-policy", "dynamic")
+    assert code == 0
+    _, fixed = run_json(*RUN, "--target-loss", 3.6)
+    assert dynamic["time_s"] < fixed["time_s"]
+    assert len({row[2] for row in dynamic["curve"]}) > 1
+    code, fed = run_json("data", *RUN[1:], "--sample-cpu-s", 0.2, "--workers", 2)
+    assert code == 0
+    assert fed["closed_form"]["bound_by"] == "workers"
+    assert fed["simulated"]["period_s"] >= fed["closed_form"]["period_s"] * (1 - 1e-9)
+    code, _, err = run("data", *RUN[1:], "--sample-cpu-s", -1)
+    assert code == 2
+    assert "cpu_s" in err

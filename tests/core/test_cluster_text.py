@@ -51,6 +51,11 @@ def test_a_mistyped_preset_suggests_presets():
     assert "dgx-h100" in caught.value.suggestions
 
 
+def test_a_mistyped_device_in_a_mixture_is_named():
+    with pytest.raises(UnknownNameError, match="unknown device 'v101'"):
+        catalog.cluster("4x a100-sxm-80g + 4x v101")
+
+
 def test_a_preset_goes_before_the_same_text_read_as_devices():
     assert catalog.cluster("4x rtx-3090").name == "box-4x-rtx3090"
 

@@ -29,7 +29,9 @@ STRATEGIES = some.builds(
     sequence_parallel=some.booleans(),
     schedule=some.sampled_from(["1f1b", "interleaved", "gpipe", "zb-h1"]),
     checkpoint=some.sampled_from(["none", "full", "selective", "sqrt", "every:1", "every:4"]),
-    precision=some.sampled_from(["fp32", "tf32", "bf16-amp", "fp16-amp", "bf16-master", "fp16-master", "bf16"]),
+    precision=some.sampled_from(
+        ["fp32", "tf32", "bf16-amp", "fp16-amp", "bf16-master", "fp16-master", "bf16", "fp8", "fp8-params", "fp8-current", "mxfp8"]
+    ),
     optimizer=some.sampled_from(["adamw", "adam", "sgd", "sgd-momentum"]),
     context_style=some.sampled_from(["ring", "ulysses", "ring-contiguous"]),
 )
@@ -42,6 +44,13 @@ def test_round_trip_but_for_what_is_named(launcher, strategy):
     back = read(launcher, written.text, ranks=strategy.ranks)
     changed = {f.name for f in fields(Strategy) if getattr(back, f.name) != getattr(strategy, f.name)}
     assert changed <= set(written.unsaid), (written.text, str(strategy), str(back))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8-params", "fp8-current", "mxfp8"])
+def test_megatron_is_told_of_fp8(precision):
+    written = emit("megatron", Strategy(precision=precision))
+    assert "precision" not in written.unsaid
+    assert read("megatron", written.text, ranks=1).precision == precision
 
 
 EXPRESSIBLE = {

@@ -188,3 +188,15 @@ def test_bad_questions(small):
         st.plan(small, NODES, [])
     with pytest.raises(InputError, match="at least one objective"):
         st.plan(small, NODES, 64, objective=[])
+
+
+@pytest.mark.parametrize("choice", [{"fixed": {"checkpoint": "optimal"}}, {"precisions": ("adaptive:0.05",)}])
+def test_choices_that_the_engine_settles_are_screened_too(choice):
+    """The same best as by reading every one: spaces too large for that are screened."""
+    work = st.workload("gpt", layers=4, hidden=512, heads=8, vocabulary=2048, seq_len=256)
+    question = (work, "4x rtx-3090", [2**k for k in range(6, 13)])
+    found = st.plan(*question, runtime="deepspeed" if "fixed" in choice else "torch-eager", zeros=(0, 1), devices=4, **choice)
+    assert found.best is not None
+    assert found.notes[0].startswith(("bounds", "0 of")) or "estimated as arrays" in found.notes[0]
+    again = st.schedule(work, "4x rtx-3090", found.best.strategy, runtime=found.best.runtime)
+    assert again.step_time_s == pytest.approx(found.best.step_time_s, rel=0.02)

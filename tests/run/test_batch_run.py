@@ -64,3 +64,19 @@ def test_what_no_training_can_be_is_refused():
         Training(0, lambda _: 1.0, PRICE)
     with pytest.raises(InputError, match="relative_error"):
         play(policy, GROWING, BatchChoice(8), relative_error=-1)
+
+
+def test_a_kept_learning_rate_gains_less_than_twice_however_large_the_batch():
+    kept = Training(700, lambda _: 3200.0, PRICE, kept_rate_batch=32)
+    follows = Training(700, lambda _: 3200.0, PRICE)
+    base = follows.pace(3200, 32)
+    assert kept.pace(3200, 32) == pytest.approx(base)
+    assert base < kept.pace(3200, 64) < follows.pace(3200, 64) < 2 * base
+    assert kept.pace(3200, 1e9) == pytest.approx(base * (2 - 1 / 101), rel=1e-6)
+    # in the quadratic model a rate of c times the noise-free one gains 2c - c²/u: the best c is u, the kept one u0
+    grid = np.linspace(1e-4, 1, 100_001)
+    own = follows.pace(3200, 320)
+    assert (2 * grid - grid**2 / own).max() == pytest.approx(own, rel=1e-6)
+    assert 2 * base - base**2 / own == pytest.approx(kept.pace(3200, 320))
+    with pytest.raises(InputError, match="get nowhere"):
+        kept.pace(3200, 15)

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as strategy
 
 from simtrain.core.errors import InputError, UnknownNameError
-from simtrain.run.learning_rate import LearningRate, adascale_gain
+from simtrain.run.batch_law import gain
+from simtrain.run.learning_rate import LearningRate
 
 
 def test_warm_up_is_linear_and_cosine_ends_at_its_share():
@@ -37,16 +38,16 @@ def test_rules_follow_the_batch():
 
 @given(scale=strategy.floats(1, 1000), phi=strategy.floats(0, 1e6))
 def test_adascale_lies_between_one_and_linear_and_equals_the_law(scale, phi):
-    gain = adascale_gain(32 * scale, 32, 32 * phi)
-    assert 1 - 1e-9 <= gain <= scale * (1 + 1e-9)
-    assert gain == pytest.approx((1 + phi) / (1 + phi / scale))  # steps at the base batch over steps at this one
+    worth = gain(32 * scale, 32, 32 * phi)
+    assert 1 - 1e-9 <= worth <= scale * (1 + 1e-9)
+    assert worth == pytest.approx((1 + phi) / (1 + phi / scale))  # steps at the base batch over steps at this one
 
 
 def test_adascale_at_its_limits():
-    assert adascale_gain(64, 32, math.inf) == 2
-    assert adascale_gain(64, 32, 0.0) == 1
-    assert adascale_gain(64, 32, None) == 1
-    assert adascale_gain(16, 32, None) == 0.5
+    assert gain(64, 32, math.inf) == 2
+    assert gain(64, 32, 0.0) == 1
+    assert gain(64, 32, None) == 1
+    assert gain(16, 32, None) == 0.5
 
 
 def test_what_no_schedule_can_be_is_refused():

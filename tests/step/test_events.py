@@ -7,6 +7,7 @@ from hypothesis import strategies as some
 
 import simtrain as st
 from simtrain.core.program import TermKind
+from simtrain.core.runtime import runtime
 from simtrain.step.contention import rivals
 from simtrain.step.events import run_program
 from simtrain.step.lower import lower
@@ -90,3 +91,10 @@ def test_a_fast_link_takes_memory_bandwidth_from_computation():
         assert bool(len(own.hungry)) == found
         assert np.all(own.lost >= 0)
         assert np.all(own.lost < 0.5)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_host_with_little_room_waits_for_kernels_of_the_same_instruction(zero):
+    question = ("gpt2-small", "8x a100-sxm-80g", f"data=8,accumulation=2,precision=bf16-amp,zero={zero}")
+    room, plenty = (st.schedule(*question, runtime=runtime("megatron").with_(run_ahead_launches=n)).step_time_s for n in (20, 4096))
+    assert room >= plenty

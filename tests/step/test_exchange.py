@@ -208,7 +208,7 @@ def test_memory_holds_error_feedback_and_outer_states(gpt):
         ("data=4,zero=3,shard=2,compression=zero++,precision=bf16-amp", UnsupportedError, "use shard=0"),
         ("data=4,zero=2,low_communication=diloco:5", StrategyError, "use zero=0"),
         ("data=2,context=2,low_communication=diloco:5", UnsupportedError, "use context=1"),
-        ("data=4,compression=8-bit,low_communication=diloco:5", UnsupportedError, "give one of the two"),
+        ("data=4,compression=8-bit,low_communication=diloco:5", UnsupportedError, "use compression=none, or leave low_communication empty"),
         ("data=4,compression=8-bit,precision=bf16", UnsupportedError, "use precision=bf16-amp"),
         ("data=2,pipeline=2,accumulation=4,schedule=dualpipe,compression=8-bit", UnsupportedError, "use schedule=zb-h1"),
     ],

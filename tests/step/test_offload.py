@@ -338,3 +338,14 @@ def test_a_pipeline_moves_its_optimizer():
     assert moved.memory.device_bytes < plain.memory.device_bytes
     assert moved.busy_s["host update"] > 0
     assert moved.step_time_s > plain.step_time_s - plain.breakdown_s["optimizer"]
+
+
+def test_stages_on_one_host_share_it():
+    """Updates of all stages meet in one host's memory: together they take as long as those of one stage that holds everything."""
+    gpt = st.workload("gpt", **SMALL)
+    one, four = (how(pipeline=p, accumulation=4, offload="optimizer") for p in (1, 4))
+    alone, frozen, fluid = st.schedule(gpt, MACHINE, one), st.schedule(gpt, MACHINE, four), st.simulate(gpt, MACHINE, four)
+    assert frozen.busy_s["host update"] == pytest.approx(alone.busy_s["host update"], rel=0.05)  # both ends hold the tied weight
+    assert fluid.step_time_s == pytest.approx(frozen.step_time_s, rel=0.15)
+    assert frozen.breakdown_s["offload"] > 0.5 * frozen.busy_s["host update"], "no bubble, though a stage waits for another's host"
+    assert sum(frozen.breakdown_s.values()) == pytest.approx(frozen.step_time_s)

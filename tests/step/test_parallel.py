@@ -41,7 +41,7 @@ def test_heads_of_encoders_are_divided_where_they_score_the_vocabulary(head):
         if a.flops(2, 128):
             assert b.flops(2, 128) == a.flops(2, 128) / (1 if a.name in same else 4)
     if head == "span":
-        with pytest.raises(StrategyError, match="leave it off"):
+        with pytest.raises(StrategyError, match="use sequence_parallel=false"):
             form(whole, tensor=4, sequence_parallel=True)
 
 

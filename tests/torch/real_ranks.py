@@ -18,6 +18,7 @@ from tests.torch.test_ranks import BATCH, GPT, blocks, gpt
 from workloads.transformer.module import example_batch
 
 RANKS = 2
+REPEATS = 2
 WAYS = {
     "ddp": lambda: replicated(bucket_cap_mb=0.1),
     "zero": replicated,
@@ -35,18 +36,23 @@ def summary(recording: Any, collectives: Any) -> list[Any]:
     return [recording.peak_bytes - own, [[c.kind.value, c.size_bytes, c.phase.value, c.module] for c in collectives]]
 
 
+def record(how: str) -> list[Any]:
+    """Records a real step of this process."""
+    bare, batch = gpt(), example_batch(GPT, BATCH)
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tensor" if "tensor" in how else "data",))
+    module = WAYS[how]()(bare, mesh)
+    optimizer = sharded_optimizer()(module) if how == "zero" else torch.optim.AdamW(module.parameters())
+    recorder = RankRecorder(bare)
+    with loss_parallel():
+        recording = record_rank_step(module, lambda: module(*batch), batch, optimizer, recorder)
+    return summary(recording, recorder.collectives)
+
+
 def main(rank: int, store: str, output: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    found = {}
-    for how, way in WAYS.items():
-        bare, batch = gpt(), example_batch(GPT, BATCH)
-        module = way()(bare, init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tensor" if "tensor" in how else "data",)))
-        optimizer = sharded_optimizer()(module) if how == "zero" else torch.optim.AdamW(module.parameters())
-        recorder = RankRecorder(bare)
-        with loss_parallel():
-            recording = record_rank_step(module, lambda module=module, batch=batch: module(*batch), batch, optimizer, recorder)
-        found[how] = summary(recording, recorder.collectives)
+    # Gloo's thread may hold what it sends a moment longer, on a busy machine beyond the peak: the least of some steps has nothing of that.
+    found = {how: min((record(how) for _ in range(REPEATS)), key=lambda one: one[0]) for how in WAYS}
     Path(output).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

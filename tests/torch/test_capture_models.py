@@ -199,3 +199,20 @@ def test_a_model_that_cannot_run_one_sample_is_refused_there() -> None:
         st.schedule(workload, "1x rtx-3090", "micro_batch=1")
     plan = st.plan(workload, "1x rtx-3090", global_batch=4)
     assert all(result.strategy and "micro_batch=1," not in result.strategy for result in plan.ranked)
+
+
+@pytest.mark.parametrize(("weights", "fused"), [(False, 1), (True, 0)])
+def test_dropout_leaves_attention_of_pytorchs_own_module_fused(weights, fused):
+    """On a GPU the fused kernel draws its own dropout; who asks for the weights gets the unfused form everywhere."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(64, 4, dropout=0.1, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=weights)[0].square().mean()
+
+    kinds = [op.kind for layer in st.torch.capture(Net, torch.randn(2, 16, 64)).layers for op in layer.forward]
+    assert kinds.count(OperatorKind.ATTENTION) == fused
+    assert kinds.count(OperatorKind.SOFTMAX) == 1 - fused

@@ -28,4 +28,4 @@ def test_real_processes_do_the_same(tmp_path: Path) -> None:
             job = run(how, tensor=RANKS, rank=rank) if "tensor" in how else run(how, RANKS, rank=rank)
             peak, sent = summary(job.recording, job.collectives)
             assert sent == real[how][1], (how, rank)
-            assert peak == pytest.approx(real[how][0], rel=2e-3)  # gloo's thread may hold what it sends a moment longer
+            assert peak == pytest.approx(real[how][0], rel=2e-3)

@@ -11,6 +11,7 @@ COSTS = LoaderCosts(send=Line(1e-3, 0.0), receive=Line(5e-4, 0.0), collate=Line(
 MEASURED = {
     "batch_bytes": 1e6,
     "sample_s": 1e-3,
+    "worker_sample_s": 1.2e-3,
     "step_s": 4e-3,
     "runs": {str(w): {"wall_s": 9e-3, "main_cpu_s": 4.5e-3, "workers_cpu_s": 9e-3, "foreign": 0.2 * (w == 2)} for w in (0, 1, 2, 4)},
 }
@@ -37,10 +38,11 @@ def test_a_prediction_takes_each_part_where_it_is_spent():
     own, one, two = row(0), row(1), row(2)
     assert (own.predicted_s, own.predicted_main_s) == (pytest.approx(12.2e-3), pytest.approx(12.2e-3))
     assert own.predicted_workers_s == 0
-    assert (one.predicted_s, one.predicted_workers_s) == (pytest.approx(9e-3), pytest.approx(9e-3))
+    # a worker's samples cost what they cost a process that waits
+    assert (one.predicted_s, one.predicted_workers_s) == (pytest.approx(10.6e-3), pytest.approx(10.6e-3))
     assert one.predicted_main_s == pytest.approx(4.5e-3)
-    assert two.closed_s == pytest.approx((9e-3 + 4.5e-3) / 2)
-    assert (own.null_s, two.null_s) == (pytest.approx(12e-3), pytest.approx(4e-3))
+    assert two.closed_s == pytest.approx((10.6e-3 + 4.5e-3) / 2)
+    assert (own.null_s, two.null_s) == (pytest.approx(12e-3), pytest.approx(4.8e-3))
 
 
 def test_wall_times_that_others_disturbed_do_not_count():

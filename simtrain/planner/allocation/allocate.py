@@ -3,38 +3,55 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
+import numpy as np
+
 from simtrain.core import catalog
-from simtrain.core.errors import InputError
+from simtrain.core.errors import InputError, StrategyError
 from simtrain.core.hardware import Cluster
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Workload
 from simtrain.cost import energy
 from simtrain.cost.fabric import Fabric
-from simtrain.planner.allocation.bound import check_bound
+from simtrain.planner.allocation.bound import check_bound, layer_bound_s
 from simtrain.planner.allocation.engine_prices import market as engine_market
-from simtrain.planner.allocation.families import Family, family
+from simtrain.planner.allocation.engine_prices import synchroniser
+from simtrain.planner.allocation.families import family
 from simtrain.planner.allocation.kinds import Kind, carrier, kinds_of
 from simtrain.planner.allocation.place import Placement, improve, place_shares
-from simtrain.planner.allocation.prices import Market
+from simtrain.planner.allocation.prices import Market, Share
 from simtrain.planner.allocation.program import Reading, read
 from simtrain.planner.allocation.result import Allocation, Worth
 from simtrain.planner.allocation.search import Found, search
 from simtrain.planner.allocation.stages import Job
 
 TENSORS = (1, 2, 4, 8)
-MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 24, 32)
 CHECKPOINTS = ("none", "full")
 
-READ = 6
-"""Proposals of the search that the engine reads."""
+READ = 4
+"""Proposals of the search that fit and that the engine compares, whatever their device types."""
+
+MOST_SCOPES = 24
+"""Searches of one plan: over all devices, over fewer nodes, and again where the ledger refuses what the search took for fitting."""
+
+FAR = 1.15
+"""Proposals that the search expects to take so much longer than the best one read are not read, but for one of each choice of types."""
+
+READ_EACH = 2
+"""The same for each choice of device types."""
+
+SWAPS = 5
+"""Placements of the best that the engine reads beside the first one."""
 
 ASSUMPTIONS = (
-    "gradients are reduced once all replicas have made theirs, weighted by their samples; nothing of it runs beside the backward passes",
-    "optimizer states are whole in every replica (no ZeRO)",
+    "gradients are reduced weighted by samples: beside the last backward passes if replicas are single stages, else behind all",
+    "optimizer states are whole in every replica (no ZeRO), and tensor-parallel ranks hold what lies between products whole (no sequence "
+    "parallelism): where these help, `plan` finds more on equal devices",
     "devices that are left out are neither powered nor paid",
     "kinds are compared as their data sheets or profiles say; samples differ in share, not in length",
 )
@@ -63,7 +80,8 @@ def allocate(
         workload: A workload or the name of a preset.
         cluster: A cluster or its text, such as `"4x rtx-3090 + 8x v100-sxm2-16gb"`.
         global_batch: Samples of a step.
-        precision: Recipe for all devices; by default the first 16-bit recipe that all have, else the first that each has.
+        precision: Recipe for all devices; by default the first 16-bit recipe that all of its class (GPUs, TPUs) have, else the first
+            that each has.
         optimizer: Which one.
         runtime: What carries it out; eager PyTorch by default.
         tensors: Tensor-parallel widths to consider.
@@ -119,13 +137,15 @@ class Allocator:
         if global_batch < 1:
             raise InputError(f"a global batch has at least 1 sample, not {global_batch}")
         kinds = kinds_of(machines, runtime, precision)
-        self.job = Job(work, machines, Fabric(machines), {k.name: k for k in kinds}, optimizer)
+        fabric = Fabric(machines)
+        fabric.latencies_s(np.zeros_like(fabric.first_of), fabric.first_of)  # refuses nodes that nothing connects
+        self.job = Job(work, machines, fabric, {k.name: k for k in kinds}, optimizer)
         sizes = [size for size in sorted(set(micro_batches)) if size <= global_batch]
         if not sizes:
             raise InputError(f"micro-batches of {', '.join(map(str, micro_batches))} do not go into a global batch of {global_batch}")
         self.market = engine_market(self.job, global_batch, tensors, sizes, checkpoints, memory_margin)
-        self.family: Family = family(self.market)
-        self.read: dict[Placement, Reading] = {}
+        self.family = family(self.market)
+        self._readings: dict[Placement, Reading] = {}
 
     def best(self, counts: Mapping[str, int] | None = None, *, worth: bool = False) -> Allocation:
         """The best plan.
@@ -142,9 +162,46 @@ class Allocator:
         there = self._there(counts)
         found, placement, reading = self._plan(there)
         check_bound(found.bound_s, reading.step_time_s)
-        used = _used(placement)
-        kinds = {name: kind for name, kind in self.job.kinds.items() if used.get(name)}
         value = tuple(self._worth(name, there, placement, reading) for name in there if there[name]) if worth else ()
+        return self._result(there, placement, reading, found, value, time.monotonic() - start_s)
+
+    def evaluate(self, plan: Sequence[Share]) -> Allocation:
+        """Reads a plan of one's own: the stages, copies and micro-batches of every group of replicas.
+
+        Raises:
+            StrategyError: A replica leaves a layer out or has one twice, or the replicas do not make up the global batch.
+            InputError: Stages do not go into the nodes, or a unit or micro-batch size that has no price.
+        """
+        start_s = time.monotonic()
+        self._check(plan)
+        placement = self._improved(self._placed(self.job.kinds, plan))
+        reading = self._read(placement)
+        found = Found((), layer_bound_s(self.market), len({s.template for s in plan}))
+        check_bound(found.bound_s, reading.step_time_s)
+        return self._result(dict(self.market.counts), placement, reading, found, (), time.monotonic() - start_s)
+
+    def _check(self, plan: Sequence[Share]) -> None:
+        for share in plan:
+            ends = [0, *(s.end for s in share.template.stages)]
+            if [s.start for s in share.template.stages] != ends[:-1] or ends[-1] != self.market.layers or sorted(set(ends)) != ends:
+                raise StrategyError(
+                    f"({share.template}) does not run each of the {self.market.layers} layers once: "
+                    f"give stages that follow each other from 0 to {self.market.layers}"
+                )
+            for stage in share.template.stages:
+                if (stage.unit, share.template.micro_batch) not in self.market.prices:
+                    raise InputError(f"{stage} with micro-batch {share.template.micro_batch} has no price: allow it when asking")
+        given = sum(s.samples for s in plan)
+        if given != self.market.global_batch:
+            raise StrategyError(f"the replicas process {given} samples together, the global batch is {self.market.global_batch}")
+
+    def _result(
+        self, there: Mapping[str, int], placement: Placement, reading: Reading, found: Found, worth: tuple[Worth, ...], elapsed_s: float
+    ) -> Allocation:
+        used = _used(placement)
+        kinds = tuple(kind for name, kind in self.job.kinds.items() if used.get(name))
+        no_price = sorted({k.device.name for k in kinds if k.device.price_usd_per_hour <= 0})
+        unpriced = [f"no price is known of {', '.join(no_price)}: they are not in the cost"] if no_price else []
         uneven = len({tuple((s.start, s.end, s.unit.tensor) for s in p.share.template.stages) for p in placement}) > 1
         return Allocation(
             workload=self.job.workload.name,
@@ -158,13 +215,13 @@ class Allocator:
             memory=reading.memory,
             energy_j=sum(self._energy_j(reading).values()) + self._hosts_j(placement, reading),
             cost_usd=sum(n * energy.device_cost_usd(self.job.kinds[k].device, reading.step_time_s) for k, n in used.items()),
-            worth=value,
+            worth=worth,
             left_out={name: n - used.get(name, 0) for name, n in there.items()},
-            carrier=carrier(tuple(kinds.values()), uneven=uneven),
+            carrier=carrier(kinds, uneven=uneven),
             precisions={name: kind.precision for name, kind in self.job.kinds.items()},
             templates=found.templates,
-            elapsed_s=time.monotonic() - start_s,
-            assumptions=(*self.job.cluster.assumptions, *ASSUMPTIONS),
+            elapsed_s=elapsed_s,
+            assumptions=(*self.job.cluster.assumptions, *ASSUMPTIONS, *unpriced),
             events=reading.events,
         )
 
@@ -178,31 +235,80 @@ class Allocator:
         return whole
 
     def _plan(self, counts: Mapping[str, int]) -> tuple[Found, Placement, Reading]:
-        """Searches, places the best proposals, has the engine read them, and takes the fastest that fits."""
-        available = self._available(counts)
-        market = replace(self.market, counts=dict(counts))
-        found = search(market, self.family)
-        best: tuple[float, Placement, Reading] | None = None
+        """Searches, has the engine read the best proposals, places the fastest that fits; then the same with fewer nodes."""
+        whole: Found | None = None
+        best: Placement | None = None
         refused = ""
-        for proposal in found.proposals[: 4 * READ]:
+        scopes = list(self._scopes(counts))
+        for available, market in scopes:
+            if whole and best and layer_bound_s(market) >= self._read(best).step_time_s:
+                continue
             try:
-                placement = place_shares(available, proposal.shares)
+                found = search(market, self.family)
             except InputError as error:
+                if whole is None:
+                    raise
                 refused = str(error)
                 continue
-            reading = self._read(placement)
-            if len(self.job.cluster.nodes) > 1 and max(len(p.share.template.stages) for p in placement) > 1:
-                placement, _ = improve(placement, lambda p: self._read(p).step_time_s, 12)
-                reading = self._read(placement)
-            if reading.fits and (best is None or reading.step_time_s < best[0]):
-                best = (reading.step_time_s, placement, reading)
-            elif not reading.fits:
-                refused = "the ledger of a stage exceeds its device's memory"
-            if best is not None and proposal is found.proposals[min(READ, len(found.proposals)) - 1]:
-                break
-        if best is None:
-            raise InputError(f"none of the {len(found.proposals)} best plans can be placed: {refused}; give a memory_margin such as 0.05")
-        return found, best[1], best[2]
+            whole = whole or found
+            seen: Counter[frozenset[str]] = Counter()
+            for proposal in found.proposals:
+                if seen.total() >= READ and seen[proposal.kinds] >= READ_EACH:
+                    continue
+                if best and seen[proposal.kinds] and proposal.step_time_s > FAR * self._read(best).step_time_s:
+                    continue
+                try:
+                    placement = self._placed(available, proposal.shares)
+                except InputError as error:
+                    refused = str(error)
+                    continue
+                if not self._read(placement).fits:
+                    refused = "the ledger of a stage exceeds its device's memory"
+                    if self._without(placement) and len(scopes) < MOST_SCOPES:
+                        scopes.append((available, market))  # search once more among what is left
+                    continue
+                seen[proposal.kinds] += 1
+                if best is None or self._read(placement).step_time_s < self._read(best).step_time_s:
+                    best = placement
+        if whole is None or best is None:
+            raise InputError(f"none of the plans can be placed: {refused}; give a memory_margin such as 0.05")
+        best = self._improved(best)
+        return whole, best, self._read(best)
+
+    def _without(self, placement: Placement) -> bool:
+        """Drops templates of which a stage exceeds its devices' memory; returns whether there were any left to drop."""
+        memory = iter(self._read(placement).memory)
+        full = {p.share.template for p in placement if not all(next(memory).fits for _ in p.share.template.stages)}
+        kept = [t not in full for t in self.family.templates]
+        self.family = self.family.chosen(kept)
+        return not all(kept)
+
+    def _scopes(self, counts: Mapping[str, int]) -> Iterator[tuple[dict[str, Kind], Market]]:
+        """All devices; then each kind alone in fewer nodes, for where what lies between nodes is slow."""
+        available = self._available(counts)
+        yield available, replace(self.market, counts=dict(counts))
+        gradients = max(float(price.gradient_bytes.sum()) for price in self.market.prices.values())
+        for name, kind in available.items():
+            nodes = [ranks for ranks in kind.nodes if ranks]
+            few = len(nodes) // 2
+            while few:
+                alone = {name: replace(kind, nodes=tuple(nodes[:few]))}
+                there = {k: alone[k].count if k in alone else 0 for k in counts}
+                fewer = synchroniser(replace(self.job, kinds=alone), gradients)
+                yield alone, replace(self.market, counts=there, synchronise_s=fewer)
+                few //= 2
+
+    def _placed(self, available: Mapping[str, Kind], plan: Sequence[Share]) -> Placement:
+        """The faster of two placements, where there is a choice."""
+        first = place_shares(available, plan)
+        if len(self.job.cluster.nodes) == 1 or all(len(s.template.stages) == 1 for s in plan):
+            return first
+        return min((first, place_shares(available, plan, together="stage")), key=lambda p: self._read(p).step_time_s)
+
+    def _improved(self, placement: Placement) -> Placement:
+        if len(self.job.cluster.nodes) == 1 or all(len(p.share.template.stages) == 1 for p in placement):
+            return placement
+        return improve(placement, lambda p: self._read(p).step_time_s, SWAPS)[0]
 
     def _available(self, counts: Mapping[str, int]) -> dict[str, Kind]:
         """Kinds with so many devices: the last ones are those that are not there."""
@@ -217,9 +323,9 @@ class Allocator:
         return kinds
 
     def _read(self, placement: Placement) -> Reading:
-        if placement not in self.read:
-            self.read[placement] = read(self.job, self.market, placement)
-        return self.read[placement]
+        if placement not in self._readings:
+            self._readings[placement] = read(self.job, self.market, placement)
+        return self._readings[placement]
 
     def _energy_j(self, reading: Reading) -> dict[str, float]:
         """Energy of the devices used, by device name."""
@@ -237,11 +343,8 @@ class Allocator:
     def _worth(self, name: str, there: Mapping[str, int], placement: Placement, reading: Reading) -> Worth:
         """Plans anew without one device of a kind, and without all of them."""
         kind = self.job.kinds[name]
-        busy = [
-            (b, len(lane.rank_class.ranks))
-            for lane, b in zip(reading.lanes, reading.busy_s, strict=True)
-            if lane_kind(self.job, lane.rank_class.ranks) == name
-        ]
+        pairs = zip(reading.lanes, reading.busy_s, strict=True)
+        busy = [(b, len(lane.rank_class.ranks)) for lane, b in pairs if lane_kind(self.job, lane.rank_class.ranks) == name]
         used = sum(n for _, n in busy)
         one = self._otherwise({**there, name: there[name] - 1})
         none = self._otherwise({**there, name: 0})

@@ -34,9 +34,9 @@ def layer_bound_s(market: Market) -> float:
     whole = np.hstack([np.tile(np.eye(m), n), np.zeros((m, 1))])
     goal = np.append(np.zeros(n * m), 1.0)
     solved = linprog(goal, A_ub=work, b_ub=np.zeros(n), A_eq=whole, b_eq=times.astype(float), bounds=(0, None), method="highs")
-    if not solved.success:
+    if not solved.success or solved.x is None:
         raise InternalError(f"the bound of an allocation was not found: {solved.message}")
-    return float(solved.fun)
+    return float(solved.x[-1])
 
 
 def replica_bound_s(market: Market) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from simtrain.core.polynomial import FloatArray
+from simtrain.core.program import IntArray
 from simtrain.planner.allocation.families import Family
 from simtrain.planner.allocation.prices import Market, Share
 
@@ -131,7 +132,7 @@ def shares(market: Market, family: Family, chosen: Chosen) -> tuple[Share, ...] 
     Starts from what every replica can do until the time at which all together can do enough, then gives back what is too much, latest
     first. Returns `None` where micro-batch sizes do not add up to the global batch.
     """
-    owner = np.repeat([i for i, _ in chosen], [n for _, n in chosen])
+    owner = np.repeat(np.array([i for i, _ in chosen], dtype=np.int64), [n for _, n in chosen])
     size = np.array([family.templates[i].micro_batch for i in owner])
     fill, period = family.fill_s[owner], family.period_s[owner]
     low, high = 0.0, float(np.max(fill + period * market.global_batch))
@@ -144,7 +145,12 @@ def shares(market: Market, family: Family, chosen: Chosen) -> tuple[Share, ...] 
     while surplus > 0:
         free = np.flatnonzero((number > 0) & (size <= surplus))
         if not len(free):
-            return None
+            other = _exchanged(family, owner, size * number, surplus)
+            if other is None:
+                return None
+            replica, index, count = other
+            owner[replica], number[replica] = index, count
+            break
         latest = int(free[np.argmax(fill[free] + period[free] * number[free])])
         number[latest] -= 1
         surplus -= int(size[latest])
@@ -153,3 +159,22 @@ def shares(market: Market, family: Family, chosen: Chosen) -> tuple[Share, ...] 
         if m:
             found[i, m] = found.get((i, m), 0) + 1
     return tuple(Share(family.templates[i], n, m) for (i, m), n in found.items())
+
+
+def _exchanged(family: Family, owner: IntArray, samples: IntArray, surplus: int) -> tuple[int, int, int] | None:
+    """A replica that another template on the same devices lets process `surplus` samples fewer, that template, and its micro-batches.
+
+    The one that ends first is taken; `None` if there is none.
+    """
+    taken = [tuple((s.unit.kind, s.unit.tensor) for s in t.stages) for t in family.templates]
+    devices = [tuple(sorted((kind, sum(w for k, w in own if k == kind)) for kind in {k for k, _ in own})) for own in taken]
+    best: tuple[float, int, int, int] | None = None
+    for replica in dict(zip(zip(owner.tolist(), samples.tolist(), strict=True), range(len(owner)), strict=True)).values():
+        target = int(samples[replica]) - surplus
+        for i, template in enumerate(family.templates):
+            if devices[i] == devices[owner[replica]] and target >= 0 and target % template.micro_batch == 0:
+                count = target // template.micro_batch
+                ends = float(family.fill_s[i] + family.period_s[i] * count)
+                if best is None or ends < best[0]:
+                    best = (ends, replica, i, count)
+    return best[1:] if best else None

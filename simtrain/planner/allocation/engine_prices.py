@@ -8,7 +8,8 @@ import numpy as np
 
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.polynomial import FloatArray
-from simtrain.cost.collectives import point_to_point
+from simtrain.core.workload import Collective
+from simtrain.cost.collectives import collective, point_to_point
 from simtrain.planner.allocation.kinds import Kind
 from simtrain.planner.allocation.prices import LayerPrices, Market, Unit
 from simtrain.planner.allocation.stages import Cuts, Job
@@ -18,7 +19,7 @@ from simtrain.step.layout import Lane
 from simtrain.step.ledger import ledger
 from simtrain.step.schedules import Action, plan
 from simtrain.step.setting import Setting
-from simtrain.step.shard import chunks, rank_form
+from simtrain.step.shard import rank_form, tied_parameter
 from simtrain.step.states import persistent
 from simtrain.step.synchronise import update_cost
 
@@ -68,7 +69,7 @@ def market(
         counts={k.name: k.count for k in job.kinds.values()},
         prices=prices,
         send_s=_sender(job, cuts),
-        synchronise_s=_synchroniser(job, gradients),
+        synchronise_s=synchroniser(job, gradients),
         global_batch=global_batch,
         node_devices={k.name: k.per_node for k in job.kinds.values()},
         transfers="sender" if next(iter(job.kinds.values())).runtime.blocking_sends else "asynchronous",
@@ -83,7 +84,7 @@ def layer_cuts(job: Job) -> Cuts:
     setting = job.setting(Unit(kind.name, 1, "none"), 1, 1, 2, 1)
     single = tuple((i, i + 1) for i in range(job.workload.depth))
     try:
-        chunks(rank_form(job.workload, setting.strategy, setting.runtime, setting.devices), single, setting.precision, setting.runtime)
+        job.pieces(setting, single)
     except UnsupportedError:
         return ((0, job.workload.depth),)
     return single
@@ -97,22 +98,21 @@ def layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPri
     known: dict[tuple[object, ...], tuple[FloatArray, float]] = {}
     setting = job.setting(unit, micro_batch, 3, 2 if len(cuts) > 1 else 1, REPLICAS)
     groups = _groups(kind, unit.tensor)
-    for i in range(len(cuts)):
-        lane = job.lane(setting, cuts, i, groups)
-        chunk = lane.chunks[0]
-        key = (*chunk.concrete, chunk.first, chunk.last)
+    tied = tied_bytes(job, setting)
+    for chunk in job.pieces(setting, cuts):
+        key = (*map(id, chunk.concrete), chunk.first, chunk.last)  # equal layers are one object
         if key not in known:
-            known[key] = _one(setting, lane, len(cuts))
+            known[key] = _one(setting, job.lane(setting, chunk, groups), len(cuts), tied if chunk.last and not chunk.first else 0.0)
         columns.append(known[key][0])
         transient = max(transient, known[key][1])
-    device_f, host_f, device_b, host_b, device_fresh, update, gradient, fixed, kept = np.array(columns).T
+    device_f, host_f, device_b, host_b, least, update, gradient, fixed, kept = np.array(columns).T
     hosted = host_f.sum() + host_b.sum() > device_f.sum() + device_b.sum()  # the host sets the pace of the whole model
     runtime = kind.runtime
     outside = runtime.context_bytes + COMMUNICATORS * runtime.communicator_bytes
     return LayerPrices(
         forward_s=host_f if hosted else device_f,
         backward_s=host_b if hosted else device_b,
-        least_s=device_f + device_fresh,
+        least_s=least,
         update_s=update,
         gradient_bytes=gradient,
         fixed_bytes=fixed,
@@ -121,22 +121,23 @@ def layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPri
     )
 
 
-def _one(setting: Setting, lane: Lane, layers: int) -> tuple[FloatArray, float]:
+def _one(setting: Setting, lane: Lane, layers: int, tied: float) -> tuple[FloatArray, float]:
     """Prices of one layer, and the memory that its passes take while they run."""
     costs = chunk_costs(setting, lane, lane.chunks[0])
     forward = costs.listed(Action.FORWARD, adding=False, last=False)
     adding = costs.listed(Action.BACKWARD, adding=True, last=False)
     fresh = costs.listed(Action.BACKWARD, adding=False, last=False)
-    held = sum(p.elements for p in lane.chunks[0].trained) * gradient_bytes(setting.precision, setting.runtime)
+    # a weight that both ends hold is exchanged between replicas at one of them
+    held = sum(p.elements for p in lane.chunks[0].trained) * gradient_bytes(setting.precision, setting.runtime) - tied
     states = float(persistent(setting, lane).sum())
     # the first stage of a longer pipeline keeps one more micro-batch in flight
-    peaks = [ledger(setting, _first(lane), plan("1f1b", stages, 1, 4)).peak_bytes for stages in ((2, 3) if layers > 1 else (1, 1))]
+    peaks = [ledger(setting, lane, plan("1f1b", stages, 1, 4)).peak_bytes for stages in ((2, 3) if layers > 1 else (1, 1))]
     kept = peaks[1] - peaks[0] if layers > 1 else 0.0
     column = np.array(
         [
             *(sum(s.cost.device_s for s in forward), sum(s.cost.host_s for s in forward)),
             *(sum(s.cost.device_s for s in adding), sum(s.cost.host_s for s in adding)),
-            sum(s.cost.device_s for s in fresh),
+            sum(s.cost.device_s - s.cost.wire_s for s in (*forward, *fresh)),  # no placement saves more than what it communicates
             update_cost(setting, lane).device_s,
             held,
             states if layers > 1 else peaks[0],
@@ -146,8 +147,10 @@ def _one(setting: Setting, lane: Lane, layers: int) -> tuple[FloatArray, float]:
     return column, max(peaks[0] - 2 * kept - states, 0.0) if layers > 1 else 0.0
 
 
-def _first(lane: Lane) -> Lane:
-    return Lane(0, lane.rank_class, 0, 0, lane.place, lane.chunks)
+def tied_bytes(job: Job, setting: Setting) -> float:
+    """Gradient bytes on a device of the weight that both ends of a pipeline hold; 0 where there is none."""
+    parameter = tied_parameter(job.workload, rank_form(job.workload, setting.strategy, setting.runtime, setting.devices))
+    return parameter.elements * gradient_bytes(setting.precision, setting.runtime) if parameter else 0.0
 
 
 def _groups(kind: Kind, tensor: int) -> list[tuple[int, ...]]:
@@ -194,24 +197,31 @@ def transfer_pairs(source: Sequence[int], target: Sequence[int]) -> list[tuple[i
     return [(source[i * len(source) // n], target[i * len(target) // n]) for i in range(n)]
 
 
-def _synchroniser(job: Job, whole_bytes: float) -> Callable[[float, int, frozenset[str]], float]:
-    """Reduction as the search sees it: what leaves each node, or what moves inside it, at the slowest place.
+def synchroniser(job: Job, whole_bytes: float) -> Callable[[float, int, frozenset[str]], float]:
+    """Reduction as the search sees it: an all-reduce over all devices, or what moves inside a node if that takes longer.
 
     A node sends each part of the model that its devices hold once, so that neither more than the whole model nor more than what its
     devices hold leaves it.
     """
-    alone = len(job.cluster.nodes) == 1
-    rates: dict[str, tuple[float, float, int]] = {}
-    for kind in job.kinds.values():
-        ranks = max(kind.nodes, key=len)
-        node = job.cluster.nodes[int(job.fabric.node_of[ranks[0]])]
-        inside = node.peer_link or node.host_link
-        outside = node.nic.sustained_bytes_per_s * node.nics if node.nic else np.inf
-        rates[kind.name] = (inside.sustained_bytes_per_s, np.inf if alone else outside, len(ranks))
+    known: dict[frozenset[str], tuple[float, float, float]] = {}
+
+    def between(kinds: frozenset[str]) -> tuple[float, float, float]:
+        if kinds not in known:
+            chosen = [job.kinds[name] for name in sorted(kinds)]
+            inside = min(_inside_bytes_per_s(job, kind) for kind in chosen)
+            ring = sorted(rank for kind in chosen for ranks in kind.nodes for rank in ranks)
+            across = collective(job.fabric, Collective.ALL_REDUCE, ring, whole_bytes)
+            known[kinds] = (inside, across.latency_s, (across.time_s - across.latency_s) / whole_bytes)
+        return known[kinds]
 
     def synchronise_s(load: float, replicas: int, kinds: frozenset[str]) -> float:
-        volume = 2 * (replicas - 1) / replicas
-        slowest = max(max(load / rates[k][0], min(whole_bytes, load * rates[k][2]) / rates[k][1]) for k in kinds)
-        return volume * slowest
+        inside, latency_s, per_byte_s = between(kinds)
+        leaving = min(whole_bytes, load * max(job.kinds[k].per_node for k in kinds))
+        return max(2 * (replicas - 1) / replicas * load / inside, latency_s + leaving * per_byte_s)
 
     return synchronise_s
+
+
+def _inside_bytes_per_s(job: Job, kind: Kind) -> float:
+    node = job.cluster.nodes[int(job.fabric.node_of[kind.nodes[0][0]])]
+    return (node.peer_link or node.host_link).sustained_bytes_per_s

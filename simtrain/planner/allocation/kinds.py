@@ -10,6 +10,7 @@ from simtrain.core.hardware import Cluster, Device
 from simtrain.core.precision import DType, precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
+from simtrain.step.narrow_check import check_format
 
 SIXTEEN_BIT = (("bf16-amp", DType.BF16), ("fp16-amp", DType.FP16))
 """Recipes with a 16-bit type, the preferred one first."""
@@ -53,7 +54,8 @@ def kinds_of(cluster: Cluster, runtime: Runtime | str | None, recipe: str | None
     Args:
         cluster: Whose devices.
         runtime: What carries work out; by default eager PyTorch, on CPUs that of CPUs.
-        recipe: Precision; by default the first 16-bit recipe that all devices have arithmetic for, else the first for each kind, else fp32.
+        recipe: Precision; by default the first 16-bit recipe that all devices of its class have, else the first that it has, else
+            fp32.
 
     Raises:
         UnsupportedError: A device lacks the arithmetic of the recipe, or CPUs are mixed with accelerators.
@@ -75,12 +77,13 @@ def kinds_of(cluster: Cluster, runtime: Runtime | str | None, recipe: str | None
             rank += len(ranks)
     devices = {d.name: d for d in cluster.devices}
     names = [str(key[0]) for key in found]
-    common = _common(tuple(devices.values())) if recipe is None else recipe
     made = []
     for i, (key, nodes) in enumerate(found.items()):
         device = devices[str(key[0])]
-        own = common or _common((device,)) or "fp32"
+        alike = tuple(d for d in devices.values() if d.device_class == device.device_class)
+        own = recipe or _common(alike) or _common((device,)) or "fp32"
         device.peak(precision(own).arithmetic)
+        check_format(device, precision(own))
         number = f"#{names[: i + 1].count(names[i])}" if names.count(names[i]) > 1 else ""
         made.append(Kind(f"{device.name}{number}", device, tuple(nodes), framework, own))
     return tuple(made)

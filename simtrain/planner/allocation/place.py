@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 from simtrain.core.errors import InputError
 from simtrain.planner.allocation.kinds import Kind
-from simtrain.planner.allocation.prices import Share
+from simtrain.planner.allocation.prices import Share, Unit
 
 MOST_SWAPS = 120
 """Placements that are priced to improve on the first."""
@@ -32,33 +33,48 @@ class PlacedShare:
 Placement = tuple[PlacedShare, ...]
 
 
-def place_shares(kinds: dict[str, Kind], plan: Sequence[Share]) -> Placement:
-    """Gives stages their ranks, large replicas first; a replica goes where its devices of a kind fit into one node, tightest first.
+def place_shares(kinds: Mapping[str, Kind], plan: Sequence[Share], *, together: Literal["replica", "stage"] = "replica") -> Placement:
+    """Gives stages their ranks, wide replicas first.
+
+    Args:
+        kinds: Whose devices.
+        plan: Replicas.
+        together: What shares nodes: the stages of a replica (short ways for activations) or like stages (short ways for gradients).
 
     Raises:
         InputError: Tensor-parallel groups do not go into the nodes.
     """
     free = {name: [list(ranks) for ranks in kind.nodes] for name, kind in kinds.items()}
+    found: list[list[list[Ranks]]] = [[[() for _ in p.template.stages] for _ in range(p.copies)] for p in plan]
     order = sorted(range(len(plan)), key=lambda i: -max(s.unit.tensor for s in plan[i].template.stages))
-    found: dict[int, PlacedShare] = {}
     for i in order:
-        found[i] = PlacedShare(plan[i], tuple(_placed(free, plan[i]) for _ in range(plan[i].copies)))
-    return tuple(found[i] for i in range(len(plan)))
+        stages = plan[i].template.stages
+        slots = [(c, s) for c in range(plan[i].copies) for s in range(len(stages))]
+        for c, s in slots if together == "replica" else sorted(slots, key=lambda slot: slot[1]):
+            unit = stages[s].unit
+            left = stages[s:] if together == "replica" else ()
+            wanted = sum(x.unit.tensor for x in left if x.unit.kind == unit.kind)
+            before = found[i][c][s - 1] if s and together == "replica" else ()
+            found[i][c][s] = _taken(free[unit.kind], unit, wanted, before)
+    return tuple(PlacedShare(p, tuple(tuple(copy) for copy in copies)) for p, copies in zip(plan, found, strict=True))
 
 
-def _placed(free: dict[str, list[list[int]]], share: Share) -> tuple[Ranks, ...]:
-    stages: list[Ranks] = []
-    for s, stage in enumerate(share.template.stages):
-        unit = stage.unit
-        rest = sum(x.unit.tensor for x in share.template.stages[s:] if x.unit.kind == unit.kind)
-        nodes = [node for node in free[unit.kind] if len(node) >= unit.tensor]
-        if not nodes:
-            raise InputError(f"{unit.tensor} free devices of {unit.kind} in one node are needed, but none has them left")
-        near = [node for node in nodes if stages and min(node) - 1 == max(stages[-1])]
-        node = min(nodes, key=lambda n: (n not in near, len(n) < rest, len(n) if len(n) >= rest else -len(n)))
-        stages.append(tuple(node[: unit.tensor]))
-        del node[: unit.tensor]
-    return tuple(stages)
+def _taken(nodes: list[list[int]], unit: Unit, wanted: int, before: Ranks) -> Ranks:
+    """Takes a unit's devices: behind those of the stage before, else where all that is wanted goes in, tightest first."""
+    possible = [node for node in nodes if len(node) >= unit.tensor]
+    if not possible:
+        raise InputError(f"{unit.tensor} free devices of {unit.kind} in one node are needed, but none has them left")
+    node = min(
+        possible,
+        key=lambda n: (
+            not before or n[0] - 1 != before[-1],
+            len(n) < wanted,
+            len(n) if wanted and len(n) >= wanted else -len(n) * bool(wanted),
+        ),
+    )
+    ranks = tuple(node[: unit.tensor])
+    del node[: unit.tensor]
+    return ranks
 
 
 def improve(placement: Placement, price_s: Callable[[Placement], float], budget: int = MOST_SWAPS) -> tuple[Placement, float]:

@@ -1,12 +1,12 @@
 """An allocation as the engine's own program: a lane for every stage of every template, read like any other step.
 
-Replicas run their pipelines one forward, one backward; gradients are reduced once all are there (`reduction`), then every stage updates.
+Replicas run their pipelines one forward, one backward; gradients are reduced (`reduction`), then every stage updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from simtrain.step.schedules import Action, SchedulePlan, plan
 from simtrain.step.setting import Setting
 from simtrain.step.shard import tied_parameter
 from simtrain.step.synchronise import update_cost
+
+PARTS = 8
+"""Parts of about equal size in which gradients are reduced beside the backward passes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +96,7 @@ def lines_of(job: Job, placement: Placement) -> tuple[Line, ...]:
             groups = [copy[s] for copy in p.copies]
             name = f"group {number + 1}, stage {s}: {stage.unit.kind} x{stage.unit.tensor * p.share.copies}"
             settings.append(setting)
-            lanes.append(job.lane(setting, cuts, s, groups, index=index, name=name))
+            lanes.append(job.lane(setting, job.pieces(setting, cuts)[s], groups, index=index, stage=s, name=name))
             index += 1
         found.append(Line(p, tuple(settings), tuple(lanes), plan("1f1b", len(cuts), 1, p.share.micro_batches)))
     return tuple(found)
@@ -135,23 +138,35 @@ def build(job: Job, lines: Sequence[Line], exchanged: CollectiveCost) -> Program
     lanes = [lane for line in lines for lane in line.lanes]
     build_ = Builder(settings[0].runtime, tuple(lane.rank_class for lane in lanes), any(s.precision.loss_scaling for s in settings))
     ends: list[int] = []
+    levels = np.concatenate([line.order.level for line in lines])
+    last: list[list[int]] = []
+    made: list[dict[int, int]] = []
+    first = 0
     for line in lines:
-        last = _pipeline(job, build_, line)
-        tied = _tie(job, build_, line, last)
-        ends += tied or last
+        made.append({})
+        last.append(_pipeline(job, build_, line, first, made[-1]))
+        first += len(line.order)
+    build_.begin(len(levels))  # what follows all pipelines
+    for line, own in zip(lines, last, strict=True):
+        ends += _tie(job, build_, line, own) or own
     done = ends
     if exchanged.loads or exchanged.latency_s:
         stream = build_.stream(range(len(lanes)), "communication")
-        done = [build_.transfer(TermKind.COLLECTIVE, stream, "reduce gradients, weighted", exchanged, ends)]
+        done = []
+        for cost, waits in _parts(lines, exchanged, last, made):
+            done.append(build_.transfer(TermKind.COLLECTIVE, stream, "reduce gradients, weighted", cost, waits or ends))
     for setting, lane in zip(settings, lanes, strict=True):
         if setting.reduces:
             _restore(build_, setting, lane, done)
         build_.work(lane.index, TermKind.OPTIMIZER, "optimizer", update_cost(setting, lane), -1, done, sync=True)
-    return build_.finish(np.zeros(1, dtype=np.int64))[0]
+    return build_.finish(np.append(levels, levels.max() + 1))[0]
 
 
-def _pipeline(job: Job, build_: Builder, line: Line) -> list[int]:
-    """Passes and sends of equal replicas; returns the last term of each stage."""
+def _pipeline(job: Job, build_: Builder, line: Line, first: int, made: dict[int, int]) -> list[int]:
+    """Passes and sends of equal replicas, their instructions being numbered from `first`; returns the last term of each stage.
+
+    Where a replica is one stage, `made` gets the term that ends the gradients of each layer.
+    """
     order = line.order
     costs = [chunk_costs(setting, lane, lane.chunks[0]) for setting, lane in zip(line.settings, line.lanes, strict=True)]
     known: dict[tuple[int, int], PassCost] = {}
@@ -160,14 +175,21 @@ def _pipeline(job: Job, build_: Builder, line: Line) -> list[int]:
     last = [0] * len(line.lanes)
     targets = _targets(order)
     for i in range(len(order)):
+        build_.begin(first + i)
         s, action, micro_batch = int(order.rank[i]), Action(int(order.action[i])), int(order.micro_batch[i])
         steps = costs[s].steps(action, micro_batch, order, s, 0)
-        if (s, id(steps)) not in known:  # the costs keep the lists
-            known[s, id(steps)] = chain([step.cost for step in steps])
-        lane, kind = line.lanes[s], TERM_KINDS[steps[-1].which.mode]
+        lane = line.lanes[s]
         label = "forward" if action is Action.FORWARD else "backward"
         waits = [*arrivals.pop(i, ()), *held.pop(s, ())]
-        last[s] = build_.work(lane.index, kind, label, known[s, id(steps)], micro_batch, waits)
+        if order.stages == 1:  # pass by pass, as the host may be so many kernels ahead and no more
+            for step in steps:
+                last[s] = build_.work(lane.index, TERM_KINDS[step.which.mode], label, step.cost, micro_batch)
+                if step.last and step.ends_gradients:
+                    made[step.which.layer] = last[s]
+            continue
+        if (s, id(steps)) not in known:  # the costs keep the lists
+            known[s, id(steps)] = chain([step.cost for step in steps])
+        last[s] = build_.work(lane.index, TERM_KINDS[steps[-1].which.mode], label, known[s, id(steps)], micro_batch, waits)
         for target in targets[i]:
             to = int(order.rank[target])
             stream = build_.stream((lane.index,), f"send {label}")
@@ -177,6 +199,32 @@ def _pipeline(job: Job, build_: Builder, line: Line) -> list[int]:
             if line.settings[s].runtime.blocking_sends:
                 held.setdefault(s, []).append(sent)
     return last
+
+
+def _parts(
+    lines: Sequence[Line], exchanged: CollectiveCost, last: Sequence[Sequence[int]], made: Sequence[dict[int, int]]
+) -> list[tuple[CollectiveCost, list[int]]]:
+    """The reduction in parts with what each waits for; nothing where it waits for all pipelines.
+
+    Replicas of one stage hold the same layers, so that the reduction of the last ones may run beside the backward passes of the others.
+    """
+    if not all(line.settings[0].runtime.overlap_communication and len(line.lanes) == 1 for line in lines):
+        return [(exchanged, [])]
+    layers = sorted(set(made[0]), reverse=True)
+    chunk = lines[0].lanes[0].chunks[0]
+    size = {i: sum(p.elements for p in layer.trained if p.tied_to is None) for i, layer in enumerate(chunk.workload)}
+    total, taken, found = sum(size[i] for i in layers), 0, list[tuple[CollectiveCost, list[int]]]()
+    for i in layers:
+        taken += size[i]
+        if taken * PARTS < total and i != layers[-1]:
+            continue
+        share = taken / total
+        loads = {link: amount * share for link, amount in exchanged.loads.items()}
+        traffic = exchanged.traffic_bytes * share
+        cost = replace(exchanged, loads=loads, traffic_bytes=traffic)
+        found.append((cost, [own[i] for own in made]))
+        taken = 0
+    return found or [(exchanged, [own[-1] for own in last])]
 
 
 def _targets(order: SchedulePlan) -> list[list[int]]:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from simtrain.core.program import Resource
 from simtrain.core.workload import Collective
 from simtrain.cost.collectives import CollectiveCost, collective
+from simtrain.planner.allocation.engine_prices import tied_bytes
 from simtrain.planner.allocation.place import Placement
 from simtrain.planner.allocation.prices import Market
 from simtrain.planner.allocation.stages import Job
@@ -25,8 +26,9 @@ def reduction(job: Job, market: Market, placement: Placement) -> CollectiveCost:
         placement: Replicas with their ranks.
     """
     loads: dict[Resource, float] = {}
-    latency = 0.0
+    latency = traffic = 0.0
     names: dict[str, None] = {}
+    pipelined = all(len(p.share.template.stages) > 1 for p in placement)  # then both ends reduce a weight that they share
     cuts = sorted({0, market.layers, *(s.end for p in placement for s in p.share.template.stages)})
     for start, end in pairwise(cuts):
         holders = [
@@ -40,11 +42,14 @@ def reduction(job: Job, market: Market, placement: Placement) -> CollectiveCost:
             continue
         unit, size, _ = max(holders, key=lambda h: h[0].tensor)
         held = float(market.prices[unit, size].gradient_bytes[start:end].sum())
+        if end == market.layers and pipelined:
+            held += tied_bytes(job, job.setting(unit, size, 1, 2, len(holders)))
         for part in range(unit.tensor):
             ring = sorted(ranks[part * len(ranks) // unit.tensor] for _, _, ranks in holders)
             cost = collective(job.fabric, Collective.ALL_REDUCE, ring, held)
             names[cost.algorithm] = None
             latency = max(latency, cost.latency_s)
+            traffic += cost.traffic_bytes if part == 0 else 0.0
             for resource, amount in cost.loads.items():
                 loads[resource] = loads.get(resource, 0.0) + amount
-    return CollectiveCost(" and ".join(names) or "none", latency, loads)
+    return CollectiveCost(" and ".join(names) or "none", latency, loads, traffic)

@@ -39,6 +39,11 @@ class Proposal:
     synchronise_s: float
 
     @property
+    def kinds(self) -> frozenset[str]:
+        """Device types in it."""
+        return frozenset(kind for s in self.shares for kind in s.template.kinds)
+
+    @property
     def step_time_s(self) -> float:
         """Both together."""
         return self.passes_s + self.synchronise_s
@@ -80,20 +85,23 @@ def search(market: Market, templates: Family | None = None) -> Found:
         for kinds in combinations(present, size):
             part = replace(market, counts={k: market.counts[k] for k in kinds})
             own = known.chosen([set(t.kinds) <= set(kinds) for t in known.templates])
-            if own.templates:
-                proposals += _searched(part, own, bound, min((p.step_time_s for p in proposals), default=np.inf))
+            fastest = min((p.step_time_s for p in proposals), default=np.inf)
+            # a part is searched as if alone, since what is estimated of others may be wrong, but not where it cannot be faster
+            if own.templates and layer_bound_s(part) < fastest:
+                proposals += _searched(part, own, bound)
     if not proposals:
         raise InputError(
             f"no combination of micro-batches of {', '.join(map(str, market.micro_batches))} gives a global batch of "
             f"{market.global_batch}: use a multiple of {min(market.micro_batches)}"
         )
-    proposals.sort(key=lambda p: p.step_time_s)
-    return Found(tuple(proposals), bound, len(known.templates))
+    distinct = {p.shares: p for p in sorted(proposals, key=lambda p: p.step_time_s)}
+    return Found(tuple(distinct.values()), bound, len(known.templates))
 
 
-def _searched(market: Market, templates: Family, bound_s: float, best_s: float) -> list[Proposal]:
+def _searched(market: Market, templates: Family, bound_s: float) -> list[Proposal]:
     """Searches with some device types, level by level, for what may beat the best known."""
     proposals: list[Proposal] = []
+    best_s = np.inf
     kinds = frozenset(market.counts)
     for cap in _levels(templates.load_bytes):
         part = templates.under(cap)

@@ -17,7 +17,7 @@ from simtrain.step.costs import Place
 from simtrain.step.layout import Lane
 from simtrain.step.network import Wire, place
 from simtrain.step.setting import Setting
-from simtrain.step.shard import chunks, rank_form
+from simtrain.step.shard import Chunk, chunks, rank_form
 
 Cuts = tuple[tuple[int, int], ...]
 
@@ -56,21 +56,25 @@ class Job:
         devices = (kind.device,) * unit.tensor
         return Setting(self.workload, self.cluster, strategy, precision(kind.precision), kind.runtime, devices)
 
-    def lane(self, setting: Setting, cuts: Cuts, stage: int, groups: Sequence[tuple[int, ...]], *, index: int = 0, name: str = "") -> Lane:
+    def pieces(self, setting: Setting, cuts: Cuts) -> tuple[Chunk, ...]:
+        """The layers of every stage, as a rank of this setting runs them."""
+        local = rank_form(self.workload, setting.strategy, setting.runtime, setting.devices)
+        return chunks(local, cuts, setting.precision, setting.runtime, selective=setting.strategy.checkpoint == "selective")
+
+    def lane(
+        self, setting: Setting, piece: Chunk, groups: Sequence[tuple[int, ...]], *, index: int = 0, stage: int = 0, name: str = ""
+    ) -> Lane:
         """The lane of a stage.
 
         Args:
             setting: Of the stage.
-            cuts: Layers of every stage of its replica.
-            stage: Which.
+            piece: What it holds.
             groups: Tensor-parallel ranks of every copy.
             index: Among all lanes.
+            stage: Among those of its replica.
             name: For reports.
         """
-        local = rank_form(self.workload, setting.strategy, setting.runtime, setting.devices)
-        selective = setting.strategy.checkpoint == "selective"
-        piece = chunks(local, cuts, setting.precision, setting.runtime, selective=selective)[stage]
         wire = Wire(self.fabric, {"tensor": place(self.fabric, groups)} if setting.strategy.tensor > 1 else {})
-        at = Place(setting.devices[0], setting.strategy.micro_batch, local.sequence, setting.runtime, wire)
+        at = Place(setting.devices[0], setting.strategy.micro_batch, piece.workload.sequence, setting.runtime, wire)
         ranks = tuple(sorted(r for group in groups for r in group))
         return Lane(index, RankClass(name, ranks, setting.devices[0]), stage, 0, at, (piece,))

@@ -17,7 +17,16 @@ from simtrain.core.strategy import Strategy
 from simtrain.planner.launchers.form import Written, accumulation_of, ranks_of, replicas, whole
 
 NAME = "Megatron-LM"
-PRECISIONS = {"bf16-master": "--bf16", "fp16-master": "--fp16", "fp32": ""}
+PRECISIONS = {
+    "fp8": "--bf16 --fp8-format hybrid",
+    "fp8-params": "--bf16 --fp8-format hybrid --fp8-param-gather",
+    "fp8-current": "--bf16 --fp8-format hybrid --fp8-recipe tensorwise",
+    "mxfp8": "--bf16 --fp8-format e4m3 --fp8-recipe mxfp8",
+    "bf16-master": "--bf16",
+    "fp16-master": "--fp16",
+    "fp32": "",
+}
+"""Flags of recipes; those of fp8 are recalled, not looked up."""
 SHARDING = {2: "optim_grads", 3: "optim_grads_params"}
 FSDP_NEEDS = "; CUDA_DEVICE_MAX_CONNECTIONS must not be 1"
 STYLES = {"ring": "p2p", "ulysses": "a2a"}
@@ -96,13 +105,12 @@ def read(text: str, ranks: int | None) -> Strategy:
     virtual = number("num-virtual-stages-per-pipeline-rank", 0)
     sharding = {v: k for k, v in SHARDING.items()} | {"optim": 1, "no_shard": 0}
     zero = sharding.get(str(flags.get("data-parallel-sharding-strategy", "no_shard")), 0) if "use-megatron-fsdp" in flags else 0
-    precision = "bf16-master" if "bf16" in flags else "fp16-master" if "fp16" in flags else "fp32"
     values: dict[str, Any] = {"schedule": "interleaved", "chunks": virtual} if virtual > 1 else {}
     return Strategy(
         data=data,
         micro_batch=micro_batch,
         accumulation=accumulation_of(number("global-batch-size", micro_batch * data), micro_batch, data, NAME),
-        precision=precision,
+        precision=_precision(flags),
         optimizer={v: k for k, v in OPTIMIZERS.items()}.get(str(flags.get("optimizer", "adam")), "adamw"),
         checkpoint=_checkpoint(flags, number("recompute-num-layers")),
         zero=1 if "use-distributed-optimizer" in flags and not zero else zero,
@@ -114,6 +122,13 @@ def read(text: str, ranks: int | None) -> Strategy:
         expert=number("expert-model-parallel-size"),
         **values,
     )
+
+
+def _precision(flags: dict[str, str | bool]) -> str:
+    if "fp8-format" not in flags:
+        return "bf16-master" if "bf16" in flags else "fp16-master" if "fp16" in flags else "fp32"
+    scaling = {"tensorwise": "fp8-current", "mxfp8": "mxfp8"}.get(str(flags.get("fp8-recipe", "delayed")), "fp8")
+    return "fp8-params" if scaling == "fp8" and "fp8-param-gather" in flags else scaling
 
 
 def _checkpoint(flags: dict[str, str | bool], layers: int) -> str:

@@ -1,0 +1,170 @@
+"""Screening as arrays: estimates everything that the tables cover and keeps what may be best, as candidates in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simtrain.core.errors import StrategyError, UnsupportedError
+from simtrain.core.hardware import Cluster
+from simtrain.core.polynomial import FloatArray
+from simtrain.core.workload import Workload
+from simtrain.planner.arrays.compose import Estimates, estimate_block
+from simtrain.planner.arrays.tables import Tables
+from simtrain.planner.failures import refusal
+from simtrain.planner.found import Failure
+from simtrain.planner.objectives import TIMED, Limits
+from simtrain.planner.space import Block, Candidate
+from simtrain.step.occupancy import KINDS
+
+FINALISTS = 40
+"""Candidates that are kept for each quality that an objective may ask for."""
+
+LISTED = 1000
+"""Candidates that are listed as too large for memory, those nearest to fitting."""
+
+ROUGH = 1.5
+"""What is estimated roughly (`Estimates.sure`) decides less: one by one unless this many times slower than the best."""
+
+MEMORY_ERROR = 0.01
+"""Share by which arrays may have too much memory: what is over by less is read in full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Screened:
+    """What screening as arrays left.
+
+    Attributes:
+        finalists: Seconds per sample and candidate, of those that may be best.
+        failed: Those nearest to fitting among those that do not fit, and why.
+        unlisted: How many more do not fit.
+        passed_over: How many fit, but are not among the best.
+        rest: Candidates that the tables do not cover.
+        known: How many were estimated so that it decides.
+    """
+
+    finalists: list[tuple[float, Candidate]]
+    failed: list[tuple[Candidate, Failure]]
+    unlisted: int
+    passed_over: int
+    rest: tuple[Candidate, ...]
+    known: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Columns:
+    """Candidates of all blocks, side by side."""
+
+    block: np.ndarray
+    index: np.ndarray
+    sure: np.ndarray
+    seconds: FloatArray
+    memory: FloatArray
+    energy: FloatArray
+
+    def where(self, chosen: np.ndarray) -> _Columns:
+        return _Columns(*(getattr(self, name)[chosen] for name in self.__slots__))
+
+
+def screen_blocks(
+    workload: Workload,
+    cluster: Cluster,
+    blocks: Sequence[Block],
+    objectives: Sequence[str],
+    limits: Limits,
+    tick: Callable[[int], None],
+    late: Callable[[], bool],
+) -> Screened:
+    """Estimates every candidate that the tables cover.
+
+    Args:
+        workload: What is trained.
+        cluster: On what.
+        blocks: The space.
+        objectives: What is asked for.
+        limits: What must be kept to.
+        tick: Told how many candidates are done.
+        late: Whether to stop; what is left is neither among the rest nor counted.
+    """
+    tables = Tables(workload, cluster)
+    rest: list[Candidate] = []
+    failed: list[tuple[Candidate, Failure]] = []
+    columns: list[_Columns] = []
+    terms: dict[int, np.ndarray] = {}
+    for number, block in enumerate(blocks):
+        if late():
+            break
+        try:
+            found = estimate_block(tables, block)
+        except (StrategyError, UnsupportedError) as error:
+            failed += [(block.candidate(i), refusal(block.candidate(i), str(error))) for i in range(len(block))]
+            tick(len(block))
+            continue
+        rest += [block.candidate(i) for i in np.flatnonzero(~found.covered).tolist()]
+        columns.append(_column(number, block, found))
+        terms[number] = found.kinds_bytes.argmax(axis=1).astype(np.int8)
+        tick(int(found.sure.sum()))
+    every = _joined(columns)
+    capacity = min(d.memory.capacity_bytes for d in cluster.devices) * (1 - limits.memory_margin)
+    over = every.memory > capacity * (1 + MEMORY_ERROR)
+    large, fits = every.where(over), every.where(~over & every.sure)
+    rough = every.where(~over & ~every.sure)
+    close = rough.seconds <= ROUGH * fits.seconds.min(initial=np.inf)
+    for b, i in zip(rough.block[close].tolist(), rough.index[close].tolist(), strict=True):
+        rest.append(blocks[b].candidate(i))
+    chosen = fits.where(_best(fits, objectives, limits))
+    tick(int((~every.sure).sum() - close.sum()))
+    nearest = large.where(np.argsort(large.memory, kind="stable")[:LISTED])
+    for b, i, memory in zip(nearest.block.tolist(), nearest.index.tolist(), nearest.memory.tolist(), strict=True):
+        candidate = blocks[b].candidate(i)
+        reason = f"out of memory by {(memory - capacity) / 2**30:.2f} GiB"
+        term = KINDS[int(terms[b][i])].value
+        failed.append((candidate, Failure(str(candidate.strategy), reason, memory - capacity, term, runtime=candidate.runtime.name)))
+    return Screened(
+        finalists=[
+            (s, blocks[b].candidate(i))
+            for s, b, i in zip(chosen.seconds.tolist(), chosen.block.tolist(), chosen.index.tolist(), strict=True)
+        ],
+        failed=failed,
+        unlisted=len(large.block) - len(nearest.block),
+        passed_over=len(fits.block) - len(chosen.block) + int((~close).sum()),
+        rest=tuple(rest),
+        known=len(every.block) - int(close.sum()),
+    )
+
+
+def _column(number: int, block: Block, found: Estimates) -> _Columns:
+    known = np.flatnonzero(found.covered)
+    batch = np.array([n * a for n, a in block.micro_batches])[block.codes[known, 0]] * block.degrees["data"]
+    return _Columns(
+        np.full(len(known), number),
+        known,
+        found.sure[known],
+        found.step_time_s[known] / batch,
+        found.device_bytes[known],
+        found.energy_j[known] / batch,
+    )
+
+
+def _joined(columns: Sequence[_Columns]) -> _Columns:
+    empty = _Columns(
+        np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool), np.zeros(0), np.zeros(0), np.zeros(0)
+    )
+    every = [empty, *columns]
+    return _Columns(*(np.concatenate([getattr(c, name) for c in every]) for name in _Columns.__slots__))
+
+
+def _best(fits: _Columns, objectives: Sequence[str], limits: Limits) -> np.ndarray:
+    """Indices of the candidates that may be best, the fastest first."""
+    qualities = [fits.seconds]
+    if limits.power_w or any(o not in TIMED for o in objectives):
+        # one quality alone, and two at a time: what is fastest within every tenth of the memory or the energy that others need
+        qualities += [fits.memory, fits.energy]
+    kept = {i for quality in qualities for i in np.argsort(quality, kind="stable")[:FINALISTS].tolist()}
+    for quality in qualities[1:]:
+        order = np.argsort(fits.seconds, kind="stable")
+        lowest = np.minimum.accumulate(quality[order]) if len(order) else quality
+        kept |= set(order[np.flatnonzero(np.diff(lowest, prepend=np.inf) < 0)].tolist()[:FINALISTS])
+    return np.array(sorted(kept, key=lambda i: fits.seconds[i]), dtype=np.int64)

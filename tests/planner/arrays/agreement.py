@@ -1,0 +1,101 @@
+"""Random strategies, estimated as arrays and read by `schedule`, which also has the ledger: how far apart they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+import simtrain as st
+from simtrain.core.runtime import runtime
+from simtrain.planner.arrays.compose import estimate_block
+from simtrain.planner.arrays.tables import Tables
+from simtrain.planner.space import Wishes, blocks, blocks_of
+
+
+@dataclass(frozen=True)
+class Question:
+    """A space from which strategies are drawn."""
+
+    workload: str
+    cluster: str
+    global_batch: int
+    runtimes: tuple[str, ...]
+    precisions: tuple[str, ...]
+    sizes: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Arrays over `schedule`, less one, for one strategy."""
+
+    strategy: str
+    runtime: str
+    even: bool
+    time: float
+    memory: float
+    kinds: float
+
+
+def gaps(question: Question, count: int, seed: int, longest: int) -> list[Gap]:
+    """Draws strategies that the arrays are sure of, with steps of at most so many instructions, and reads them both ways."""
+    workload, cluster = st.workload(question.workload, **dict(question.sizes)), st.cluster(question.cluster)
+    wishes = Wishes(question.precisions, None, None, "adamw", cluster.size, {})
+    space = blocks(workload, cluster, question.global_batch, [runtime(n) for n in question.runtimes], wishes)[0]
+    tables = Tables(workload, cluster)
+    chooser = np.random.default_rng(seed)
+    few = [space[i] for i in chooser.permutation(len(space))[: max(count // 4, 4)].tolist()]
+    known = [(block, found, i) for block in few for found in [estimate_block(tables, block)] for i in np.flatnonzero(found.sure).tolist()]
+    result: list[Gap] = []
+    for j in chooser.permutation(len(known)).tolist():
+        block, found, i = known[j]
+        candidate = block.candidate(i)
+        strategy = candidate.strategy
+        parts = strategy.pipeline * max(strategy.chunks, 1)
+        if 2 * strategy.accumulation * parts > longest:
+            continue
+        exact = st.schedule(workload, cluster, strategy, runtime=candidate.runtime)
+        result.append(
+            Gap(
+                str(strategy),
+                candidate.runtime.name,
+                blocks_of(workload) % parts == 0,
+                float(found.step_time_s[i] / exact.step_time_s - 1),
+                float(found.device_bytes[i] / exact.memory.device_bytes - 1),
+                float(found.kinds_bytes[i].sum() / exact.memory.allocated_bytes - 1),
+            )
+        )
+        if len(result) == count:
+            break
+    return result
+
+
+def summary(found: Sequence[Gap]) -> str:
+    """The worst of them, for people."""
+    lines = []
+    for even in (True, False):
+        own = [g for g in found if g.even is even]
+        if own:
+            worst = max(own, key=lambda g: abs(g.time))
+            median = np.median([abs(g.time) for g in own])
+            name = "even" if even else "uneven"
+            lines.append(
+                f"{name}: {len(own)} strategies, time median {median:.3%}, worst {worst.time:+.2%} ({worst.runtime} {worst.strategy})"
+            )
+    least, most = min(found, key=lambda g: g.memory), max(found, key=lambda g: g.memory)
+    lines.append(f"memory: lowest {least.memory:+.3%} ({least.strategy}), highest {most.memory:+.3%} ({most.strategy})")
+    return "\n".join(lines)
+
+
+QUESTIONS = (
+    Question("llama3-8b", "32x h100-sxm", 96, ("megatron", "fsdp2"), ("bf16-master", "bf16-amp")),
+    Question("gpt3-175b", "64x a100-sxm-80g", 192, ("megatron", "deepspeed"), ("bf16-master", "fp16-master")),
+    Question(
+        "gpt",
+        "8x rtx-3090",
+        32,
+        ("megatron", "fsdp2", "torch-eager"),
+        ("bf16-amp", "fp16-amp", "fp32"),
+        (("layers", 22), ("hidden", 2048), ("heads", 16), ("vocabulary", 50257), ("seq_len", 1024)),
+    ),
+    Question("llama3-70b", "128x h100-sxm", 256, ("megatron",), ("bf16-master",)),
+)

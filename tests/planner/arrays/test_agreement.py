@@ -1,0 +1,51 @@
+"""Strategies as arrays agree with `schedule` and with the ledger; what they do not know they leave to others."""
+
+import numpy as np
+import pytest
+
+import simtrain as st
+from simtrain.core.runtime import runtime
+from simtrain.planner.arrays.compose import estimate_block
+from simtrain.planner.arrays.tables import Tables
+from simtrain.planner.space import Wishes, blocks
+from tests.planner.arrays.agreement import QUESTIONS, gaps, summary
+
+
+def test_random_strategies_agree_with_schedule_and_the_ledger():
+    found = [gap for seed, question in enumerate(QUESTIONS) for gap in gaps(question, 38, seed, longest=400)]
+    print(summary(found))
+    assert len(found) > 140
+    even = np.array([abs(g.time) for g in found if g.even])
+    assert np.mean(even > 0.01) < 0.02, summary(found)
+    assert max(abs(g.time) for g in found) < 0.05, summary(found)
+    assert min(min(g.memory, g.kinds) for g in found) > -0.01, summary(found)
+    assert max(g.memory for g in found) < 0.01, summary(found)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    return st.cluster("16x a100-sxm-80g")
+
+
+def _covered(workload, cluster, fixed, names=("megatron",)):
+    space = blocks(workload, cluster, 64, [runtime(n) for n in names], Wishes(None, None, None, "adamw", 16, fixed))[0]
+    tables = Tables(workload, cluster)
+    return np.concatenate([estimate_block(tables, block).covered for block in space])
+
+
+def test_what_is_not_in_the_tables_is_left_to_others(cluster):
+    gpt = st.workload("gpt", layers=8, hidden=1024, heads=16, vocabulary=8192, seq_len=512)
+    assert _covered(gpt, cluster, {"tensor": 2}).all()
+    assert not _covered(gpt, cluster, {"tensor": 2, "zero": 1, "data": 8, "shard": 4}).any()
+    assert not _covered(gpt, cluster, {"tensor": 2, "checkpoint": "sqrt"}).any()
+    assert not _covered(st.workload("resnet-50"), cluster, {"data": 16}).any(), "its blocks differ"
+    mixed = st.cluster("8x a100-sxm-80g + 8x v100-sxm2-32g")
+    assert not _covered(gpt, mixed, {"tensor": 2, "precision": "fp16-master"}).any()
+
+
+def test_a_schedule_that_cannot_run_is_left_to_who_says_why(cluster):
+    gpt = st.workload("gpt", layers=8, hidden=1024, heads=16, vocabulary=8192, seq_len=512)
+    fixed = {"pipeline": 4, "tensor": 4, "data": 1, "schedule": "interleaved", "chunks": 2}
+    known = _covered(gpt, cluster, fixed)
+    assert known.any()
+    assert not known.all(), "fewer micro-batches than stages do not interleave"

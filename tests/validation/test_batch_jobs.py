@@ -1,0 +1,28 @@
+import numpy as np
+import pytest
+
+from simtrain.core.errors import UnknownNameError
+from validation.batch_jobs import fit_jobs, measured_noise
+
+
+def test_the_law_fits_six_public_jobs_within_a_sixtieth():
+    fits = fit_jobs()
+    assert {f.job for f in fits} == {"cifar10", "imagenet", "bert", "deepspeech2", "ncf", "yolov3"}
+    assert max(f.law.largest_error for f in fits) < 0.0165
+    # a run that the fit has not seen, the largest batch (an extrapolation by two) among them
+    assert max(abs(e) for f in fits for e in f.errors) < 0.045
+    assert float(np.median([abs(e) for f in fits for e in f.errors])) < 0.01
+    # linear scaling is off by up to half where the law is not
+    assert max(f.linear_error for f in fits) > 0.45
+
+
+def test_a_measured_noise_scale_grows_and_gives_back_its_own_run():
+    least, noise = measured_noise("cifar10")
+    grid = np.linspace(0, 1, 20001)
+    scales = np.array([noise(p) for p in grid])
+    assert noise(0) < 100 < 10_000 < noise(1)
+    # integrating 1 + noise / batch over progress counts the steps of the run that it was measured in
+    steps = least * np.trapezoid(1 + scales / 128, grid)
+    assert steps == pytest.approx(39_062, rel=0.01)
+    with pytest.raises(UnknownNameError, match="cifar10"):
+        measured_noise("cifar")

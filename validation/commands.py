@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from simtrain.cli.files import PICTURES, check_path, save_figure
 from simtrain.cli.output import write_json, write_table
 from simtrain.core.errors import InputError, UnknownNameError
 from validation.commands_steps import Json, validate_collectives, validate_kernels, validate_mixed, validate_tpu
@@ -254,13 +255,21 @@ def validate_memory(
     as_json: Json = False,
     profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
     save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of time against memory to write (.png, .svg, .pdf).")] = None,
+    read: Annotated[Path | None, typer.Option("--from", help="Saved comparison to show again instead of measuring.")] = None,
 ) -> None:
     """Recompute blocks of real models by every rule and by optimal choices; compare peak memory, time and gradients."""
     from validation.gpu_steps import GPU_MEMORY_STEPS
-    from validation.memory import MEMORY_STEPS, compare_memory
+    from validation.memory import MEMORY_STEPS, compare_memory, read_memory
 
+    check_path("--plot", plot, PICTURES)
     steps = MEMORY_STEPS if device == "cpu" else GPU_MEMORY_STEPS
-    report = compare_memory(_profile(profile, device, quick=quick), steps[:1] if quick else steps, _progress)
+    chosen = steps[:1] if quick else steps
+    report = read_memory(read) if read else compare_memory(_profile(profile, device, quick=quick), chosen, _progress)
+    if plot:
+        from validation.memory_plot import plot_memory_pairs
+
+        save_figure(plot, plot_memory_pairs(report))
     if save:
         save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     if as_json:

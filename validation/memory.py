@@ -1,7 +1,9 @@
 """Matched pairs of recomputation: peak memory, time and gradients of real steps beside what is predicted for them.
 
-Every rule and two optimal choices are carried out by `simtrain.torch.apply` on real models; PyTorch's budgeted partitioner runs beside
-them where it works. Nothing is fitted to these runs; times rest on the machine's calibration.
+Every rule and several optimal choices are carried out by `simtrain.torch.apply` on real models; PyTorch's budgeted partitioner runs beside
+them where it works. Optimal choices are also made for the peaks of the square-root rule, of full recomputation and of the partitioner, so
+that times compare at equal memory, and for a quarter less memory than no recomputation takes, the gain that the project set out to reach.
+Blocks with tensorized weights stand beside them. Nothing is fitted to these runs; times rest on the machine's calibration.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from simtrain.core.errors import InputError
 from simtrain.step.predict import schedule
 from simtrain.step.remat_choice import Question
 from simtrain.step.setting import resolve
@@ -24,7 +28,7 @@ from validation.gpu_steps import GPU_MEMORY_STEPS
 from validation.machine_profile import MachineProfile
 from validation.measure import MeasurementError, Progress, environment, quietest_core, worker_environment
 from validation.measurement import Environment
-from validation.memory_worker import PARTITIONER
+from validation.memory_worker import PARTITIONER, TENSORIZE
 from validation.steps import TrainingStep, gpt, image_model
 
 MEMORY_STEPS = (
@@ -42,6 +46,15 @@ BUDGETS = (0.3, 0.7)
 
 PARTITIONERS = (0.5,)
 """Budgets of PyTorch's partitioner, as shares of what is saved without it."""
+
+RIVALS = ("sqrt", "full", *(f"{PARTITIONER}{share}" for share in PARTITIONERS))
+"""At whose peaks the optimal choice is measured too."""
+
+LESS = 0.25
+"""Share of the memory that recomputation is asked to save."""
+
+TENSORIZED = {"gpt-small-head": "low-rank:compression=4", "resnet50-64": "tucker:compression=4", "vit": "low-rank:compression=4"}
+"""Forms of the weights that are measured beside whole ones."""
 ROUNDS = 5
 
 
@@ -60,6 +73,7 @@ class MemoryRow:
         noise: Interquartile range of the measured time over its median.
         gradient_difference: Largest difference of a gradient from that without recomputation, over the largest entry of its tensor.
         error: Why it did not run ("" if it did).
+        tensorize: Form of the blocks' weights ("" where they are whole); gradients are then those of another model.
     """
 
     step: str
@@ -72,6 +86,12 @@ class MemoryRow:
     noise: float = 0.0
     gradient_difference: float = 0.0
     error: str = ""
+    tensorize: str = ""
+
+    @property
+    def way(self) -> str:
+        """What the measuring process is asked for."""
+        return f"{TENSORIZE}{self.tensorize}" if self.tensorize else self.checkpoint or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +110,25 @@ class MemoryReport:
             "steps": [s.to_dict() for s in self.steps],
             "rounds": ROUNDS,
             "summary": {name: summarise(errors).to_dict() for name, errors in self._errors().items()},
+            "equal_peak": self._matched(),
             "rows": [asdict(row) for row in self.rows],
         }
 
+    def _matched(self) -> list[dict[str, Any]]:
+        """The optimal choice beside each rival at its peak, and beside no recomputation: peak and time over the other's."""
+        found = []
+        by_name = {(r.step, r.name): r for r in self.rows if not r.error}
+        for (step, name), ours in by_name.items():
+            rival = by_name.get((step, name.removeprefix(AT).removesuffix("'s peak"))) if name.startswith(AT) else None
+            rival = by_name.get((step, "none")) if name == _LESS_NAME else rival
+            if rival is not None:
+                memory, time = ours.peak_bytes / rival.peak_bytes, ours.step_time_s / rival.step_time_s
+                found.append({"step": step, "rival": rival.name, "peak": memory, "time": time})
+        return found
+
     def _errors(self) -> dict[str, list[float]]:
         """Relative errors of peaks, of step times, and of how much longer a step takes than without recomputation."""
-        ran = [r for r in self.rows if r.predicted_bytes and not r.error]
+        ran = list({(r.step, r.way): r for r in reversed(self.rows) if r.predicted_bytes and not r.error}.values())
         plain = {r.step: r for r in ran if r.name == "none"}
         slower = [
             (r.predicted_time_s / plain[r.step].predicted_time_s) / (r.step_time_s / plain[r.step].step_time_s) - 1
@@ -109,14 +142,14 @@ class MemoryReport:
         }
 
     def __str__(self) -> str:
-        head = f"{'step':<16}{'recomputed':<22}{'peak MiB':>9}{'predicted':>11}{'error':>9}"
+        head = f"{'step':<16}{'recomputed':<33}{'peak MiB':>9}{'predicted':>11}{'error':>9}"
         lines = [f"{head}{'ms':>9}{'predicted':>11}{'error':>8}{'gradients':>11}"]
         for r in self.rows:
             if r.error:
-                lines.append(f"{r.step:<16}{r.name:<22}did not run: {r.error}")
+                lines.append(f"{r.step:<16}{r.name:<33}did not run: {r.error}")
                 continue
-            same = "equal" if not r.gradient_difference else f"{r.gradient_difference:.0e}"
-            text = f"{r.step:<16}{r.name:<22}{r.peak_bytes / 2**20:>9.2f}"
+            same = "" if r.tensorize else "equal" if not r.gradient_difference else f"{r.gradient_difference:.0e}"
+            text = f"{r.step:<16}{r.name:<33}{r.peak_bytes / 2**20:>9.2f}"
             predicted = f"{'':>20}{r.step_time_s * 1e3:>9.1f}{'':>19}"
             if r.predicted_bytes:
                 predicted = (
@@ -124,7 +157,25 @@ class MemoryReport:
                     f"{r.step_time_s * 1e3:>9.1f}{r.predicted_time_s * 1e3:>11.1f}{r.predicted_time_s / r.step_time_s - 1:>+8.1%}"
                 )
             lines.append(f"{text}{predicted}{same:>11}")
-        return "\n".join([*lines, *(f"{name:<12} {summarise(errors)}" for name, errors in self._errors().items())])
+        lines += [f"{name:<12} {summarise(errors)}" for name, errors in self._errors().items()]
+        matched = (f"{m['step']:<16}optimal / {m['rival']:<16} peak {m['peak']:.3f}  time {m['time']:.3f}" for m in self._matched())
+        return "\n".join([*lines, "at equal peak, and a quarter below no recomputation, measured over measured:", *matched])
+
+
+def read_memory(path: Path) -> MemoryReport:
+    """Reads a saved report.
+
+    Raises:
+        InputError: There is no such file, or it holds something else.
+    """
+    try:
+        data = json.loads(path.read_text())
+        steps = tuple(TrainingStep.from_dict(step) for step in data["steps"])
+        return MemoryReport(tuple(MemoryRow(**row) for row in data["rows"]), Environment(**data["environment"]), steps)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no saved comparison of simtrain validate memory: {error}") from None
 
 
 def compare_memory(profile: MachineProfile, steps: Sequence[TrainingStep] | None = None, progress: Progress | None = None) -> MemoryReport:
@@ -142,14 +193,13 @@ def compare_memory(profile: MachineProfile, steps: Sequence[TrainingStep] | None
     here, rows = environment(device), []
     chosen = tuple(steps or (GPU_MEMORY_STEPS if profile.on_gpu else MEMORY_STEPS))
     for step in chosen:
-        predicted = _predicted(step, profile)
-        names = {row.checkpoint or row.name: row for row in predicted}  # an optimal choice may be a rule
-        answers = _measured(step, list(names), device)
-        for way, row in names.items():
-            answer = answers[way]
-            rows.append(_joined(row, answer))
+        partitioned = _measured(step, [f"{PARTITIONER}{share}" for share in PARTITIONERS], 0, device)
+        predicted = _predicted(step, profile, {way: answer["peak_bytes"] for way, answer in partitioned.items() if "peak_bytes" in answer})
+        ways = list(dict.fromkeys(row.way for row in predicted if not row.error))  # an optimal choice may be a rule
+        answers = _measured(step, ways, ROUNDS, device)
+        rows += [row if row.error else _joined(row, answers[row.way]) for row in predicted]
         if progress:
-            progress(f"{step.name}: {len(names)} ways")
+            progress(f"{step.name}: {len(ways)} ways")
     return MemoryReport(tuple(rows), here, chosen)
 
 
@@ -157,29 +207,40 @@ def _joined(row: MemoryRow, answer: dict[str, Any]) -> MemoryRow:
     return MemoryRow(**(asdict(row) | {k: v for k, v in answer.items() if k != "way"}))
 
 
-def _predicted(step: TrainingStep, profile: MachineProfile) -> list[MemoryRow]:
+AT, _LESS_NAME = "optimal at ", f"optimal, {LESS:.0%} less"
+
+
+def _predicted(step: TrainingStep, profile: MachineProfile, partitioned: dict[str, float]) -> list[MemoryRow]:
     device, strategy, work = profile.device(), step.parsed(), workload_of(step)
     core, runtime = single_core(device), runtime_of(device)
     question = Question.of(resolve(work, core, strategy.with_(checkpoint="optimal"), runtime))
     most = question.counted_bytes("none")
     least = question.counted_bytes(question.text(question.smallest().spans))
-    ways = {rule: rule for rule in RULES}
-    for share in BUDGETS:
-        plan = question.within(question.device_bytes(least + share * (most - least)))
+    budgets = {f"optimal {share:.0%}": least + share * (most - least) for share in BUDGETS}
+    peaks = {rule: question.counted_bytes(rule) for rule in RULES} | partitioned
+    budgets |= {f"{AT}{rival}'s peak": peaks[rival] for rival in RIVALS if rival in peaks}
+    budgets[_LESS_NAME] = (1 - LESS) * most
+    ways, rows = {rule: strategy.with_(checkpoint=rule) for rule in RULES}, []
+    for name, budget in budgets.items():
+        plan = question.within(question.device_bytes(budget))
         if plan is not None:
-            ways[f"optimal {share:.0%}"] = question.text(plan.spans)
-    rows = []
-    for name, checkpoint in ways.items():
-        result = schedule(work, core, strategy.with_(checkpoint=checkpoint), runtime=runtime)
-        rows.append(
-            MemoryRow(step.name, name, checkpoint, predicted_bytes=result.memory.allocated_bytes, predicted_time_s=result.step_time_s)
-        )
+            ways[name] = strategy.with_(checkpoint=question.text(plan.spans))
+        else:
+            why = f"not reached, the smallest choice takes {least / most:.1%} of no recomputation"
+            rows.append(MemoryRow(step.name, name, "", error=why))
+    if form := TENSORIZED.get(step.name):
+        ways[f"tensorize {form}"] = strategy.with_(tensorize=form, checkpoint="none")
+    for name, how in ways.items():
+        result = schedule(work, core, how, runtime=runtime)
+        form = "" if how.tensorize == "none" else how.tensorize
+        memory, time_s = result.memory.allocated_bytes, result.step_time_s
+        rows.append(MemoryRow(step.name, name, how.checkpoint, predicted_bytes=memory, predicted_time_s=time_s, tensorize=form))
     return rows + [MemoryRow(step.name, f"{PARTITIONER}{share}", "") for share in PARTITIONERS]
 
 
-def _measured(step: TrainingStep, ways: list[str], device: str) -> dict[str, dict[str, Any]]:
+def _measured(step: TrainingStep, ways: list[str], rounds: int, device: str) -> dict[str, dict[str, Any]]:
     core = quietest_core() if device == "cpu" else None
-    request = {"step": step.to_dict(), "ways": ways, "rounds": ROUNDS, "core": core, "device": device}
+    request = {"step": step.to_dict(), "ways": ways, "rounds": rounds, "core": core, "device": device}
     variables = os.environ | (worker_environment() if device == "cpu" else {})
     command = [sys.executable, "-P", "-m", "validation.memory_worker"]
     process = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=variables, check=False)

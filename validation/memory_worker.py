@@ -23,6 +23,9 @@ from validation.training import build, build_optimizer, on_device
 PARTITIONER = "partitioner:"
 """Before the share of saved bytes that PyTorch's budgeted partitioner may keep."""
 
+TENSORIZE = "tensorize="
+"""Before the form of the blocks' weights."""
+
 WARMUP = 2
 
 
@@ -33,7 +36,7 @@ class Trainer:
 
     Args:
         step: Which model, and its batch.
-        way: As a strategy says it, or `partitioner:SHARE`.
+        way: As a strategy says it, `partitioner:SHARE`, or `tensorize=FORM`.
         device: Where; the processor by default.
     """
 
@@ -52,7 +55,8 @@ class Trainer:
                 self.run = torch.compile(self.model, backend="aot_eager_decomp_partition")
                 self.passes()  # traced here, while the budget holds
         else:
-            strategy = step.parsed().with_(checkpoint=way)
+            form = way.removeprefix(TENSORIZE)
+            strategy = step.parsed().with_(**{"checkpoint": way} if form == way else {"tensorize": form})
             applied = apply(strategy, self.model, self.optimizer, recompute_batch_norms=True)
 
             def run(*batch: Tensor) -> Tensor:
@@ -110,13 +114,19 @@ def main() -> None:
     for way in ways:
         try:
             trainer = Trainer(step, way, device)
-            own = trainer.gradients()
-            most = max(float((own[n] - plain[n]).abs().max() / plain[n].abs().max().clamp_min(1e-30)) for n in plain)
-            answers[way], ready[way] = {"gradient_difference": most}, trainer
+            answers[way], ready[way] = {}, trainer
+            if not way.startswith(TENSORIZE):  # which is another model
+                own = trainer.gradients()
+                most = max(float((own[n] - plain[n]).abs().max() / plain[n].abs().max().clamp_min(1e-30)) for n in plain)
+                answers[way] = {"gradient_difference": most}
         except Exception as error:
             answers[way] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]}
     del plain
-    _time(ready, request["rounds"], answers, device)
+    if request["rounds"]:
+        _time(ready, request["rounds"], answers, device)
+    else:
+        for trainer in ready.values():
+            trainer.step()  # after which nothing is left to be made once
     held = {way: sum(block_bytes(t) for t in trainer.held() if t.device.type != "cpu") for way, trainer in ready.items()}
     for way, trainer in ready.items():  # after timing, when nothing is left to be made once
         answers[way]["peak_bytes"] = trainer.peak_bytes(others=sum(held.values()) - held[way])

@@ -11,6 +11,7 @@ from simtrain.core.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from simtrain.core.result import Result
     from simtrain.planner.found import Plan
@@ -76,6 +77,15 @@ def save_picture(path: Path, draw: Callable[[Axes], object], *, height_inch: flo
 
     figure = Figure(figsize=(12, height_inch), layout="constrained")
     draw(figure.subplots())
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a figure and says so on standard error.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -87,4 +87,29 @@ def blocks_text(blocks: Iterable[Blocks]) -> str:
     return f"layers:{','.join(entries)}" if entries else "none"
 
 
-__all__ = ["Blocks", "blocks_text", "budget_bytes", "is_explicit", "is_optimal", "parse_blocks"]
+def blocks_within(checkpoint: str, start: int, stop: int) -> str:
+    """Writes what explicit blocks say of a range of them, counted from its start; other rules as they are.
+
+    Args:
+        checkpoint: As a strategy says it.
+        start: First block of the range.
+        stop: Behind its last.
+
+    Raises:
+        StrategyError: Blocks that are recomputed together lie on both sides of an end.
+    """
+    if not is_explicit(checkpoint):
+        return checkpoint
+    inside = []
+    for first, behind in parse_blocks(checkpoint):
+        if first < start < behind or first < stop < behind:
+            cut = start if first < start < behind else stop
+            raise StrategyError(
+                f"checkpoint={checkpoint}: a stage begins with block {cut}, so that [{first}-{behind - 1}] cannot be recomputed together"
+            )
+        if start <= first and behind <= stop:
+            inside.append((first - start, behind - start))
+    return blocks_text(inside)
+
+
+__all__ = ["Blocks", "blocks_text", "blocks_within", "budget_bytes", "is_explicit", "is_optimal", "parse_blocks"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from simtrain.core.errors import StrategyError, nearest
 
@@ -113,9 +113,9 @@ def parse_tensorize(text: str) -> Tensorization | None:
             "error=...) and capture it, or give rank= or compression="
         )
     if name == "rank" and equals and value.isascii() and value.isdecimal() and int(value) >= 1:
-        return Tensorization(cast(TensorizeKind, kind), rank=int(value))
+        return Tensorization(kind, rank=int(value))
     if name == "compression" and equals and (compression := _number(value)) > 1:
-        return Tensorization(cast(TensorizeKind, kind), compression=compression)
+        return Tensorization(kind, compression=compression)
     given = f"not {target!r}" if colon else "and neither is given"
     raise StrategyError(
         f"tensorize={text}: {kind} needs a rank of at least 1 ({kind}:rank=16) or a compression above 1 ({kind}:compression=4), {given}"

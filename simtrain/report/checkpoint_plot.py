@@ -10,7 +10,13 @@ from simtrain.step.checkpoint_curve import CheckpointCurve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_RULE_MARKS = {"none": ("o", "#5f9e6e"), "every:2": ("s", "#c9a227"), "sqrt": ("D", "#b23a48"), "full": ("^", "#6a4c93")}
+_RULE_MARKS = {
+    "none": ("o", "#5f9e6e"),
+    "every:2": ("s", "#c9a227"),
+    "sqrt": ("D", "#b23a48"),
+    "full": ("^", "#6a4c93"),
+    "selective": ("v", "#0f766e"),
+}
 
 
 def plot_checkpoint_curve(curve: CheckpointCurve, ax: Axes | None = None) -> Axes:
@@ -23,7 +29,7 @@ def plot_checkpoint_curve(curve: CheckpointCurve, ax: Axes | None = None) -> Axe
     ax = new_axes(8, 5) if ax is None else ax
     memory = [p.device_bytes / 2**30 for p in curve.optimal]
     times = [p.step_time_s * 1e3 for p in curve.optimal]
-    ax.plot(memory, times, drawstyle="steps-post", marker=".", color="#1f4e79", label="optimal", zorder=2)
+    ax.plot(memory, times, drawstyle="steps-post", marker=".", color="#1f4e79", label="optimal (whole blocks)", zorder=2)
     for point in curve.rules:
         marker, colour = _RULE_MARKS.get(point.name, ("x", "#555555"))
         place = point.device_bytes / 2**30, point.step_time_s * 1e3

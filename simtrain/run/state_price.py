@@ -14,6 +14,9 @@ from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.run.checks import above_zero, not_negative
 
+INEXACT = ("compression=", "low_communication=", "tensorize=")
+"""Fields of a strategy that change what a token brings, if they are said."""
+
 
 @dataclass(frozen=True, slots=True)
 class StatePrice:
@@ -30,7 +33,8 @@ class StatePrice:
         devices_per_node: How many share a host.
         state_bytes: Size of a snapshot; `None` if not known.
         name: In words.
-        inexact: How its replicas exchange less than every step's gradients, such as "compression=8-bit"; "" where they exchange all.
+        inexact: What makes a step other than a loss law's: how its replicas exchange less than every step's gradients, such as
+            "compression=8-bit", or tensorized weights; "" where nothing does.
     """
 
     step_time_s: float
@@ -83,7 +87,7 @@ def price_of(result: Result, cluster: Cluster | None = None, strategy: Strategy 
         devices_per_node=per_node,
         state_bytes=_state_bytes(result, strategy),
         name=result.strategy,
-        inexact=",".join(pair for pair in result.strategy.split(",") if pair.startswith(("compression=", "low_communication="))),
+        inexact=",".join(pair for pair in result.strategy.split(",") if pair.startswith(INEXACT)),
     )
 
 

@@ -96,7 +96,8 @@ def checkpoint_curve(
     """
     how = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
     question = Question.of(resolve(workload, cluster, how.with_(checkpoint="optimal"), runtime))
-    results = {rule: _priced(question.setting, rule) for rule in RULES}
+    rules = RULES if question.setting.runtime.fused_attention else (*RULES, "selective")
+    results = {rule: _priced(question.setting, rule) for rule in rules}
     smallest = question.text(question.smallest().spans)
     least, most = _priced(question.setting, smallest).memory.device_bytes, results["none"].memory.device_bytes
     chosen = [smallest]
@@ -113,8 +114,18 @@ def checkpoint_curve(
         capacity_bytes=question.capacity_bytes,
         rules=tuple(_point(rule, rule, result) for rule, result in results.items()),
         optimal=tuple(sorted(points, key=lambda p: p.device_bytes)),
-        findings=findings(question),
+        findings=(*findings(question), *_selective(results, points)),
     )
+
+
+def _selective(results: dict[str, Result], points: list[CheckpointPoint]) -> tuple[str, ...]:
+    """Says where recomputing the scores of attention alone, which is no choice of whole blocks, beats every such choice in its memory."""
+    if (scores := results.get("selective")) is None:
+        return ()
+    within = [p.step_time_s for p in points if p.device_bytes <= scores.memory.device_bytes]
+    if min(within, default=float("inf")) <= scores.step_time_s:
+        return ()
+    return ("checkpoint=selective beats every choice of whole blocks that takes no more memory: optimal does not look inside blocks",)
 
 
 def _priced(setting: Setting, checkpoint: str) -> Result:

@@ -128,4 +128,4 @@ def chunk_costs(setting: Setting, lane: Lane, chunk: Chunk) -> ChunkCosts:
     # gradients are new tensors in every step, so they are copied into buckets even where they become views of them afterwards
     reduced = setting.reduces and setting.strategy.zero < 2
     copies = reduced and not runtime.main_gradients
-    return ChunkCosts(chunk, lane.place, setting.strategy.checkpoint, runtime.main_gradients, copies)
+    return ChunkCosts(chunk, lane.place, chunk.recomputed(setting.strategy.checkpoint), runtime.main_gradients, copies)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from simtrain.core.checkpoint import is_explicit
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Device
 from simtrain.core.program import RankClass
@@ -16,6 +17,7 @@ from simtrain.step.costs import Place
 from simtrain.step.grid import Grid
 from simtrain.step.mixed import split_formats
 from simtrain.step.network import send, stage_wire
+from simtrain.step.remat import segments
 from simtrain.step.schedules import SchedulePlan, plan
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, chunks, even_cuts, rank_form
@@ -117,6 +119,8 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
         )
     cuts = setting.cuts or even_cuts(local, order.positions, -(-order.positions // strategy.pipeline))
     pieces = chunks(local, cuts, setting.precision, setting.runtime, selective=strategy.checkpoint == "selective")
+    if is_explicit(strategy.checkpoint):
+        segments(local, strategy.checkpoint)  # refuses blocks that the model lacks, before chunks take their own
     fabric = Fabric(setting.cluster)
     kinds = _replica_kinds(setting, grid, split)
     lanes: list[Lane] = []

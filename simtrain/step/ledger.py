@@ -207,7 +207,7 @@ class _Book:
     def _arriving(self, chunk: Chunk, action: Action) -> FloatArray:
         """What comes in from other ranks: the input, or the gradient of the output."""
         if action is Action.FORWARD and not chunk.first:
-            first = segments(chunk.workload, self.setting.strategy.checkpoint)[0]
+            first = segments(chunk.workload, chunk.recomputed(self.setting.strategy.checkpoint))[0]
             return self._edge(chunk, behind=False, kind=received_kind(first, chunk.concrete))
         if action in (Action.BACKWARD, Action.INPUT_GRADIENT) and not chunk.last:
             return self._edge(chunk, behind=True, kind=MemoryKind.TRANSIENT)

@@ -59,8 +59,14 @@ class Question:
         """Prepares the choice for a setting on one pipeline stage, whatever it says of checkpointing.
 
         Raises:
-            UnsupportedError: Activations move, so that there is more to choose (`simtrain.step.remat_moves_choice`).
+            UnsupportedError: A pipeline (see `simtrain.step.remat_stages`), or activations move, so that there is more to choose
+                (`simtrain.step.remat_moves_choice`).
         """
+        if setting.strategy.pipeline > 1:
+            raise UnsupportedError(
+                f"pipeline={setting.strategy.pipeline}: this is about one stage alone; predict checkpoint=optimal, which chooses "
+                "for each stage"
+            )
         if setting.strategy.moved.activations:
             raise UnsupportedError(
                 f"offload={setting.strategy.offload}: this is about recomputation alone; leave activations out, or predict "
@@ -148,6 +154,10 @@ def settle(setting: Setting) -> Setting:
     asked = setting.strategy.checkpoint
     if not is_optimal(asked):
         return setting
+    if setting.strategy.pipeline > 1:
+        from simtrain.step.remat_stages import settle_stages
+
+        return settle_stages(setting)
     if setting.strategy.moved.activations:
         from simtrain.step.remat_moves_choice import settle_moves
 

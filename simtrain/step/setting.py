@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import prod
 
 from simtrain.core import catalog
-from simtrain.core.checkpoint import is_explicit, is_optimal
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster, Device
 from simtrain.core.precision import Precision, precision
@@ -190,11 +189,6 @@ def _smaller(degrees: dict[str, int], devices: int) -> str:
 def _refuse_unmodelled(strategy: Strategy) -> None:
     if strategy.plan:
         raise UnsupportedError("strategies with an explicit plan of replicas are not modelled yet; use data, micro_batch and accumulation")
-    if strategy.pipeline > 1 and (is_explicit(strategy.checkpoint) or is_optimal(strategy.checkpoint)):
-        raise UnsupportedError(
-            f"checkpoint={strategy.checkpoint} with pipeline={strategy.pipeline} is not modelled: what a stage holds depends on how many "
-            "micro-batches are in flight, for which no choice of layers is proven best; use checkpoint=full, none, sqrt or every:K"
-        )
     if strategy.tensorize != "none" and strategy.tensor > 1:
         raise UnsupportedError(
             f"tensorize={strategy.tensorize} with tensor={strategy.tensor} is not modelled: the factors of a weight are not divided; use "

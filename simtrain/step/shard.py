@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
+from simtrain.core.checkpoint import blocks_within
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Device
 from simtrain.core.precision import Precision
@@ -30,6 +31,7 @@ class Chunk:
         first: Whether the model begins here.
         last: Whether it ends here.
         start: Position of the first layer in the model, repeats counted.
+        first_block: Blocks of the model before it.
     """
 
     position: int
@@ -38,6 +40,15 @@ class Chunk:
     first: bool
     last: bool
     start: int
+    first_block: int = 0
+
+    def recomputed(self, checkpoint: str) -> str:
+        """What a strategy's checkpointing says of its blocks, counted from its own first.
+
+        Raises:
+            StrategyError: A segment of blocks that lies in two chunks.
+        """
+        return blocks_within(checkpoint, self.first_block, self.first_block + sum(layer.block for layer in self._layers))
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -215,5 +226,6 @@ def chunks(
         distinct = list(dict.fromkeys(own))
         layers = tuple(replace(workload.layers[k], repeats=own.count(k)) for k in distinct)
         part = replace(workload, layers=layers)
-        made.append(Chunk(position, part, tuple(concrete[k] for k in distinct), start == 0, end == len(kinds), start))
+        before = sum(workload.layers[k].block for k in kinds[:start])
+        made.append(Chunk(position, part, tuple(concrete[k] for k in distinct), start == 0, end == len(kinds), start, before))
     return tuple(made)

@@ -35,12 +35,12 @@ def tensorize(workload: Workload | str, form: str) -> Workload:
             f"{work.name} is known by its operators alone, so that tensorize={form} cannot write it anew: convert the module by "
             "simtrain.torch.tensorize, then capture it"
         )
-    if parsed.kind == "tensor-train" and not any(len(p.shape) == 4 for layer in work.layers if layer.block for p in layer.parameters):
+    made = _written(work, work.reform, parsed)
+    if parsed.kind == "tensor-train" and not _convolves(work):
         raise UnsupportedError(
             f"tensorize={form} is modelled for convolutions, of which the blocks of {work.name} have none (a train of linear layers copies "
             "what PyTorch's einsum makes of it): use low-rank, or convert the module by simtrain.torch.tensorize and capture it"
         )
-    made = _written(work, work.reform, parsed)
     if made.parameter_count >= work.parameter_count:
         raise StrategyError(f"tensorize={form} makes no layer in the blocks of {work.name} smaller: {_advice(parsed, work)}")
     return made
@@ -59,8 +59,12 @@ def _block_parameters(workload: Workload) -> int:
     return sum(layer.parameter_count * layer.repeats for layer in workload.layers if layer.block)
 
 
+def _convolves(workload: Workload) -> bool:
+    return any(len(p.shape) == 4 for layer in workload.layers if layer.block for p in layer.parameters)
+
+
 def _advice(form: Tensorization, workload: Workload) -> str:
-    convolves = any(len(p.shape) == 4 for layer in workload.layers if layer.block for p in layer.parameters)
+    convolves = _convolves(workload)
     if convolves and form.kind == "low-rank":
         return "they are convolutions, for which tucker and tensor-train are"
     if not convolves and form.kind != "low-rank":

@@ -1,4 +1,4 @@
-"""Carries a strategy out on a real model: recomputation, autocast, loss scaling, accumulation, offload, data-parallel wrapping."""
+"""Carries a strategy out on a real model: tensorized layers, recomputation, autocast, loss scaling, accumulation, offload, wrapping."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from simtrain.core.checkpoint import is_explicit, is_optimal, parse_blocks
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.precision import DType, Precision, precision
 from simtrain.core.strategy import Strategy, checkpoint_segment
+from simtrain.core.tensorize import parse_tensorize
 from simtrain.torch.formats import DTYPES, BlockFormats
 from simtrain.torch.offloaded import ActivationOffload, offloaded_blocks
 from simtrain.torch.pieces import block_paths
 from simtrain.torch.recompute import Recomputation, block_segments, check_names
+from simtrain.torch.tensor_conversion import Converted, tensorize_blocks
 
 _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "sgd-momentum": torch.optim.SGD}
 
@@ -39,6 +41,7 @@ class Applied:
         blocks: Module paths of the blocks, in order; their numbers are those of `checkpoint=layers:...`.
         notes: What is not carried out as the strategy says, in words.
         offloaded: What moves the activations of blocks; `None` where they stay.
+        tensorized: Layers of the blocks that were converted, with their ranks and errors.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Applied:
         self._precision = precision(strategy.precision)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.notes: list[str] = []
+        self.tensorized = _tensorized(strategy, model, optimizer, self.blocks)
         self._recomputation = Recomputation(model, self.blocks, _segments(strategy, self.blocks), batch_norms=batch_norms)
         self.offloaded = self._offloaded(model)
         self._formats = BlockFormats(model, self.blocks, self._precision) if self._precision.layers else None
@@ -124,12 +128,13 @@ def apply(
 
     Gradients are those of the untouched model: bit by bit in fp32 where the arithmetic is the same (recomputation, offload).
     Recomputation replays PyTorch's random numbers, so that dropout may be recomputed; blocks that must not run twice are kept, and
-    `Applied.kept` names them.
+    `Applied.kept` names them. With `tensorize`, layers of the blocks are converted in place, by singular values, first of all, and the
+    optimizer gets their factors; gradients are those of the converted model, and `Applied.tensorized` says how much each weight lost.
 
     Args:
         strategy: With `checkpoint` as "none", "full", "sqrt", "every:K" or explicit blocks; what "optimal" stands for depends on the
             machines, and `st.choose_checkpoint` tells.
-        model: Left as it is but for hooks on its blocks (and sharded parameters with `zero=3`).
+        model: Left as it is but for hooks on its blocks (sharded parameters with `zero=3`, converted layers with `tensorize`).
         optimizer: Of its parameters.
         blocks: Module paths of the blocks, in the order in which they run; by default those that a capture finds (children of
             `ModuleList` and `Sequential`).
@@ -206,6 +211,35 @@ def _segments(strategy: Strategy, blocks: Sequence[str]) -> tuple[tuple[int, int
     if chosen[-1][1] > len(blocks):
         raise StrategyError(f"checkpoint={strategy.checkpoint}: the model has blocks 0 ({blocks[0]}) to {len(blocks) - 1} ({blocks[-1]})")
     return chosen
+
+
+def _tensorized(strategy: Strategy, model: nn.Module, optimizer: torch.optim.Optimizer, blocks: Sequence[str]) -> tuple[Converted, ...]:
+    """Converts the layers of the blocks and gives the optimizer their factors in place of their weights.
+
+    Raises:
+        StrategyError: No layer becomes smaller, or the optimizer has run already.
+    """
+    form = parse_tensorize(strategy.tensorize)
+    if form is None:
+        return ()
+    if optimizer.state:
+        raise StrategyError(
+            f"tensorize={strategy.tensorize} makes new parameters, for which an optimizer that has run has no state: apply before "
+            "the first step"
+        )
+    before = {id(p): name for name, p in model.named_parameters()}
+    places = [[before.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
+    found = tensorize_blocks(model, blocks, form)
+    if not found:
+        raise StrategyError(f"tensorize={strategy.tensorize} makes no layer in the blocks of {type(model).__name__} smaller")
+    after = dict(model.named_parameters())
+    factors = {f"{c.name}.weight": [n for n in after if n.startswith(f"{c.name}.") and not n.endswith("bias")] for c in found}
+    biases = {f"{c.name}.bias": [n for n in after if n.startswith(f"{c.name}.") and n.endswith("bias")] for c in found}
+    made = factors | biases
+    for group, names in zip(optimizer.param_groups, places, strict=True):
+        given = zip(names, group["params"], strict=True)
+        group["params"] = [q for name, p in given for q in ([after[n] for n in made[name]] if name in made else [p])]
+    return found
 
 
 def _autocast(recipe: Precision, device: str) -> AbstractContextManager[Any]:

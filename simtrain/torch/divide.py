@@ -54,6 +54,11 @@ def divided(workload: Workload, plan: Plan, form: Form) -> Workload:
         StrategyError: A degree that does not divide a module.
         UnsupportedError: A form other than tensor parallelism, or an operator through which a division cannot be followed.
     """
+    if form.tensorized:
+        raise UnsupportedError(
+            f"{workload.name} is captured, known by its operators alone, so that its weights cannot be written as {form.tensorized.kind}: "
+            "convert the module by simtrain.torch.tensorize, then capture it"
+        )
     if form.tensor == form.context == form.expert == 1:
         return workload
     other = [n for n, asked in (("context", form.context > 1), ("expert", form.expert > 1), ("sequence", form.sequence_parallel)) if asked]

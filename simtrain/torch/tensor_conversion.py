@@ -96,7 +96,8 @@ def tensorize(
         most = None if error is not None else _ranks(layer, given)
         if most == ():
             continue
-        made, ranks = _converted(layer, kind, error or 0.0, most)
+        with torch.random.fork_rng(devices=[]):  # the first values of factors are overwritten: they must not cost random numbers
+            made, ranks = _converted(layer, kind, error or 0.0, most)
         before = int(layer.weight.numel())
         after = sum(p.numel() for p in made.parameters()) - (layer.bias.numel() if layer.bias is not None else 0)
         if after >= before:
@@ -148,7 +149,7 @@ def _ranks(layer: nn.Module, form: Tensorization) -> tuple[int, ...]:
     return form.matrix_ranks(layer.in_features, layer.out_features)  # type: ignore[arg-type]
 
 
-def _converted(layer: nn.Module, kind: TensorizeKind, error: float, most: tuple[int, ...] | None) -> tuple[nn.Module, tuple[int, ...]]:
+def _converted(layer: nn.Module, kind: TensorizeKind, error: float, most: tuple[int, ...] | None) -> tuple[Any, tuple[int, ...]]:
     """The converted layer, with ranks for an error, or those given."""
     if isinstance(layer, nn.Conv2d):
         return _tucker(layer, error, most) if kind == "tucker" else _train_of_filter(layer, error, most)

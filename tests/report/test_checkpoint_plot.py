@@ -18,5 +18,5 @@ def test_no_rule_lies_below_the_curve_and_all_are_drawn():
         assert best <= rule.step_time_s * (1 + 1e-3)
     ax = st.report.plot_checkpoint_curve(curve)
     labels = {line.get_label() for line in ax.get_lines()}
-    assert {"optimal", "none", "every:2", "sqrt", "full"} <= labels
+    assert {"optimal (whole blocks)", "none", "every:2", "sqrt", "full"} <= labels
     assert ax.get_xlabel() == "device memory (GiB)"

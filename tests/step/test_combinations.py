@@ -43,6 +43,7 @@ CHOICES: dict[str, dict[str, object]] = {
     **{f"exchange by {name}": {"low_communication": name} for name in ("diloco:100",)},
     **{f"checkpoint {name}": {"checkpoint": name} for name in ("full", "sqrt", "every:2", "selective", "optimal", "layers:0-1")},
     "fp16": {"precision": "fp16-amp"},
+    "tensorized": {"tensorize": "low-rank:rank=4"},
 }
 FIX = re.compile(r"([a-z_]+)=([\w:+.-]*[\w+])")
 

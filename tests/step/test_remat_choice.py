@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 import simtrain as st
-from simtrain.core.errors import StrategyError, UnsupportedError
+from simtrain.core.errors import StrategyError
 from simtrain.step.remat_choice import Question
 from simtrain.step.remat_optimal import peak_bytes
 from simtrain.step.setting import resolve
@@ -117,9 +117,7 @@ def test_it_is_said_where_a_square_root_rule_is_not_best():
     assert any("sqrt is not the best" in line for line in result.assumptions)
 
 
-def test_pipelines_and_unsafe_blocks_are_refused():
-    with pytest.raises(UnsupportedError, match="in flight"):
-        st.schedule("gpt2-small", "2x a100-sxm-80g", "pipeline=2,accumulation=4,checkpoint=optimal")
+def test_unknown_and_unsafe_blocks_are_refused():
     with pytest.raises(StrategyError, match="no block 12"):
         st.schedule("gpt2-small", ONE, "checkpoint=layers:0-12")
     with pytest.raises(StrategyError, match="must not run twice"):

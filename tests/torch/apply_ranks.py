@@ -8,12 +8,14 @@ import torch
 import torch.distributed as dist
 
 import simtrain as st
+from simtrain.core.tensorize import parse_tensorize
+from simtrain.torch.tensor_conversion import tensorize_blocks
 from workloads.transformer import module as transformer
 from workloads.transformer import presets as transformers
 
 
 def main() -> None:
-    rank, world, store, zero = int(sys.argv[1]), 2, sys.argv[2], int(sys.argv[3])
+    rank, world, store, zero, tensorize = int(sys.argv[1]), 2, sys.argv[2], int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     torch.manual_seed(0)
@@ -21,10 +23,14 @@ def main() -> None:
     model = transformer.Transformer(spec)
     ids, targets = transformer.example_batch(spec, 8, 16)
     plain = copy.deepcopy(model)
+    if form := parse_tensorize(tensorize):
+        tensorize_blocks(plain, ["blocks"], form)
     plain(ids, targets).backward()
     expected = {name: p.grad for name, p in plain.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    applied = st.torch.apply(f"data=2,zero={zero},accumulation=2,checkpoint=layers:[0-1],optimizer=sgd", model, optimizer)
+    applied = st.torch.apply(
+        f"data=2,zero={zero},accumulation=2,tensorize={tensorize},checkpoint=layers:[0-1],optimizer=sgd", model, optimizer
+    )
     seen = {}
 
     def look(*_: object) -> None:

@@ -225,14 +225,52 @@ def test_an_optimal_choice_is_carried_out():
     assert trained(model, batch, f"checkpoint={chosen.checkpoint}")[2].recomputed
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_two_processes_make_the_gradients_of_one(zero, tmp_path):
+@pytest.mark.parametrize(("zero", "tensorize"), [(0, "none"), (3, "low-rank:rank=4")])
+def test_two_processes_make_the_gradients_of_one(zero, tensorize, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "tests.torch.apply_ranks"]
     places = {"cwd": Path(__file__).parents[2], "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(zero)], **places) for rank in range(2)]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(zero), tensorize], **places) for rank in range(2)]
     answers = [rank.communicate(timeout=120) for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), answers[0][1][-2000:] + answers[1][1][-2000:]
     told = json.loads(answers[0][0].splitlines()[-1])
     assert told["worst"] < 1e-5
     assert told["recomputed"] == ["blocks.0", "blocks.1"]
     assert not told["kept"]
+
+
+def test_everything_in_one_call_is_the_plain_loop_of_the_converted_model():
+    """Tensorized layers, recomputation, autocast and accumulation together, bit by bit."""
+    torch.manual_seed(0)
+    model, batch = gpt(0.1)
+    form, parts = "tensorize=low-rank:compression=2", ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
+    converted = copy.deepcopy(model)
+    names = st.torch.apply(f"optimizer=sgd,{form}", converted, torch.optim.SGD(converted.parameters())).tensorized
+    assert {done.name for done in names} == {f"blocks.{n}.{part}" for n in range(5) for part in parts}
+    assert all(0 < done.error < 1 and done.compression >= 2 for done in names)
+    plain = trained(converted, batch, "precision=bf16-amp,accumulation=2", steps=2)
+    whole = trained(model, batch, f"precision=bf16-amp,accumulation=2,checkpoint=sqrt,offload=activations,{form}", steps=2)
+    assert same(plain[0], whole[0])
+    assert same(plain[1], whole[1])
+    assert whole[2].recomputed
+    assert any("on the CPU already" in note for note in whole[2].notes)
+
+
+def test_an_optimizer_trains_the_factors():
+    model, batch = gpt()
+    optimizer = torch.optim.AdamW([{"params": model.embedding.parameters(), "lr": 0.0}, {"params": model.blocks.parameters(), "lr": 0.1}])
+    applied = st.torch.apply("tensorize=low-rank:rank=4", model, optimizer)
+    given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert given == {id(p) for part in (model.embedding, model.blocks) for p in part.parameters()}
+    before = model.blocks[0].mlp.fc1.v.weight.clone()
+    with applied.forward():
+        loss = applied.model(*batch)
+    assert applied.backward(loss)
+    assert not torch.equal(before, model.blocks[0].mlp.fc1.v.weight)
+    with pytest.raises(StrategyError, match="apply before the first step"):
+        st.torch.apply("tensorize=low-rank:rank=2", model, optimizer)
+
+
+def test_tied_layers_stay_whole():
+    model, _ = gpt()
+    assert "head.linear" not in {done.name for done in st.torch.tensorize(model, "low-rank", rank=2)}
+    assert model.head.linear.weight is model.embedding.wte.weight

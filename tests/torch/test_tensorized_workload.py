@@ -16,16 +16,12 @@ from workloads.transformer.operators import workload
 from workloads.transformer.presets import spec
 
 SMALL = {"layers": 3, "hidden": 48, "heads": 4, "vocabulary": 101, "max_positions": 96, "sequence": 32}
-FORMS = ("low-rank:rank=7", "low-rank:compression=3")
 CASES = {
-    **{f"gpt {form}": ("gpt", SMALL, form) for form in FORMS},
-    "gpt without biases": ("gpt", SMALL | {"fused_qkv": False, "kv_heads": 2, "bias": False}, FORMS[0]),
-    "llama": ("llama", SMALL | {"ffn": 96, "kv_heads": 2}, FORMS[1]),
-    "bert": ("bert", SMALL, FORMS[0]),
-    **{
-        f"resnet18 {form}": ("resnet18", {"image_size": 64, "width": 16}, form) for form in ("tucker:compression=3", "tensor-train:rank=20")
-    },
-    "resnet50": ("resnet50", {"image_size": 64, "width": 16}, "tucker:rank=24"),
+    "gpt": ("gpt", SMALL, "low-rank:rank=7"),
+    "gpt without biases": ("gpt", SMALL | {"fused_qkv": False, "kv_heads": 2, "bias": False}, "low-rank:compression=3"),
+    "llama": ("llama", SMALL | {"ffn": 96, "kv_heads": 2}, "low-rank:compression=2"),
+    "resnet18 tucker": ("resnet18", {"image_size": 64, "width": 16}, "tucker:compression=3"),
+    "resnet18 train": ("resnet18", {"image_size": 64, "width": 16}, "tensor-train:rank=20"),
     "vit": ("vit-tiny", {"layers": 3, "image_size": 64}, "low-rank:compression=4"),
 }
 
@@ -58,3 +54,72 @@ def test_it_is_the_captured_module(case: str) -> None:
             a, b = (st.schedule(w, "1x rtx-3090", strategy) for w in (ours, closed))
             assert a.memory.allocated_bytes == pytest.approx(b.memory.allocated_bytes, rel=1e-3)
             assert a.step_time_s == pytest.approx(b.step_time_s, rel=1e-2)
+
+
+def test_ranks_are_the_largest_that_compress() -> None:
+    form = Tensorization("low-rank", compression=4)
+    assert form.matrix_ranks(768, 3072) == (768 * 3072 // 4 // (768 + 3072),)
+    assert Tensorization("low-rank", rank=64).matrix_ranks(64, 64) == ()  # it would not become smaller
+    assert Tensorization("tucker", rank=48).filter_ranks(32, 64, 3, 3) == (32, 48)
+
+
+@given(
+    some.sampled_from(["tucker", "tensor-train"]), some.integers(2, 128), some.integers(2, 128), some.integers(1, 5), some.floats(1.1, 20)
+)
+def test_a_compression_is_kept_with_no_rank_to_spare(kind: Any, inner: int, outer: int, edge: int, compression: float) -> None:
+    def elements(ranks: tuple[int, ...]) -> int:
+        windows = (edge * edge,) if kind == "tucker" else (edge, edge)
+        return inner * ranks[0] + sum(a * w * b for a, w, b in zip(ranks[:-1], windows, ranks[1:], strict=True)) + ranks[-1] * outer
+
+    whole = inner * outer * edge * edge
+    ranks = Tensorization(kind, compression=compression).filter_ranks(inner, outer, edge, edge)
+    if not ranks:
+        assert elements((1,) * (2 if kind == "tucker" else 3)) > whole / compression
+        return
+    assert elements(ranks) * compression <= whole * (1 + 1e-12)
+    more = Tensorization(kind, rank=max(ranks) + 1).filter_ranks(inner, outer, edge, edge)
+    assert not more or more == ranks or elements(more) * compression > whole
+
+
+def test_a_strategy_carries_it_into_every_prediction() -> None:
+    work, strategy = st.workload("gpt2-small"), st.Strategy(micro_batch=4, precision="bf16-amp", tensorize="low-rank:compression=4")
+    assert st.Strategy.parse(str(strategy)) == strategy == st.Strategy.from_toml(strategy.to_toml())
+    by_strategy = st.schedule(work, "1x a100-sxm-40g", strategy)
+    by_workload = st.schedule(st.tensorize(work, strategy.tensorize), "1x a100-sxm-40g", strategy.with_(tensorize="none"))
+    whole = st.schedule(work, "1x a100-sxm-40g", strategy.with_(tensorize="none"))
+    assert by_strategy.step_time_s == by_workload.step_time_s < whole.step_time_s
+    assert by_strategy.memory.allocated_bytes == by_workload.memory.allocated_bytes < whole.memory.allocated_bytes
+    assert any("loss is not predicted" in line for line in by_strategy.assumptions)
+    cut = st.schedule(work, "2x a100-sxm-40g", strategy.with_(pipeline=2, accumulation=4))
+    assert cut.memory.allocated_bytes < by_strategy.memory.allocated_bytes
+
+
+@pytest.mark.parametrize(
+    ("strategy", "what"),
+    [
+        ("tensorize=low-rnak:rank=4", "did you mean 'low-rank'"),
+        ("tensorize=low-rank", "neither is given"),
+        ("tensorize=low-rank:rank=0", "a rank of at least 1"),
+        ("tensorize=low-rank:compression=1", "above 1"),
+        ("tensorize=low-rank:compression=nan", "above 1"),
+        ("tensorize=low-rank:error=0.1", "depend on the weights"),
+        ("tensorize=low-rank:rank=9000", "give a smaller rank"),
+        ("tensorize=tucker:rank=8", "low-rank is"),
+    ],
+)
+def test_what_cannot_be_is_refused(strategy: str, what: str) -> None:
+    with pytest.raises(StrategyError, match=what):
+        st.estimate("gpt2-small", "1x a100-sxm-40g", strategy)
+
+
+def test_what_is_not_modelled_is_refused() -> None:
+    for work, strategy, what in (
+        ("gpt2-small", "tensor=2,tensorize=low-rank:rank=8", "factors of a weight are not divided"),
+        ("gpt2-small", "tensorize=tensor-train:rank=8", "a train of linear layers copies"),
+        ("mixtral-8x7b", "tensorize=low-rank:rank=8", "not modelled with experts"),
+    ):
+        with pytest.raises(UnsupportedError, match=what):
+            st.estimate(work, "8x a100-sxm-40g", strategy)
+    captured = st.torch.capture(nn.Sequential(nn.Linear(4, 4)), (torch.zeros(2, 4),), loss=lambda y, batch: y.sum())
+    with pytest.raises(UnsupportedError, match="known by its operators alone"):
+        st.tensorize(captured, "low-rank:rank=1")

@@ -1,9 +1,16 @@
 """Ways to recompute, really run: the predicted peak is the measured one, and gradients are equal."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from simtrain.core.errors import InputError
+from simtrain.step.predict import schedule
+from validation.features import CPU_RUNTIME, workload_of
 from validation.measure import environment
-from validation.memory import MemoryReport, MemoryRow
+from validation.memory import MemoryReport, MemoryRow, read_memory
+from validation.memory_plot import plot_memory_pairs
 from validation.memory_worker import Trainer
 from validation.steps import gpt, image_model
 
@@ -34,3 +41,35 @@ def test_a_report_says_errors_and_what_did_not_run():
     assert report.to_dict()["summary"]["slowdown"]["mean"] == pytest.approx(0.0, abs=1e-12)
     assert "did not run: no compiler" in str(report)
     assert "+1.00%" in str(report)
+
+
+def test_a_tensorized_model_has_the_predicted_peak():
+    step = STEPS["gpt"]
+    trainer = Trainer(step, "tensorize=low-rank:rank=6")
+    trainer.step()
+    predicted = schedule(
+        workload_of(step), "1x cpu-core", step.parsed().with_(tensorize="low-rank:rank=6"), runtime=CPU_RUNTIME
+    ).memory.allocated_bytes
+    assert trainer.peak_bytes() == pytest.approx(predicted, rel=0.01)
+
+
+def test_optimal_choices_stand_beside_their_rivals(tmp_path):
+    rows = (
+        MemoryRow("a", "none", "none", 100.0, 101.0, 1.0, 1.1),
+        MemoryRow("a", "sqrt", "sqrt", 60.0, 60.0, 1.4, 1.5),
+        MemoryRow("a", "optimal at sqrt's peak", "layers:0", 57.0, 57.0, 1.2, 1.2),
+        MemoryRow("a", "optimal, 25% less", "layers:0-1", 75.0, 75.0, 1.1, 1.1),
+    )
+    report = MemoryReport(rows, environment())
+    matched = {m["rival"]: m for m in report.to_dict()["equal_peak"]}
+    assert matched["sqrt"]["peak"] == pytest.approx(0.95)
+    assert matched["sqrt"]["time"] == pytest.approx(1.2 / 1.4)
+    assert matched["none"]["peak"] == pytest.approx(0.75)
+    saved = tmp_path / "memory.json"
+    saved.write_text(json.dumps(report.to_dict()))
+    assert read_memory(saved).rows == rows
+    assert len(plot_memory_pairs(report).axes) == 2
+    with pytest.raises(InputError, match="no saved comparison"):
+        read_memory(Path(__file__).parents[2] / "pyproject.toml")
+    with pytest.raises(InputError, match="cannot read"):
+        read_memory(tmp_path / "nothing.json")

@@ -30,7 +30,7 @@ from simtrain.planner.allocation.search import Found, search
 from simtrain.planner.allocation.stages import Job
 
 TENSORS = (1, 2, 4, 8)
-MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 24, 32)
+MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 24, 32, 64, 128, 256)
 CHECKPOINTS = ("none", "full")
 
 READ = 4

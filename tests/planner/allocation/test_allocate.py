@@ -200,3 +200,8 @@ def test_bad_input():
         asked.evaluate((Share(Template((StageUse(Unit(kind, 8), 0, layers),), 2), 1, 4),))
     with pytest.raises(InputError, match="in one node are needed"):
         asked.evaluate((Share(Template((StageUse(Unit(kind, 2), 0, layers),), 2), 2, 2),))
+
+
+def test_images_come_in_large_micro_batches():
+    found = st.allocate("resnet50", "2x a100-sxm-80g", 512, checkpoints=("none",), tensors=(1,))
+    assert max(p.share.template.micro_batch for p in found.placement) > 32

@@ -366,7 +366,8 @@ def _block(cluster: Cluster, runtime: Runtime, degrees: Mapping[str, Any], per_r
     rounds = np.array([free and s == "interleaved" for s, _ in schedules], dtype=bool)[codes[:, 5]]
     deep = np.array([pipeline * c > blocks_of(workload) for _, c in schedules], dtype=bool)[codes[:, 5]]
     codes = codes[~(rounds & ((accumulation % pipeline > 0) | deep))]
-    rest = {n: fixed[n] for n in ("shard", "context_style", "optimizer") if n in fixed}
+    chosen = {*degrees, "micro_batch", "accumulation", "precision", "checkpoint", "zero", "sequence_parallel", "schedule", "chunks"}
+    rest = {n: value for n, value in fixed.items() if n not in chosen}
     return Block(runtime, degrees, *axes, {"optimizer": wishes.optimizer} | rest, codes)
 
 

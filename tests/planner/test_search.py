@@ -5,6 +5,7 @@ import pytest
 import simtrain as st
 from simtrain.core.errors import InputError, StrategyError, UnknownNameError
 from simtrain.planner.search import OBJECTIVES
+from simtrain.planner.space import Wishes, candidates, check_fixed, default_runtimes
 
 BOX = "4x rtx-3090"
 
@@ -71,3 +72,12 @@ def test_bad_questions():
         st.plan("gpt2-small", BOX, 256, precisions=[])
     with pytest.raises(StrategyError, match="at least 1"):
         st.plan("gpt2-small", BOX, 0)
+
+
+@pytest.mark.parametrize("fixed", [{"offload": "optimizer"}, {"compression": "topk:0.01"}, {"low_communication": "local-sgd:8"}])
+def test_fixed_fields_are_kept_by_every_candidate(fixed):
+    cluster = st.cluster(BOX)
+    known = check_fixed(fixed)
+    wishes = Wishes(None, None, None, "adamw", cluster.size, known)
+    found, _ = candidates(st.workload("gpt2-medium"), cluster, 64, default_runtimes(cluster), wishes)
+    assert all(getattr(c.strategy, name) == value for c in found for name, value in known.items())

@@ -38,6 +38,8 @@ def test_what_is_not_in_the_tables_is_left_to_others(cluster):
     assert _covered(gpt, cluster, {"tensor": 2}).all()
     assert not _covered(gpt, cluster, {"tensor": 2, "zero": 1, "data": 8, "shard": 4}).any()
     assert not _covered(gpt, cluster, {"tensor": 2, "checkpoint": "sqrt"}).any()
+    assert not _covered(gpt, cluster, {"tensor": 2, "offload": "optimizer"}).any()
+    assert not _covered(gpt, st.cluster("16x h100-sxm"), {"tensor": 2, "precision": "fp8"}).any()
     assert not _covered(st.workload("resnet-50"), cluster, {"data": 16}).any(), "its blocks differ"
     mixed = st.cluster("8x a100-sxm-80g + 8x v100-sxm2-32g")
     assert not _covered(gpt, mixed, {"tensor": 2, "precision": "fp16-master"}).any()

@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as some
 from torch import nn
 
 import simtrain as st
-from simtrain.core.tensorize import parse_tensorize
+from simtrain.core.errors import StrategyError, UnsupportedError
+from simtrain.core.tensorize import Tensorization, parse_tensorize
 from simtrain.torch.pieces import block_paths
 from simtrain.torch.tensor_conversion import tensorize_blocks
 from tests.workloads.image_models import image_model

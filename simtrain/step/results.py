@@ -167,7 +167,7 @@ def _notes(setting: Setting) -> list[str]:
     if idle:
         notes.append(f"{idle} of {setting.cluster.size} devices are not used; they are neither powered nor paid")
     if setting.strategy.zero:
-        notes.append("ZeRO stage 1 shards the optimizer evenly, as flat buffers do; whole tensors per rank would be less even")
+        notes.append("ZeRO shards the optimizer evenly, as flat buffers do; whole tensors per rank would be less even")
     layers = setting.workload.layers
     if setting.runtime.library == "stated" and any(op.kind in CONVOLUTIONS for layer in layers for op in layer.forward):
         notes.append("what cuDNN allocates while a convolution runs is not counted as memory")

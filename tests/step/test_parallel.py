@@ -154,7 +154,8 @@ def test_simulation_agrees_where_nothing_meets_and_is_never_faster(choice, runti
     frozen, fluid = (read(model(), cluster, strategy, runtime=runtime) for read in (st.schedule, st.simulate))
     assert 0.98 * frozen.step_time_s <= fluid.step_time_s <= 1.5 * frozen.step_time_s
     closed = st.estimate(model(), cluster, strategy, runtime=runtime)
-    assert closed.step_time_s == pytest.approx(frozen.step_time_s, rel=0.15)
+    waits_for_hosts = frozen.breakdown_s["host"] > 0.2 * frozen.step_time_s  # which the closed form knows roughly, as docs/design.md says
+    assert closed.step_time_s == pytest.approx(frozen.step_time_s, rel=0.2 if waits_for_hosts else 0.15)
     assert closed.memory.allocated_bytes == frozen.memory.allocated_bytes
     for result in (closed, frozen, fluid):
         assert sum(result.breakdown_s.values()) == pytest.approx(result.step_time_s, rel=1e-6)

@@ -30,6 +30,7 @@ LAYOUT_SETS = (
     "dgxc",
     "dgxc_fp8",
     "internevo",
+    "torchtitan",
     "megatron_reference",
 )
 """Shipped sources, by file name."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from simtrain.core import catalog
 from simtrain.core.errors import CatalogError, UnknownNameError
 from simtrain.core.hardware import Cluster, Device
-from simtrain.core.precision import DType
+from simtrain.core.precision import PRECISIONS, DType
 from simtrain.core.runtime import Runtime, runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
@@ -31,6 +31,13 @@ LAYOUT_SETS = (
     "dgxc_fp8",
     "internevo",
     "torchtitan",
+    "nemo_launcher",
+    "nemo_performance",
+    "megatron_bridge",
+    "flash_attention",
+    "tinyllama",
+    "bigscience_v100",
+    "mlperf_gpt3",
     "megatron_reference",
 )
 """Shipped sources, by file name."""
@@ -46,9 +53,11 @@ _STRATEGY_FIELDS = (
     "pipeline",
     "context",
     "sequence_parallel",
+    "expert",
     "chunks",
     "shard",
     "cuts",
+    "offload",
 )
 _MODEL_NOTES = ("preset", "published_parameters")
 
@@ -68,9 +77,9 @@ class Machine:
     per_node: int
 
     def cluster(self, devices: int) -> str:
-        """Returns the text of a cluster of so many devices."""
+        """Returns the text of a cluster of so many devices; of less than a node, the text of the node."""
         whole, rest = divmod(devices, self.per_node)
-        return f"{devices}x {self.device}" if rest or not whole else f"{whole}x {self.node}"
+        return f"{devices}x {self.device}" if whole and rest else f"{max(1, whole)}x {self.node}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,7 @@ class LayoutRow:
         tensor: Tensor-parallel degree.
         pipeline: Pipeline stages.
         context: Context-parallel degree.
+        expert: Expert-parallel degree.
         chunks: Model chunks per stage under interleaving.
         zero: ZeRO stage.
         shard: Size of the sharding group; 0 for all of a data-parallel group.
@@ -95,6 +105,7 @@ class LayoutRow:
         checkpoint: Activation checkpointing.
         precision: Recipe.
         cuts: Blocks of each chunk where they are not even.
+        offload: What leaves the device between its uses.
         fused_attention: Where rows of one source differ; `None` for the source's.
         runtime: Framework preset where it differs from the source's.
         step_time_s: As printed; `None` where throughput is.
@@ -121,6 +132,7 @@ class LayoutRow:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
     chunks: int = 1
     zero: int = 0
     shard: int = 0
@@ -128,6 +140,7 @@ class LayoutRow:
     checkpoint: str = "none"
     precision: str = "bf16"
     cuts: str = ""
+    offload: str = "none"
     fused_attention: bool | None = None
     runtime: str = ""
     step_time_s: float | None = None
@@ -221,7 +234,7 @@ class LayoutSet:
 
     def label(self, row: LayoutRow) -> str:
         """Returns a short name of a row for reports."""
-        degrees = (("d", row.data), ("t", row.tensor), ("p", row.pipeline), ("c", row.context), ("v", row.chunks))
+        degrees = (("d", row.data), ("t", row.tensor), ("p", row.pipeline), ("c", row.context), ("e", row.expert), ("v", row.chunks))
         layout = " ".join(f"{letter}{degree}" for letter, degree in degrees if degree > 1)
         return f"{row.model} x{row.devices} s{row.sequence} b{row.global_batch}/{row.micro_batch} {layout} {row.precision}".replace(
             "  ", " "
@@ -246,7 +259,7 @@ class LayoutSet:
 
     def cluster(self, row: LayoutRow) -> Cluster:
         """Returns a row's cluster."""
-        return _cluster(self.machines[row.machine].cluster(row.devices))
+        return _cluster(self.machines[row.machine].cluster(row.devices), row.devices)
 
     def device(self, row: LayoutRow) -> Device:
         """Returns the device of a row."""
@@ -317,7 +330,9 @@ def mpt_flops(dataset: LayoutSet, row: LayoutRow) -> float:
 
 
 def arithmetic(recipe: str) -> DType:
-    """Returns the arithmetic path of a recipe by the beginning of its name, modelled or not."""
+    """Returns the arithmetic path of a recipe, of one that is not modelled by the beginning of its name."""
+    if recipe in PRECISIONS:
+        return PRECISIONS[recipe].fastest
     return DType(recipe.split("-", maxsplit=1)[0])
 
 
@@ -383,5 +398,9 @@ def _spec_numbers(name: str, model: str) -> dict[str, int]:
 
 
 @cache
-def _cluster(text: str) -> Cluster:
-    return catalog.cluster(text)
+def _cluster(text: str, devices: int) -> Cluster:
+    whole = catalog.cluster(text)
+    if len(whole.nodes) > 1 or whole.size == devices:
+        return whole
+    node = whole.nodes[0]
+    return replace(whole, name=f"{devices} of {whole.name}", nodes=(replace(node, devices=node.devices[:devices]),))

@@ -18,6 +18,13 @@ ROWS = {
     "dgxc_fp8": 67,
     "internevo": 32,
     "torchtitan": 5,
+    "nemo_launcher": 6,
+    "nemo_performance": 20,
+    "megatron_bridge": 34,
+    "flash_attention": 5,
+    "tinyllama": 1,
+    "bigscience_v100": 11,
+    "mlperf_gpt3": 13,
     "megatron_reference": 162,
 }
 

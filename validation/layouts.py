@@ -38,6 +38,10 @@ LAYOUT_SETS = (
     "tinyllama",
     "bigscience_v100",
     "mlperf_gpt3",
+    "qwen_finetuning",
+    "transformers_guide",
+    "deepspeed_squad",
+    "trainium_bert",
     "megatron_reference",
 )
 """Shipped sources, by file name."""
@@ -47,6 +51,7 @@ _STRATEGY_FIELDS = (
     "micro_batch",
     "accumulation",
     "precision",
+    "optimizer",
     "checkpoint",
     "zero",
     "tensor",
@@ -104,6 +109,7 @@ class LayoutRow:
         sequence_parallel: Whether what tensor parallelism replicates is sharded by tokens.
         checkpoint: Activation checkpointing.
         precision: Recipe.
+        optimizer: Of `Strategy`.
         cuts: Blocks of each chunk where they are not even.
         offload: What leaves the device between its uses.
         fused_attention: Where rows of one source differ; `None` for the source's.
@@ -139,6 +145,7 @@ class LayoutRow:
     sequence_parallel: bool = False
     checkpoint: str = "none"
     precision: str = "bf16"
+    optimizer: str = "adamw"
     cuts: str = ""
     offload: str = "none"
     fused_attention: bool | None = None

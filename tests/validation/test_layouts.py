@@ -25,6 +25,10 @@ ROWS = {
     "tinyllama": 1,
     "bigscience_v100": 11,
     "mlperf_gpt3": 13,
+    "qwen_finetuning": 9,
+    "transformers_guide": 8,
+    "deepspeed_squad": 8,
+    "trainium_bert": 12,
     "megatron_reference": 162,
 }
 

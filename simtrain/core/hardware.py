@@ -146,6 +146,11 @@ class Device:
         per_clock = self.peak_flops.get(DType.BF16, 0.0) / (self.multiprocessors * self.clock_hz)
         return self.since_hopper and per_clock < HOPPER_OPERATIONS
 
+    @property
+    def is_blackwell(self) -> bool:
+        """Whether it is an NVIDIA GPU of compute capability 10.0 or later, with stacked memory."""
+        return self.since_hopper and not self.is_hopper
+
 
 @dataclass(frozen=True, slots=True)
 class Link:

@@ -22,6 +22,13 @@ COMMUNICATION_SHARE_SOURCE = (
 )
 
 
+BLACKWELL_ATTENTION = 3.6
+BLACKWELL_ATTENTION_SOURCE = (
+    "attention on Blackwell: cuDNN takes 1/3.6 of FlashAttention-2's time on a GB200, median of forward and backward at 2,048 to 16,384 "
+    "tokens (2.4 to 3.9; NVIDIA/cudnn-frontend, benchmark/sdpa_benchmark_training/artifacts, bf16, causal, 128 heads of 128)"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """A framework's behaviour. Never a hidden bit per measured row: a preset or an explicit `with_`.
@@ -33,6 +40,8 @@ class Runtime:
         run_ahead_launches: How far the host may be ahead of the device; 0 means the host computes itself (CPU).
         fused_attention: Whether attention is one kernel that does not store the score matrix.
         attention_speed: Speed of the fused attention kernel over FlashAttention-2's (0.5 for FlashAttention 1 and its Triton form).
+        blackwell_attention: The same on Blackwell devices with stacked memory, whose tensor cores FlashAttention-2 does not use; 0 for as
+            much.
         hopper_products: Speed of matrix products since Hopper over that of today's libraries (below 1 for those of 2023).
         fused_elementwise: Whether chains of elementwise operators run as one kernel each (`simtrain.step.fuse`).
         recompute_stops_early: Whether recomputation ends with the last tensor that backward needs (PyTorch's non-reentrant checkpoints)
@@ -88,6 +97,7 @@ class Runtime:
     optimizer_style: Literal["foreach", "fused", "single"]
     recompute_s: float = 60e-6
     attention_speed: float = 1.0
+    blackwell_attention: float = 0.0
     hopper_products: float = 1.0
     fused_elementwise: bool = False
     recompute_stops_early: bool = True
@@ -102,7 +112,7 @@ class Runtime:
     context_bytes: int = 0
     reserved_factor: float = 1.0
     workspace_bytes: int = 0
-    loss: Literal["torch", "in-place"] = "torch"
+    loss: Literal["torch", "in-place", "fused"] = "torch"
     regather: bool = False
     overlap_tensor: bool = False
     vocabulary_multiple: int = 1
@@ -130,11 +140,24 @@ class Runtime:
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        choices = {"optimizer_style": ("foreach", "fused", "single"), "allocator": ("caching", "exact")}
+        choices = {
+            "optimizer_style": ("foreach", "fused", "single"),
+            "allocator": ("caching", "exact"),
+            "loss": ("torch", "in-place", "fused"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"runtime: {name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("launch_s", "recompute_s", "run_ahead_launches", "context_bytes", "workspace_bytes", "blas_handles"):
+        amounts = (
+            "launch_s",
+            "recompute_s",
+            "run_ahead_launches",
+            "context_bytes",
+            "workspace_bytes",
+            "blas_handles",
+            "blackwell_attention",
+        )
+        for name in amounts:
             if not getattr(self, name) >= 0:
                 raise InputError(f"runtime: {name} must not be negative, not {getattr(self, name)!r}")
         if not 0 <= self.communication_share < 1:
@@ -212,6 +235,7 @@ RUNTIMES: dict[str, Runtime] = {
             regather=True,
             overlap_tensor=True,
             vocabulary_multiple=128,
+            blackwell_attention=BLACKWELL_ATTENTION,
             expert_weights="fused",
             main_gradients=True,
             scatter_gradients=True,
@@ -235,6 +259,7 @@ RUNTIMES: dict[str, Runtime] = {
                 COMMUNICATION_SHARE_SOURCE,
                 "library workspaces: cuBLAS 2 x 32 MiB as CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for, Transformer Engine 4 MiB, 32 MiB since "
                 "Hopper (its get_cublas_workspace_size_bytes)",
+                BLACKWELL_ATTENTION_SOURCE,
                 "2 boundary tensors, 3 when interleaved, and a second copy of FlashAttention-2's output: integers that fit the peaks of "
                 "Megatron-LM's functional tests, from which they were chosen",
                 COMMUNICATOR_SOURCE,

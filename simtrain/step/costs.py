@@ -157,7 +157,8 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
 def _library_speed(operators: Sequence[Operator], place: Place) -> FloatArray:
     """How fast the framework's kernels are over those that the compute model knows."""
     products = place.runtime.hopper_products if place.device.since_hopper else 1.0
-    speeds = dict.fromkeys(ATTENTION, place.runtime.attention_speed) | dict.fromkeys(PRODUCTS, products)
+    attention = place.runtime.blackwell_attention if place.device.is_blackwell else 0.0
+    speeds = dict.fromkeys(ATTENTION, attention or place.runtime.attention_speed) | dict.fromkeys(PRODUCTS, products)
     return np.array([speeds.get(op.kind, 1.0) for op in operators], dtype=np.float64)
 
 

@@ -58,6 +58,29 @@ def test_gated_activation_moves_eight_tensors():
     assert moved.tolist() == [3 * 2 * 512 * 2048, 5 * 2 * 512 * 2048]
 
 
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_a_fused_loss_reads_the_logits_twice_and_writes_them_once(tensor):
+    """In their own format, where Megatron-LM's chain converts them to fp32 and passes over them eight times."""
+    work = st.workload("gpt", layers=2, hidden=1024, heads=16, vocabulary=32000, seq_len=512)
+    logits = 4 * 512 * 32000 / tensor * 2
+    moved = {}
+    for loss in ("fused", "in-place"):
+        concrete = specialize(work.reform(Form(tensor=tensor, loss=loss)).layers[-1], precision("bf16-master"), False)
+        ops = [
+            op
+            for op in (*concrete.forward, *concrete.backward)
+            if op.kind in (OperatorKind.REDUCTION, OperatorKind.ELEMENTWISE, OperatorKind.CAST)
+        ]
+        moved[loss] = operator_kernels(ops, concrete, 4, 512).bytes_moved.sum() / logits
+    assert moved["fused"] == pytest.approx(3, rel=0.01)
+    assert moved["in-place"] > 5 * moved["fused"]
+
+
+def test_unknown_losses_are_refused():
+    with pytest.raises(InputError, match="loss must be torch or in-place or fused"):
+        runtime("megatron").with_(loss="apex")
+
+
 def test_blocking_launches_add_host_time_and_slow_attention_its_share():
     work = st.workload("gpt", layers=4, hidden=1024, heads=16, vocabulary=32000, seq_len=1024)
     base = runtime("megatron")

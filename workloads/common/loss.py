@@ -1,4 +1,4 @@
-"""Cross-entropy as eager PyTorch computes it, and as Megatron-LM does.
+"""Cross-entropy as eager PyTorch computes it, as Megatron-LM does, and as one fused kernel.
 
 PyTorch's log-softmax keeps its result for the backward pass; both halves of the loss write a gradient as large as the logits.
 Megatron-LM turns the fp32 logits into probabilities and these into the gradient where they are.
@@ -146,6 +146,35 @@ def cross_entropy_in_place(tape: Tape, x: str, out: str, *, rows: Polynomial, ho
     def node() -> None:
         tape.run_backward(Operator("less_chosen", OperatorKind.ELEMENTWISE, ("input:targets", x), partial=(x,), touched=rows))
         tape.run_backward(Operator("loss.backward", OperatorKind.ELEMENTWISE, (tape.gradient(out),), updates=(x,)))
+        tape.give(x, x)
+
+    tape.node(node)
+
+
+def cross_entropy_fused(tape: Tape, x: str, out: str, *, rows: Polynomial, holds: tuple[str, ...], shared: bool) -> None:
+    """Cross-entropy as one kernel each way: forward reads the logits and keeps one sum per row, backward writes over the logits.
+
+    Source: Dao-AILab/flash-attention, `flash_attn/losses/cross_entropy.py` with `inplace_backward` (the kernel was Apex's
+    `xentropy_cuda` first, then one in Triton); rows are longer than what a multiprocessor holds, and their second reading hits its cache.
+
+    Args:
+        tape: Where it is written.
+        x: The logits, in the format that the projection writes.
+        out: Name of the loss.
+        rows: Predictions.
+        holds: Tensors that Python names keep alive until it returns.
+        shared: Whether ranks hold different classes.
+    """
+    sums = (Tensor("losses", rows, FP32), Tensor("log_sums", rows, FP32))
+    tape.run(Operator("cross_entropy", OperatorKind.REDUCTION, (x, "input:targets"), sums))
+    if shared:
+        _reduce_rows(tape, "log_sums.all_reduce", "log_sums", rows)
+        _reduce_rows(tape, "losses.all_reduce", "losses", rows)
+    tape.run(Operator("mean", OperatorKind.REDUCTION, ("losses",), (Tensor(out, ONE, FP32),)), holds=holds)
+
+    def node() -> None:
+        reads = (tape.gradient(out), "log_sums", "input:targets")
+        tape.run_backward(Operator("cross_entropy.backward", OperatorKind.ELEMENTWISE, reads, updates=(x,)))
         tape.give(x, x)
 
     tape.node(node)

@@ -1,6 +1,6 @@
 """The last layer: projection to logits, and the losses.
 
-The module converts logits to fp32 before the loss (as Megatron-LM and Hugging Face Transformers do).
+The module converts logits to fp32 before the loss (as Megatron-LM and Hugging Face Transformers do), unless one kernel makes the loss.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from simtrain.core.polynomial import ONE, B, S, as_polynomial
 from simtrain.core.workload import Operator, OperatorKind, Role, Tensor, TensorKind
-from workloads.common.loss import cross_entropy, cross_entropy_in_place, cross_entropy_of_parts, start_backward
+from workloads.common.loss import cross_entropy, cross_entropy_fused, cross_entropy_in_place, cross_entropy_of_parts, start_backward
 from workloads.common.parallel import Product, column_parallel
 from workloads.common.pieces import FP32, HIGH, Axis, linear, norm, unary
 from workloads.common.tape import Tape
@@ -45,6 +45,10 @@ def _predict_tokens(tape: Tape, x: str, part: Part, *, bias: bool) -> None:
     else:
         scores = Product("linear", "logits", outer, bias=bias, weight=weight, kind=kind)
         column_parallel(tape, x, [scores], tokens=part.tokens, inner=inner, form=form)
+    if form.loss == "fused":
+        cross_entropy_fused(tape, "logits", "y", rows=part.tokens, holds=("logits", "x"), shared=not part.whole)
+        start_backward(tape)
+        return
     high = tape.cast("logits", FP32)
     classes = as_polynomial(part.vocabulary)
     if form.loss == "torch" and part.whole:

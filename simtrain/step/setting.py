@@ -75,7 +75,7 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
             device.peak(part.arithmetic)
     recipe = settle(recipe, work, how, devices)
     framework = _runtime(runtime, devices)
-    _refuse_cpu_dropout(work, framework)
+    _refuse_exact_dropout(work, framework)
     refuse_optimizer(work, how, devices)
     refuse_mixtures(work, recipe, how)
     _refuse_exchanges(how)
@@ -97,9 +97,12 @@ def _runtime(given: Runtime | str | None, devices: tuple[Device, ...]) -> Runtim
     return chosen
 
 
-def _refuse_cpu_dropout(workload: Workload, runtime: Runtime) -> None:
+def _refuse_exact_dropout(workload: Workload, runtime: Runtime) -> None:
+    """Dropout is known as CUDA kernels with their masks alone: CPUs and compiled programs (TPU, Trainium) have other ones."""
     if runtime.allocator == "exact" and any("dropout" in op.name for layer in workload.layers for op in layer.forward):
-        raise UnsupportedError(f"{workload.name}: dropout on a CPU is not modelled (other kernels and masks than on GPUs); use dropout=0")
+        raise UnsupportedError(
+            f"{workload.name}: dropout under runtime {runtime.name} is not modelled (other kernels and masks than on GPUs); use dropout=0"
+        )
 
 
 def _refuse_sharded_frozen(workload: Workload, strategy: Strategy) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from simtrain.core.errors import SimtrainError
-from validation.layouts import LayoutRow, LayoutSet, mpt_flops, narayanan_flops
+from validation.layout_rows import LayoutRow
+from validation.layouts import LayoutSet, mpt_flops, narayanan_flops
 
 TOLERANCE = 0.02
 """Relative difference above which two columns contradict each other; printed figures have two to four digits."""

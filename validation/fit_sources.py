@@ -11,7 +11,8 @@ import numpy as np
 from simtrain.core.errors import InputError, InternalError, SimtrainError
 from simtrain.core.polynomial import FloatArray
 from validation.fit_published import Constant, HeldOut, Values, Variant, hold_out, with_constants
-from validation.layouts import LayoutRow, LayoutSet
+from validation.layout_rows import LayoutRow
+from validation.layouts import LayoutSet
 
 StepTime = Callable[[LayoutSet, LayoutRow, Values], float]
 

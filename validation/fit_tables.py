@@ -17,7 +17,8 @@ from simtrain.core.errors import InputError
 from simtrain.core.polynomial import FloatArray
 from validation.fit_published import Values
 from validation.fit_sources import step_time_s
-from validation.layouts import LayoutRow, LayoutSet, load_layouts
+from validation.layout_rows import LayoutRow
+from validation.layouts import LayoutSet, load_layouts
 
 PROGRESS_ROWS = 10
 """Rows between two lines of progress."""

@@ -7,7 +7,8 @@ from functools import cache
 
 from simtrain.core.errors import InternalError, SimtrainError
 from simtrain.planner.evidence import Nearby, Provider, Traits, distance, traits
-from validation.layouts import LAYOUT_SETS, LayoutRow, LayoutSet, load_layouts
+from validation.layout_rows import LayoutRow
+from validation.layouts import LAYOUT_SETS, LayoutSet, load_layouts
 from validation.report import predict_layout
 
 

@@ -16,7 +16,8 @@ from math import log
 from statistics import pstdev
 from typing import TYPE_CHECKING, Any
 
-from validation.layouts import LAYOUT_SETS, LayoutRow, load_layouts
+from validation.layout_rows import LayoutRow
+from validation.layouts import LAYOUT_SETS, load_layouts
 from validation.report import LayoutComparison, Predictor, compare_layouts, predict_layout
 from validation.statistics import Choice, RegretSummary, interval_of_mean, regret
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from simtrain.core.errors import InternalError, SimtrainError, UnknownNameError
 from validation.errors import ErrorSummary, skill, summarise
-from validation.layouts import LAYOUT_SETS, LayoutRow, LayoutSet, load_layouts
+from validation.layout_rows import LayoutRow
+from validation.layouts import LAYOUT_SETS, LayoutSet, load_layouts
 from validation.statistics import (
     Confusion,
     RegretSummary,

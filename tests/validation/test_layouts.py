@@ -6,7 +6,7 @@ import pytest
 
 from simtrain.core.errors import SimtrainError, UnknownNameError
 from validation.consistency import contradictions
-from validation.layouts import LAYOUT_SETS, load_layouts, mpt_flops, narayanan_flops
+from validation.layouts import LAYOUT_SETS, arithmetic, load_layouts, mpt_flops, narayanan_flops
 
 ROWS = {
     "vtrain_multi_node": 49,
@@ -109,3 +109,20 @@ def test_runs_out_of_memory_are_rows_too() -> None:
 def test_unknown_sources_are_refused_with_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="vtrain_multi_node"):
         load_layouts("vtrain_multi")
+
+
+def test_less_than_a_node_is_a_part_of_it() -> None:
+    """Eight devices of a rack of 72 share its NVLink, whatever stands in a node of eight elsewhere."""
+    dataset = load_layouts("megatron_bridge")
+    rack = next(r for r in dataset.rows if r.machine == "gb200" and r.devices == 64)
+    box = next(r for r in dataset.rows if r.machine == "h100" and r.devices == 64)
+    assert len(dataset.cluster(rack).nodes) == 1
+    assert len(dataset.cluster(box).nodes) == 8
+    (node,) = dataset.cluster(rack).nodes
+    assert len(node.devices) == 64
+    assert node.peer_link is not None
+    assert node.peer_link.name == "nvlink5"
+
+
+def test_arithmetic_of_recipes_that_are_modelled_is_theirs() -> None:
+    assert [arithmetic(r) for r in ("mxfp8", "nvfp4", "fp8-current", "bf16-master", "bf16-zero3")] == ["fp8", "fp4", "fp8", "bf16", "bf16"]

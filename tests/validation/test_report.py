@@ -12,7 +12,8 @@ from simtrain.core.errors import CatalogError, InputError, InternalError, Unknow
 from simtrain.report.text import render
 from validation.fit_published import Constant, Values
 from validation.fit_sources import fit_problem
-from validation.layouts import LayoutRow, LayoutSet, _workload, load_layouts, read_layouts
+from validation.layout_rows import LayoutRow
+from validation.layouts import LayoutSet, _workload, load_layouts, read_layouts
 from validation.report import LayoutPrediction, compare_layouts, predict_layout
 from validation.report_tables import layout_tables, slice_table
 

@@ -25,7 +25,22 @@ from validation.statistics import RegretSummary, choices, held_out_constants, in
 
 Progress = Callable[[str], None]
 
-FIT_SOURCES = tuple(name for name in LAYOUT_SETS if name not in ("vtrain_single_node", "megatron_reference"))
+UNSEEN = (
+    "nemo_launcher",
+    "nemo_performance",
+    "megatron_bridge",
+    "flash_attention",
+    "tinyllama",
+    "bigscience_v100",
+    "mlperf_gpt3",
+    "qwen_finetuning",
+    "transformers_guide",
+    "deepspeed_squad",
+    "trainium_bert",
+)
+"""Sources that were predicted blind: nothing is fitted to them."""
+
+FIT_SOURCES = tuple(name for name in LAYOUT_SETS if name not in ("vtrain_single_node", "megatron_reference", *UNSEEN))
 """Sources that constants are fitted to: not another simulator's output, nor small models whose times are the host's."""
 
 FORMS: Mapping[str, tuple[Constant, ...]] = {

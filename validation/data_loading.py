@@ -54,9 +54,9 @@ class Case:
 TEST_CASES = (
     Case("icons", 64, 40, 70),
     Case("small", 88, 18, 30),
-    Case("small-long-step", 96, 12, 90),
+    Case("light-long-step", 152, 12, 90),
     Case("medium", 136, 10, 20),
-    Case("medium-long-step", 128, 24, 200),
+    Case("medium-long-step", 112, 24, 200),
     Case("big", 184, 12, 45),
     Case("big-long-step", 224, 8, 150),
     Case("bigger", 272, 6, 30),

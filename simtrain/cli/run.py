@@ -49,6 +49,10 @@ def run(
     target_loss: Annotated[float | None, typer.Option("--target-loss", help="Nats per token; by a loss law.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer updates.")] = None,
     tokens: Annotated[float | None, typer.Option("--tokens", help="Tokens processed.")] = None,
+    batch_law: Annotated[
+        Path | None,
+        typer.Option("--batch-law", help="CSV of your own runs (columns batch, steps): as many steps as a law fitted to them says."),
+    ] = None,
     law: Annotated[str | None, typer.Option("--law", help="chinchilla (default), chinchilla-replicated or kaplan.")] = None,
     efficiency: Annotated[
         float | None, typer.Option("--efficiency", help="Share of tokens that compression or rare synchronisation leave, for a loss.")
@@ -79,6 +83,7 @@ def run(
     json: JsonOption = False,
 ) -> None:
     """Predict when a run reaches its target, and what it takes: goodput, energy, carbon and cost."""
+    from simtrain.run.batch_law import fit_batch_law, read_batch_runs
     from simtrain.run.batch_phases import dynamic_phases
     from simtrain.run.course import Target
     from simtrain.run.faults import Faults
@@ -87,10 +92,11 @@ def run(
     from simtrain.run.site import Site
 
     check_path("--plot", plot, PICTURES)
-    if sum(given is not None for given in (target_loss, steps, tokens)) != 1:
-        raise InputError("give exactly one of --target-loss, --steps and --tokens")
+    if sum(given is not None for given in (target_loss, steps, tokens, batch_law)) != 1:
+        raise InputError("give exactly one of --target-loss, --steps, --tokens and --batch-law")
     subject, machines, how = catalog.workload(workload, seq_len=seq_len), catalog.cluster(cluster), read_strategy(strategy)
-    until = Target(loss=target_loss, steps=steps, tokens=tokens)
+    fitted = fit_batch_law(*read_batch_runs(str(batch_law))) if batch_law is not None else None
+    until = Target(loss=target_loss, steps=steps, tokens=tokens, batch_law=fitted)
     if batch_policy is BatchPolicyKind.FIXED and max_batch is not None:
         raise InputError("--max-batch belongs to --batch-policy dynamic")
     dynamic = batch_policy is BatchPolicyKind.DYNAMIC

@@ -228,5 +228,42 @@ def plot_finish(results: Mapping[str, RunResult] | RunResult, ax: Axes | None = 
     return ax
 
 
+def plot_batch_law(batches: Sequence[float], steps: Sequence[float], ax: Axes | None = None) -> Axes:
+    """Draws runs to one target by their batch, the law fitted to them with its 90 % interval, and where it is extrapolated.
+
+    Args:
+        batches: Of each run.
+        steps: Each run took.
+        ax: Where to draw; new Axes by default.
+
+    Raises:
+        InputError: Too few runs, or runs that contradict the law.
+    """
+    from simtrain.run.batch_law import fit_batch_law
+
+    law = fit_batch_law(batches, steps)
+    ax = new_axes(8, 5) if ax is None else ax
+    low, high = law.fitted_batches
+    wide = np.geomspace(low / 4, 4 * max(high, law.noise_scale), 200)
+    ends = np.array([law.interval(batch) for batch in wide])
+    shown = [law.steps(batch) for batch in wide]
+    inside = (wide >= low) & (wide <= high)
+    ax.fill_between(
+        wide, np.maximum(ends[:, 0], min(shown) / 3), ends[:, 1], color="#4a86b8", alpha=0.15, linewidth=0, label="90 % interval"
+    )
+    ax.plot(wide, shown, "--", color="#4a86b8", linewidth=1, label="extrapolated")
+    ax.plot(wide[inside], np.array(shown)[inside], color="#1f4e79", label=f"{law.min_steps:.4g} (1 + {law.noise_scale:.4g} / batch)")
+    ax.plot(wide, law.steps(low) * low / wide, ":", color="#999999", linewidth=1, label="steps as 1 / batch")
+    ax.plot(batches, steps, "o", color="#b23a48", markersize=5, label="runs")
+    ax.axvline(law.noise_scale, color="#c9a227", linewidth=1, label="noise scale")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_ylim(min(*shown, *steps) / 2, 1.5 * max(*shown, *steps))
+    ax.set_xlabel("batch (samples)")
+    ax.set_ylabel("steps to the target")
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
 def _unit(time_s: float) -> tuple[float, str]:
     return (_DAY_S, "days") if time_s >= _LONG_S else (_HOUR_S, "hours")

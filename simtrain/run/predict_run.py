@@ -121,7 +121,7 @@ def simulate_run(
     chosen = snapshots if snapshots is not None else Snapshots() if faults.any else None
     question = _question(book, base, course, faults, chosen, policy, evaluation)
     ledgers = _simulate(question, range(seed, seed + seeds), executor)
-    assumed = (*_skip_notes(overflow, skips, course), *_assumptions(book, question, chosen, site, learning))
+    assumed = (*_skip_notes(overflow, skips, course), *_assumptions(book, question, chosen, site, learning, until))
     notes = assumed, _sources(book, site, learning)
     return _result(book, question, ledgers, site, until, seed, notes, workload=getattr(workload, "workload", base.name))
 
@@ -323,7 +323,7 @@ def _thinned(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ..
 
 
 def _assumptions(
-    book: PriceBook, question: RunQuestion, snapshots: Snapshots | None, site: Site, learning: Learning | None
+    book: PriceBook, question: RunQuestion, snapshots: Snapshots | None, site: Site, learning: Learning | None, until: Target
 ) -> tuple[str, ...]:
     lines = ["the first start and the last snapshot of the run take no time"]
     if snapshots is not None:
@@ -338,6 +338,7 @@ def _assumptions(
         lines.append("the batch is taken to be far below the noise scale: tokens to a loss do not depend on it")
     elif learning is not None:
         lines.append("the loss law's tokens are those of batches far below the noise scale; a step of B tokens counts B/(1 + B/B_noise)")
+    lines += _doubts(question.course, until)
     if learning is not None and isinstance(learning.law, KaplanLaw):
         lines.append("Kaplan's law counts parameters without embeddings; the workload's count has them: give parameters=... to be exact")
     inexact = next((s.price.inexact for s in question.course.stretches if s.price.inexact), "")
@@ -351,6 +352,18 @@ def _assumptions(
         lines.append("no price is known: cost is not predicted")
     steps = (line for result in book.results for line in result.assumptions)
     return tuple(dict.fromkeys((*lines, *site.assumptions(), *steps)))
+
+
+def _doubts(course: Course, until: Target) -> list[str]:
+    """What a fitted law of steps against batch does not carry."""
+    law = until.batch_law
+    if law is None:
+        return []
+    lines = [law.doubt(s.price.samples_per_step) for s in course.stretches]
+    if law.freedom > 0 and len(course.stretches) == 1:
+        low, high = law.interval(course.stretches[0].price.samples_per_step)
+        lines.append(f"steps by a law fitted to {law.freedom + 2} runs: {low:.0f} to {high:.0f} with 90 % confidence where the law holds")
+    return [line for line in lines if line is not None]
 
 
 def _sources(book: PriceBook, site: Site, learning: Learning | None) -> tuple[str, ...]:

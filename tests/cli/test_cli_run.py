@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -59,3 +60,15 @@ def test_a_dynamic_batch_and_its_input_are_asked_from_the_command_line(run, run_
     code, _, err = run("data", *RUN[1:], "--sample-cpu-s", -1)
     assert code == 2
     assert "cpu_s" in err
+
+
+def test_steps_by_a_law_fitted_to_own_runs(run, run_json, tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("batch,steps\n32,10400\n64,5600\n128,3150\n256,1900\n")
+    law = st.fit_batch_law([32, 64, 128, 256], [10_400, 5_600, 3_150, 1_900])
+    code, data = run_json(*RUN, "--batch-law", str(path))
+    assert code == 0
+    assert data["steps"] == math.ceil(law.steps(128))
+    code, out, err = run(*RUN, "--batch-law", str(tmp_path / "none.csv"))
+    assert (code, out) == (2, "")
+    assert "none.csv" in err

@@ -31,6 +31,7 @@ from simtrain.run.state_price import PriceBook, StatePrice
 from simtrain.run.training import Training
 
 _MAX_PROGRESS = 2000
+_PORTIONS = 64  # of the seeds that executors spread
 _NO_FAULTS = Faults()
 
 
@@ -280,7 +281,8 @@ def _slow_ratio(book: PriceBook, base: StatePrice, faults: Faults) -> float:
 def _simulate(question: RunQuestion, seeds: range, executor: Executor | None) -> list[Ledger]:
     if executor is None:
         return [_one(question, seed) for seed in seeds]
-    return list(executor.map(_one, [question] * len(seeds), seeds))
+    at_once = math.ceil(len(seeds) / _PORTIONS)  # the question travels once for so many
+    return list(executor.map(_one, [question] * len(seeds), seeds, chunksize=at_once))
 
 
 def _one(question: RunQuestion, seed: int) -> Ledger:

@@ -64,6 +64,10 @@ def run(
     mtbf_h: Annotated[float | None, typer.Option("--mtbf-h", help="Mean hours between failures of the whole job.")] = None,
     device_mtbf_h: Annotated[float | None, typer.Option("--device-mtbf-h", help="Mean hours between failures of one device.")] = None,
     node_mtbf_h: Annotated[float | None, typer.Option("--node-mtbf-h", help="Mean hours between failures of one node.")] = None,
+    preemption_h: Annotated[
+        float | None,
+        typer.Option("--preemption-h", help="Mean hours until a spot device of the job is taken back, for an hour on average."),
+    ] = None,
     repair_h: Annotated[float, typer.Option("--repair-h", help="Hours until what failed is back.")] = 0.0,
     detection_s: Annotated[float, typer.Option("--detection-s", help="Seconds until a failure is noticed.")] = 0.0,
     restart_s: Annotated[float, typer.Option("--restart-s", help="Seconds of a restart.")] = 300.0,
@@ -86,7 +90,7 @@ def run(
     from simtrain.run.batch_law import fit_batch_law, read_batch_runs
     from simtrain.run.batch_phases import dynamic_phases
     from simtrain.run.course import Target
-    from simtrain.run.faults import Faults
+    from simtrain.run.faults import Faults, Preemption
     from simtrain.run.policies import Policy
     from simtrain.run.predict_run import simulate_run
     from simtrain.run.site import Site
@@ -106,7 +110,14 @@ def run(
         how,
         until=until,
         phases=dynamic_phases(subject, machines, how, until, law=law, max_batch=max_batch, runtime=runtime) if dynamic else (),
-        faults=Faults(mtbf_h=mtbf_h, device_mtbf_h=device_mtbf_h, node_mtbf_h=node_mtbf_h, repair_h=repair_h, detection_s=detection_s),
+        faults=Faults(
+            mtbf_h=mtbf_h,
+            device_mtbf_h=device_mtbf_h,
+            node_mtbf_h=node_mtbf_h,
+            repair_h=repair_h,
+            detection_s=detection_s,
+            preemption=Preemption(preemption_h) if preemption_h is not None else None,
+        ),
         snapshots=_snapshots(snapshot.value, snapshot_every_s),
         policy=Policy("spares" if spares else "restart", spares=spares, restart_s=restart_s),
         site=Site(pue=pue, region=region, pricing=pricing.value, usd_per_device_h=usd_per_device_h, reserved_h=reserved_h),

@@ -16,6 +16,7 @@ from simtrain.core.precision import precision
 from simtrain.core.result import Result
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
+from simtrain.core.units import format_time
 from simtrain.core.workload import Workload
 from simtrain.run.course import Course, Evaluation, Learning, Phase, Target, plan_course
 from simtrain.run.faults import Faults
@@ -28,7 +29,7 @@ from simtrain.run.run_result import Quantiles, RunResult
 from simtrain.run.site import CARBON_SOURCE, Site
 from simtrain.run.snapshots import Snapshots, daly_interval_s, young_interval_s
 from simtrain.run.state_price import PriceBook, StatePrice
-from simtrain.run.training import Training
+from simtrain.run.training import Training, patience_s
 
 _MAX_PROGRESS = 2000
 _PORTIONS = 64  # of the seeds that executors spread
@@ -240,6 +241,7 @@ def _question(
         if chosen.kind == "async" and write_s > interval_s:
             raise InputError(f"an asynchronous snapshot is written in {write_s:.4g} s, longer than the {interval_s:.4g} s between two")
     _check_kept(faults, interval_s + stall_s, keep)
+    _check_restarts(rate, policy.restart_time_s(base.devices), course.time_s)
     if policy.kind == "elastic" and chosen is None:
         raise InputError("policy 'elastic' changes size from a snapshot: give Snapshots(...)")
     shrink = _Shrink(policy.planner, book) if policy.planner is not None else None
@@ -256,6 +258,16 @@ def _check_kept(faults: Faults, period_s: float, keep: int) -> None:
         raise InputError(
             f"silent faults noticed after {faults.silent.detection_h:g} h need {needed} snapshots kept at one every {period_s:.4g} s, not "
             f"{keep}: the run would begin anew each time. Give Snapshots(keep={needed}), a longer interval or an earlier detection"
+        )
+
+
+def _check_restarts(rate_per_s: float, restart_s: float, ideal_s: float) -> None:
+    """Refuses failures so frequent that not one restart is expected to get through within the time that a run is given."""
+    expected = restart_s * rate_per_s  # failures during a restart: one in e^expected gets through
+    if expected > math.log(max(patience_s(ideal_s) * rate_per_s, 1.0)) + 1:
+        raise InputError(
+            f"the run does not get done: something fails every {format_time(1 / rate_per_s)} on average, and a restart takes "
+            f"{format_time(restart_s)}. Give a longer time between failures or a shorter restart"
         )
 
 
@@ -350,6 +362,8 @@ def _assumptions(
         lines.append(f"steps or tokens are as given: what {inexact} does to the loss that they reach is not modelled")
     if question.base.power_w == 0:
         lines.append("no power is known: energy and carbon are not predicted")
+    if site.pricing == "spot" and question.faults.preemption is None:
+        lines.append("spot devices are never taken back here, which is not so: give Faults(preemption=Preemption(...))")
     if question.base.usd_per_h == 0 and site.usd_per_device_h is None:
         lines.append("no price is known: cost is not predicted")
     steps = (line for result in book.results for line in result.assumptions)

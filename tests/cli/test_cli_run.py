@@ -35,6 +35,9 @@ def test_json_is_the_library_s_answer(run_json):
         ((), "exactly one"),
         (("--steps", 5, "--mtbf-h", -3), "mtbf_h must be a number above zero"),
         (("--steps", 5, "--mtbf-h", 3, "--spares", 4), "8 devices"),
+        (("--steps", 100_000, "--mtbf-h", 0.001), "something fails every 3.60 s on average, and a restart takes 300 s"),
+        (("--steps", 5, "--pricing", "spot", "--usd-per-device-h", 0), "above zero with pricing 'spot'"),
+        (("--steps", 5, "--preemption-h", 0), "Preemption: mtbf_h must be a number above zero"),
         (("--steps", 5, "--region", "germny"), "did you mean 'germany'"),
         (("--steps", 5, "--plot", "run.txt"), ".png"),
         (("--steps", 5, "--batch-policy", "dynamic"), "needs a loss as target"),
@@ -72,3 +75,13 @@ def test_steps_by_a_law_fitted_to_own_runs(run, run_json, tmp_path):
     code, out, err = run(*RUN, "--batch-law", str(tmp_path / "none.csv"))
     assert (code, out) == (2, "")
     assert "none.csv" in err
+
+
+def test_spot_devices_are_taken_back_or_it_is_said_that_they_are_not(run_json):
+    spot = ("--steps", 2000, "--pricing", "spot", "--usd-per-device-h", 0.2)
+    code, calm = run_json(*RUN, *spot)
+    assert code == 0
+    assert any("never taken back" in line for line in calm["assumptions"])
+    _, real = run_json(*RUN, *spot, "--preemption-h", 0.5)
+    assert not any("never taken back" in line for line in real["assumptions"])
+    assert real["split_s"]["waiting"] > 0

@@ -9,7 +9,6 @@ import typer
 
 from simtrain.cli.files import PICTURES, check_path, save_picture
 from simtrain.core.errors import InputError
-from simtrain.run.batch_law import read_batch_runs
 from validation.output import Json, Save, progress, tell, tell_data
 
 
@@ -42,6 +41,7 @@ def validate_batch_law(
     as_json: Json = False,
 ) -> None:
     """Fit S(B) = S_min (1 + B_noise / B) to your own runs, or to six public jobs, and predict each run from the others."""
+    from simtrain.run.batch_law import read_batch_runs
     from validation.batch_jobs import JobFits, fit_job, fit_jobs, source
 
     check_path("--plot", plot, PICTURES)

@@ -116,7 +116,7 @@ def plot_goodput(results: Mapping[str, RunResult] | Iterable[RunResult] | RunRes
         InputError: No results.
     """
     if isinstance(results, Mapping):
-        names, rows = list(results), list(results.values())
+        names, rows = [str(name) for name in results], list(results.values())
     else:
         rows = [results] if isinstance(results, RunResult) else list(results)
         names = [f"{r.strategy}\n{r.cluster}" for r in rows]

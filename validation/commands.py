@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,8 +12,9 @@ import typer
 from simtrain.cli.files import PICTURES, check_path, save_figure
 from simtrain.cli.output import write_json, write_table
 from simtrain.core.errors import InputError, UnknownNameError
-from validation.commands_steps import Json, validate_collectives, validate_kernels, validate_mixed, validate_tpu
-from validation.run_commands import validate_batch, validate_batch_law, validate_proposal, validate_quality
+from validation.commands_steps import validate_collectives, validate_kernels, validate_mixed, validate_tpu
+from validation.output import Json, Save, progress, tell, tell_data
+from validation.run_commands import validate_batch, validate_batch_law, validate_energy, validate_proposal, validate_quality
 
 if TYPE_CHECKING:
     from validation.compare import ComparisonReport
@@ -44,6 +44,7 @@ def register(app: typer.Typer) -> None:
     validate.command("quality")(validate_quality)
     validate.command("memory")(validate_memory)
     validate.command("batch-law")(validate_batch_law)
+    validate.command("energy")(validate_energy)
     validate.command("proposal")(validate_proposal)
     app.add_typer(validate, name="validate")
 
@@ -73,7 +74,7 @@ def calibrate(
 
         if data_sheet is not None or quick or raw is not None:
             raise InputError("--data-sheet, --quick and --save belong to a calibration, not to a probe")
-        report = run(_profile(base, device), probe, strategy, sequence=seq_len, progress=_progress)
+        report = run(_profile(base, device), probe, strategy, sequence=seq_len, progress=progress)
         path = out or probed_path(device)
         save(report.profile, path)
         if as_json:
@@ -106,13 +107,10 @@ def validate_torch(
 
     steps, settings = fixed_list(device, quick=quick, families=families)
     constants = _profile(profile, device, quick=quick)
-    report = compare(constants, steps, settings, _progress)
+    report = compare(constants, steps, settings, progress)
     if save:
         _write(report, save)
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
+    tell(report, as_json=as_json)
 
 
 def validate_published(
@@ -123,7 +121,7 @@ def validate_published(
     ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes that --fit predicts with.")] = 2,
     as_json: Json = False,
-    save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
+    save: Save = None,
 ) -> None:
     """Compare predictions from data sheets alone with published runs, beside null models.
 
@@ -162,7 +160,7 @@ def _fit_published(sources: list[str] | None, by: list[str] | None, workers: int
         raise InputError("--by shows errors of shipped constants: leave it out with --fit")
     if unknown := set(sources or ()) - set(FIT_SOURCES):
         raise UnknownNameError("source to fit to", min(unknown), FIT_SOURCES)
-    report = fit_layouts([name for name in FIT_SOURCES if name in (sources or FIT_SOURCES)], workers=workers, progress=_progress)
+    report = fit_layouts([name for name in FIT_SOURCES if name in (sources or FIT_SOURCES)], workers=workers, progress=progress)
     if save:
         save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
     if as_json:
@@ -176,10 +174,7 @@ def validate_allocation(as_json: Json = False) -> None:
     from validation.allocation import compare
 
     report = compare()
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
+    tell(report, as_json=as_json)
 
 
 def validate_precision(as_json: Json = False) -> None:
@@ -187,10 +182,7 @@ def validate_precision(as_json: Json = False) -> None:
     from validation.precision_ratios import compare
 
     reports = compare()
-    if as_json:
-        write_json([r.to_dict() for r in reports])
-    else:
-        typer.echo("\n\n".join(map(str, reports)))
+    tell_data([r.to_dict() for r in reports], "\n\n".join(map(str, reports)), as_json=as_json)
 
 
 def validate_decisions(
@@ -198,7 +190,7 @@ def validate_decisions(
     predict: Annotated[bool, typer.Option("--predict", help="Write the predictions and stop.")] = False,
     as_json: Json = False,
     profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
-    save: Annotated[Path | None, typer.Option(help="File to write the outcome to, as JSON.")] = None,
+    save: Save = None,
 ) -> None:
     """Ask predictions for the fastest of eight ways to train, in ten groups, then measure all of them."""
     from validation import decisions
@@ -207,18 +199,13 @@ def validate_decisions(
         decisions.write_predictions(_profile(profile), predictions)
         typer.echo(f"written to {predictions}")
         return
-    decided = decisions.decide(predictions, _progress)
-    if save:
-        save.write_text(json.dumps(decisions.to_dict(decided), indent=1) + "\n")
-    if as_json:
-        write_json(decisions.to_dict(decided))
-    else:
-        typer.echo(decisions.describe(decided))
+    decided = decisions.decide(predictions, progress)
+    tell_data(decisions.to_dict(decided), decisions.describe(decided), as_json=as_json, save=save)
 
 
 def validate_regret(
     as_json: Json = False,
-    save: Annotated[Path | None, typer.Option(help="File to write the outcome to, as JSON.")] = None,
+    save: Save = None,
 ) -> None:
     """Choose among measured configurations of one model, machine and batch, published and own, and say what the choices cost."""
     from validation import regret
@@ -235,18 +222,13 @@ def validate_regret(
 def validate_data(
     quick: Annotated[bool, typer.Option("--quick", help="Two of the cases.")] = False,
     as_json: Json = False,
-    save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
+    save: Save = None,
 ) -> None:
     """Run real DataLoaders with several numbers of workers and compare their times with predictions."""
     from validation.data_loading import QUICK_CASES, TEST_CASES, compare_loading
 
-    report = compare_loading(QUICK_CASES if quick else TEST_CASES, _progress)
-    if save:
-        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
+    report = compare_loading(QUICK_CASES if quick else TEST_CASES, progress)
+    tell(report, as_json=as_json, save=save)
 
 
 def validate_memory(
@@ -254,7 +236,7 @@ def validate_memory(
     device: DeviceOption = "cpu",
     as_json: Json = False,
     profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
-    save: Annotated[Path | None, typer.Option(help="File to write the comparison to, as JSON.")] = None,
+    save: Save = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of time against memory to write (.png, .svg, .pdf).")] = None,
     read: Annotated[Path | None, typer.Option("--from", help="Saved comparison to show again instead of measuring.")] = None,
 ) -> None:
@@ -265,17 +247,12 @@ def validate_memory(
     check_path("--plot", plot, PICTURES)
     steps = MEMORY_STEPS if device == "cpu" else GPU_MEMORY_STEPS
     chosen = steps[:1] if quick else steps
-    report = read_memory(read) if read else compare_memory(_profile(profile, device, quick=quick), chosen, _progress)
+    report = read_memory(read) if read else compare_memory(_profile(profile, device, quick=quick), chosen, progress)
     if plot:
         from validation.memory_plot import plot_memory_pairs
 
         save_figure(plot, plot_memory_pairs(report))
-    if save:
-        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
+    tell(report, as_json=as_json, save=save)
 
 
 def _profile(path: Path | None, device: str = "cpu", *, quick: bool = False) -> MachineProfile:
@@ -290,7 +267,7 @@ def _profile(path: Path | None, device: str = "cpu", *, quick: bool = False) -> 
             return load(default_path(device), here)
         except InputError as error:
             typer.echo(f"{error}; doing so", err=True)
-    _progress("no profile of this machine yet: calibrating")
+    progress("no profile of this machine yet: calibrating")
     if quick:  # only what the quick steps need, so it is not kept
         return _calibrate(device, quick=True)
     profile = _calibrate(device)
@@ -312,7 +289,7 @@ def _calibrate(device: str = "cpu", *, quick: bool = False, data_sheet: str | No
             raw.write_text(json.dumps({"command": "simtrain calibrate", "measurements": [m.to_dict() for m in measurements]}) + "\n")
 
     settings = replace(CALIBRATION_SETTINGS, device=device)
-    return run(calibration_list(device, quick=quick), settings, _progress, data_sheet=data_sheet, keep=keep)
+    return run(calibration_list(device, quick=quick), settings, progress, data_sheet=data_sheet, keep=keep)
 
 
 def _naming(path: Path) -> str:
@@ -357,9 +334,4 @@ def _write(report: ComparisonReport, folder: Path) -> None:
         name = f"{kind}_{environment.date_utc[:10]}_{number}.json"
     data = {"command": "simtrain validate torch", "profile": json.loads(report.profile.to_json())} | report.to_dict()
     (folder / name).write_text(json.dumps(data, indent=1) + "\n")
-    _progress(f"written to {folder / name}")
-
-
-def _progress(line: str) -> None:
-    if sys.stderr.isatty():
-        typer.echo(line, err=True)
+    progress(f"written to {folder / name}")

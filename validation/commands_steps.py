@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from simtrain.cli.output import write_json
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+from validation.output import Json, tell
 
 
 def validate_mixed(
@@ -19,10 +18,7 @@ def validate_mixed(
     from validation.mixed import compare_mixed
 
     report = compare_mixed(fit=fit)
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
+    tell(report, as_json=as_json)
 
 
 def validate_tpu(as_json: Json = False) -> None:
@@ -30,10 +26,7 @@ def validate_tpu(as_json: Json = False) -> None:
     from validation.tpu_slices import compare_slices
 
     report = compare_slices()
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
+    tell(report, as_json=as_json)
 
 
 def validate_collectives(as_json: Json = False) -> None:
@@ -41,10 +34,7 @@ def validate_collectives(as_json: Json = False) -> None:
     from validation.collective_runs import compare
 
     report = compare()
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
+    tell(report, as_json=as_json)
 
 
 def validate_kernels(as_json: Json = False) -> None:

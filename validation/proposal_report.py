@@ -95,7 +95,8 @@ class ProposalReport:
 
     def _notes(self) -> str:
         return (
-            "time saved counts the same target; warm-up and decay are in no law and change no step here. "
+            "time saved counts the same target; warm-up and decay are in no law and change no step here. Learning rate means that it grows "
+            "with the batch: where it is kept, a larger batch hardly goes further in a step, so a dynamic batch alone stays small. "
             f"Quality is measured on small models ({self.measured}); above zero is better."
         )
 

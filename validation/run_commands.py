@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from simtrain.cli.files import PICTURES, check_path, save_picture
-from simtrain.cli.output import write_json
 from simtrain.core.errors import InputError
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Save = Annotated[Path | None, typer.Option("--save", help="File to write the outcome to, as JSON.")]
+from validation.output import Json, Save, progress, tell, tell_data
 
 
 def validate_batch(
@@ -25,12 +20,7 @@ def validate_batch(
     from validation.batch_overhead import measure_overhead
 
     report = measure_overhead()
-    if save:
-        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
+    tell(report, as_json=as_json, save=save)
 
 
 def validate_quality(
@@ -40,32 +30,39 @@ def validate_quality(
     """Train two small models with and without each component, paired by seed, and test whether quality stays within half a percent."""
     from validation.quality import compare_quality
 
-    report = compare_quality(progress=_progress)
-    if save:
-        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    if as_json:
-        write_json(report.to_dict())
-    else:
-        typer.echo(str(report))
+    report = compare_quality(progress=progress)
+    tell(report, as_json=as_json, save=save)
 
 
-def validate_batch_law(as_json: Json = False) -> None:
-    """Fit S(B) = S_min (1 + B_noise / B) to six public jobs, and predict each of their runs from the others."""
-    from validation.batch_jobs import fit_jobs, source
+def validate_batch_law(
+    runs: Annotated[Path | None, typer.Argument(help="CSV of your own runs to one target: columns batch and steps.")] = None,
+    batch: Annotated[list[float] | None, typer.Option("--batch", help="What your law says of this batch; may be repeated.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write your runs and the law as a picture (.png, .svg, .pdf).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit S(B) = S_min (1 + B_noise / B) to your own runs, or to six public jobs, and predict each run from the others."""
+    from simtrain.run.batch_law import read_batch_runs
+    from validation.batch_jobs import JobFits, fit_job, fit_jobs, source
 
-    fits = fit_jobs()
-    if as_json:
-        write_json({"source": source(), "jobs": fits})
+    check_path("--plot", plot, PICTURES)
+    if runs is None:
+        if batch or plot:
+            raise InputError("--batch and --plot are of your own runs: name their CSV file, with columns batch and steps")
+        tell(JobFits(fit_jobs(), source()), as_json=as_json)
         return
-    typer.echo(f"{'job':<13}{'model':<30}{'S_min':>9}{'B_noise':>11}{'fit':>8}{'left out':>10}{'linear':>9}")
-    for f in fits:
-        worst = max(abs(e) for e in f.errors)
-        law = f.law
-        typer.echo(
-            f"{f.job:<13}{f.model:<30}{law.min_steps:>9.4g}{law.noise_scale:>11.4g}{law.largest_error:>8.1%}{worst:>10.1%}{f.linear_error:>9.1%}"
-        )
-    typer.echo("fit: worst error of a run; left out: of a run by the others' law; linear: if steps fell as 1 / batch (null model)")
-    typer.echo(f"points: {source()}")
+    batches, steps = read_batch_runs(str(runs))
+    tell(JobFits((fit_job(runs.stem, "own runs", batches, steps),), str(runs), tuple(batch or ())), as_json=as_json)
+    if plot is not None:
+        from simtrain.report import plot_batch_law
+
+        save_picture(plot, lambda ax: plot_batch_law(batches, steps, ax), height_inch=6.0)
+
+
+def validate_energy(as_json: Json = False, save: Save = None) -> None:
+    """Compare power caps and slack of pipelines with published measurements: Zeus' traces and Perseus' frontiers."""
+    from validation.energy import compare_energy
+
+    tell(compare_energy(), as_json=as_json, save=save)
 
 
 def validate_proposal(
@@ -92,7 +89,7 @@ def validate_proposal(
 
     check_path("--plot", plot, PICTURES)
     report = make_report([predict_job(name, cluster) for name in JOBS], cluster)
-    _tell([report.to_dict()], str(report), as_json=as_json, save=save)
+    tell(report, as_json=as_json, save=save)
     if plot is not None:
         save_picture(plot, lambda ax: plot_ablation(report, ax), height_inch=6.0)
 
@@ -104,19 +101,6 @@ def _run_proposal(folders: dict[str, Path], seeds: int, epochs: float | None, pr
         raise InputError("give the data: --cifar10 FOLDER, --wikitext2 FOLDER or both")
     plan = Plan(seeds=seeds, epochs=epochs, processes=processes)
     jobs = [run_job(name, folder, plan, lambda line: typer.echo(line, err=True)) for name, folder in folders.items()]
-    _tell([job.to_dict() for job in jobs], "\n\n".join(str(job) for job in jobs), as_json=as_json, save=save)
-
-
-def _tell(data: list[dict[str, object]], text: str, *, as_json: bool, save: Path | None) -> None:
-    whole = data[0] if len(data) == 1 else {"jobs": data}
-    if save:
-        save.write_text(json.dumps(whole, indent=1) + "\n")
-    if as_json:
-        write_json(whole)
-    else:
-        sys.stdout.write(text + "\n")
-
-
-def _progress(line: str) -> None:
-    if sys.stderr.isatty():
-        typer.echo(line, err=True)
+    tables = [job.to_dict() for job in jobs]
+    data = tables[0] if len(tables) == 1 else {"jobs": tables}
+    tell_data(data, "\n\n".join(map(str, jobs)), as_json=as_json, save=save)

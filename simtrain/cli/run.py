@@ -49,6 +49,10 @@ def run(
     target_loss: Annotated[float | None, typer.Option("--target-loss", help="Nats per token; by a loss law.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer updates.")] = None,
     tokens: Annotated[float | None, typer.Option("--tokens", help="Tokens processed.")] = None,
+    batch_law: Annotated[
+        Path | None,
+        typer.Option("--batch-law", help="CSV of your own runs (columns batch, steps): as many steps as a law fitted to them says."),
+    ] = None,
     law: Annotated[str | None, typer.Option("--law", help="chinchilla (default), chinchilla-replicated or kaplan.")] = None,
     efficiency: Annotated[
         float | None, typer.Option("--efficiency", help="Share of tokens that compression or rare synchronisation leave, for a loss.")
@@ -60,6 +64,10 @@ def run(
     mtbf_h: Annotated[float | None, typer.Option("--mtbf-h", help="Mean hours between failures of the whole job.")] = None,
     device_mtbf_h: Annotated[float | None, typer.Option("--device-mtbf-h", help="Mean hours between failures of one device.")] = None,
     node_mtbf_h: Annotated[float | None, typer.Option("--node-mtbf-h", help="Mean hours between failures of one node.")] = None,
+    preemption_h: Annotated[
+        float | None,
+        typer.Option("--preemption-h", help="Mean hours until a spot device of the job is taken back, for an hour on average."),
+    ] = None,
     repair_h: Annotated[float, typer.Option("--repair-h", help="Hours until what failed is back.")] = 0.0,
     detection_s: Annotated[float, typer.Option("--detection-s", help="Seconds until a failure is noticed.")] = 0.0,
     restart_s: Annotated[float, typer.Option("--restart-s", help="Seconds of a restart.")] = 300.0,
@@ -79,18 +87,20 @@ def run(
     json: JsonOption = False,
 ) -> None:
     """Predict when a run reaches its target, and what it takes: goodput, energy, carbon and cost."""
+    from simtrain.run.batch_law import fit_batch_law, read_batch_runs
     from simtrain.run.batch_phases import dynamic_phases
     from simtrain.run.course import Target
-    from simtrain.run.faults import Faults
+    from simtrain.run.faults import Faults, Preemption
     from simtrain.run.policies import Policy
     from simtrain.run.predict_run import simulate_run
     from simtrain.run.site import Site
 
     check_path("--plot", plot, PICTURES)
-    if sum(given is not None for given in (target_loss, steps, tokens)) != 1:
-        raise InputError("give exactly one of --target-loss, --steps and --tokens")
+    if sum(given is not None for given in (target_loss, steps, tokens, batch_law)) != 1:
+        raise InputError("give exactly one of --target-loss, --steps, --tokens and --batch-law")
     subject, machines, how = catalog.workload(workload, seq_len=seq_len), catalog.cluster(cluster), read_strategy(strategy)
-    until = Target(loss=target_loss, steps=steps, tokens=tokens)
+    fitted = fit_batch_law(*read_batch_runs(str(batch_law))) if batch_law is not None else None
+    until = Target(loss=target_loss, steps=steps, tokens=tokens, batch_law=fitted)
     if batch_policy is BatchPolicyKind.FIXED and max_batch is not None:
         raise InputError("--max-batch belongs to --batch-policy dynamic")
     dynamic = batch_policy is BatchPolicyKind.DYNAMIC
@@ -100,7 +110,14 @@ def run(
         how,
         until=until,
         phases=dynamic_phases(subject, machines, how, until, law=law, max_batch=max_batch, runtime=runtime) if dynamic else (),
-        faults=Faults(mtbf_h=mtbf_h, device_mtbf_h=device_mtbf_h, node_mtbf_h=node_mtbf_h, repair_h=repair_h, detection_s=detection_s),
+        faults=Faults(
+            mtbf_h=mtbf_h,
+            device_mtbf_h=device_mtbf_h,
+            node_mtbf_h=node_mtbf_h,
+            repair_h=repair_h,
+            detection_s=detection_s,
+            preemption=Preemption(preemption_h) if preemption_h is not None else None,
+        ),
         snapshots=_snapshots(snapshot.value, snapshot_every_s),
         policy=Policy("spares" if spares else "restart", spares=spares, restart_s=restart_s),
         site=Site(pue=pue, region=region, pricing=pricing.value, usd_per_device_h=usd_per_device_h, reserved_h=reserved_h),

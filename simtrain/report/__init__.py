@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from simtrain.report.page import page_html, write_page
     from simtrain.report.plots import plot_breakdown, plot_memory
     from simtrain.report.roofline import plot_roofline
-    from simtrain.report.run_plots import plot_finish, plot_goodput, plot_run, plot_tradeoff
+    from simtrain.report.run_plots import plot_batch_law, plot_finish, plot_goodput, plot_run, plot_tradeoff
     from simtrain.report.run_tables import run_table
     from simtrain.report.tables import plan_table, result_table
     from simtrain.report.text import render
@@ -38,6 +38,7 @@ _HOME = {
     "page_html": "page",
     "plan_table": "tables",
     "plot_allocation": "allocation",
+    "plot_batch_law": "run_plots",
     "plot_breakdown": "plots",
     "plot_checkpoint_curve": "checkpoint_plot",
     "plot_finish": "run_plots",
@@ -69,6 +70,7 @@ __all__ = [
     "page_html",
     "plan_table",
     "plot_allocation",
+    "plot_batch_law",
     "plot_breakdown",
     "plot_checkpoint_curve",
     "plot_finish",

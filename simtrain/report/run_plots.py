@@ -73,7 +73,7 @@ def plot_run(result: RunResult, ax: Axes | None = None) -> Axes:
     ax.set_xlabel(f"time ({unit})")
     ax.set_ylabel("loss (nats per token)" if with_loss else "steps done")
     if with_loss:
-        upper = float(np.interp(result.steps * 0.01, curve_step, loss))  # the first steps would hide the rest
+        upper = float(np.interp(result.steps * 0.04, curve_step, loss))  # the first steps would hide the rest
         ax.set_ylim(loss[-1] - 0.06 * (upper - loss[-1]), upper)
     twin = ax.twinx()
     twin.step(
@@ -103,22 +103,26 @@ def _mark_events(ax: Axes, result: RunResult, unit_s: float, height: Callable[[F
                 ax.plot(at / unit_s, height(at), marker, color=colour, markersize=5, alpha=0.7, linestyle="none", label=label)
 
 
-def plot_goodput(results: Iterable[RunResult] | RunResult, ax: Axes | None = None) -> Axes:
+def plot_goodput(results: Mapping[str, RunResult] | Iterable[RunResult] | RunResult, ax: Axes | None = None) -> Axes:
     """Draws where the time went, as a waterfall: from the productive part over each loss to the whole time.
 
     Several runs stand above each other, in shares of their own time.
 
     Args:
-        results: One or several.
+        results: One or several, perhaps by name.
         ax: Where to draw; new Axes by default.
 
     Raises:
         InputError: No results.
     """
-    rows = [results] if isinstance(results, RunResult) else list(results)
+    if isinstance(results, Mapping):
+        names, rows = [str(name) for name in results], list(results.values())
+    else:
+        rows = [results] if isinstance(results, RunResult) else list(results)
+        names = [f"{r.strategy}\n{r.cluster}" for r in rows]
     if not rows:
         raise InputError("plot_goodput needs at least one run")
-    return _waterfall(rows[0], ax) if len(rows) == 1 else _shares(rows, ax)
+    return _waterfall(rows[0], ax) if len(rows) == 1 else _shares(names, rows, ax)
 
 
 def _waterfall(result: RunResult, ax: Axes | None) -> Axes:
@@ -142,7 +146,7 @@ def _waterfall(result: RunResult, ax: Axes | None) -> Axes:
     return ax
 
 
-def _shares(rows: Sequence[RunResult], ax: Axes | None) -> Axes:
+def _shares(names: Sequence[str], rows: Sequence[RunResult], ax: Axes | None) -> Axes:
     ax = new_axes(9, 1.4 + 0.5 * len(rows)) if ax is None else ax
     left = np.zeros(len(rows))
     for part, colour in RUN_COLOURS.items():
@@ -150,8 +154,7 @@ def _shares(rows: Sequence[RunResult], ax: Axes | None) -> Axes:
         if width.any():
             ax.barh(range(len(rows)), width, left=left, color=colour, label=part)
             left += width
-    names = [f"{r.strategy}\n{r.cluster}, {format_time(r.time_s)}" for r in rows]
-    ax.set_yticks(range(len(rows)), names, fontsize=8)
+    ax.set_yticks(range(len(rows)), [f"{name}, {format_time(r.time_s)}" for name, r in zip(names, rows, strict=True)], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
     ax.set_xlabel("share of the run's time")
@@ -215,16 +218,51 @@ def plot_finish(results: Mapping[str, RunResult] | RunResult, ax: Axes | None = 
     for i, (name, run) in enumerate(runs.items()):
         times = np.sort(run.times_s) / unit_s
         colour = list(RUN_COLOURS.values())[i % len(RUN_COLOURS)]
-        ax.step(times, np.arange(1, len(times) + 1) / len(times), where="post", color=colour, label=f"{name} ({run.seeds} seeds)")
         marks = np.quantile(times, [0.1, 0.5, 0.9])
-        ax.plot(marks, [0.1, 0.5, 0.9], "o", color=colour, markersize=4)
-        for mark, share in zip(marks, ("p10", "median", "p90"), strict=True):
-            height = {"p10": 0.1, "median": 0.5, "p90": 0.9}[share]
-            ax.annotate(f"{share} {mark:.3g}", (mark, height), xytext=(6, -10), textcoords="offset points", fontsize=8)
+        label = f"{name}: median {marks[1]:.3g}, p10 {marks[0]:.3g}, p90 {marks[2]:.3g} ({run.seeds} seeds)"
+        ax.step(times, np.arange(1, len(times) + 1) / len(times), where="post", color=colour, label=label)
+        ax.plot(marks, [0.1, 0.5, 0.9], "o", color=colour, markersize=5)
     ax.set_ylim(0, 1.02)
     ax.set_xlabel(f"done after ({unit})")
     ax.set_ylabel("share of seeds")
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, fontsize=8, frameon=False)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=1 if len(runs) < 4 else 2, fontsize=8, frameon=False)
+    return ax
+
+
+def plot_batch_law(batches: Sequence[float], steps: Sequence[float], ax: Axes | None = None) -> Axes:
+    """Draws runs to one target by their batch, the law fitted to them with its 90 % interval, and where it is extrapolated.
+
+    Args:
+        batches: Of each run.
+        steps: Each run took.
+        ax: Where to draw; new Axes by default.
+
+    Raises:
+        InputError: Too few runs, or runs that contradict the law.
+    """
+    from simtrain.run.batch_law import fit_batch_law
+
+    law = fit_batch_law(batches, steps)
+    ax = new_axes(8, 5) if ax is None else ax
+    low, high = law.fitted_batches
+    wide = np.geomspace(low / 4, 4 * max(high, law.noise_scale), 200)
+    ends = np.array([law.interval(batch) for batch in wide])
+    shown = [law.steps(batch) for batch in wide]
+    inside = (wide >= low) & (wide <= high)
+    ax.fill_between(
+        wide, np.maximum(ends[:, 0], min(shown) / 3), ends[:, 1], color="#4a86b8", alpha=0.15, linewidth=0, label="90 % interval"
+    )
+    ax.plot(wide, shown, "--", color="#4a86b8", linewidth=1, label="extrapolated")
+    ax.plot(wide[inside], np.array(shown)[inside], color="#1f4e79", label=f"{law.min_steps:.4g} (1 + {law.noise_scale:.4g} / batch)")
+    ax.plot(wide, law.steps(low) * low / wide, ":", color="#999999", linewidth=1, label="steps as 1 / batch")
+    ax.plot(batches, steps, "o", color="#b23a48", markersize=5, label="runs")
+    ax.axvline(law.noise_scale, color="#c9a227", linewidth=1, label="noise scale")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_ylim(min(*shown, *steps) / 2, 1.5 * max(*shown, *steps))
+    ax.set_xlabel("batch (samples)")
+    ax.set_ylabel("steps to the target")
+    ax.legend(fontsize=8, frameon=False)
     return ax
 
 

@@ -26,12 +26,18 @@ class BatchLaw:
         noise_scale: Batch at which twice the steps of an endless batch are needed, in samples (or tokens, as the batch is counted).
         largest_error: Largest relative error over the runs it was fitted to (0 if it was stated, not fitted).
         fitted_batches: Smallest and largest batch it was fitted to; (0, inf) if stated.
+        covariance: Of S_min, of S_min with S_min B_noise, and of S_min B_noise, by the scatter of the runs; zeros if stated.
+        scatter: Standard deviation of a run's steps relative to the law; 0 if stated.
+        freedom: Runs fitted to beyond the law's two unknowns.
     """
 
     min_steps: float
     noise_scale: float
     largest_error: float = 0.0
     fitted_batches: tuple[float, float] = (0.0, math.inf)
+    covariance: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    scatter: float = 0.0
+    freedom: int = 0
 
     def __post_init__(self) -> None:
         above_zero(self, "min_steps", "noise_scale")
@@ -48,6 +54,37 @@ class BatchLaw:
     def samples(self, batch: float) -> float:
         """Samples to the target with a batch: `B S(B)`."""
         return batch * self.steps(batch)
+
+    def interval(self, batch: float, level: float = 0.9) -> tuple[float, float]:
+        """Steps between which a new run with a batch ends, with some confidence and if the law holds.
+
+        By Student's t over the scatter of the runs and what it leaves open about the two unknowns. That the law itself bends where no run
+        was made is not in it: see `doubt`.
+
+        Raises:
+            InputError: A law that was stated, not fitted, or a level that is no share.
+        """
+        from scipy.stats import t
+
+        if self.freedom < 1:
+            raise InputError("this law was stated, not fitted to runs: nothing says how far it may be off")
+        if not 0 < level < 1:
+            raise InputError(f"a level of confidence lies between 0 and 1, not {level!r}")
+        steps, (own, both, samples) = self.steps(batch), self.covariance
+        spread = math.sqrt(max(own + 2 * both / batch + samples / batch**2, 0.0) + (self.scatter * steps) ** 2)
+        half = float(t.ppf((1 + level) / 2, self.freedom)) * spread
+        return max(steps - half, 0.0), steps + half
+
+    def doubt(self, batch: float) -> str | None:
+        """Why the law should not be trusted at a batch, in words; `None` if nothing speaks against it."""
+        low, high = self.fitted_batches
+        if batch < low or batch > high:
+            side = "above" if batch > high else "below"
+            unseen = (
+                f"; the noise scale, {self.noise_scale:.4g}, is beyond every run" if side == "above" and self.noise_scale > high else ""
+            )
+            return f"a batch of {batch:g} lies {side} the runs, which go from {low:g} to {high:g}: the law is extrapolated{unseen}"
+        return None
 
 
 def fit_batch_law(batches: Sequence[float], steps: Sequence[float]) -> BatchLaw:
@@ -77,8 +114,45 @@ def fit_batch_law(batches: Sequence[float], steps: Sequence[float]) -> BatchLaw:
         raise InputError(
             "these runs contradict S_min (1 + B_noise/B): steps must fall with the batch, and level off, not fall faster than 1/B"
         )
-    error = float(np.abs((least + least_samples / b) / s - 1).max())
-    return BatchLaw(float(least), float(least_samples / least), error, (float(b.min()), float(b.max())))
+    off = (least + least_samples / b) / s - 1
+    freedom = len(b) - 2
+    covariance = np.linalg.inv(columns.T @ columns) * float(off @ off) / freedom
+    return BatchLaw(
+        float(least),
+        float(least_samples / least),
+        float(np.abs(off).max()),
+        (float(b.min()), float(b.max())),
+        (float(covariance[0, 0]), float(covariance[0, 1]), float(covariance[1, 1])),
+        math.sqrt(float(off @ off) / freedom),
+        freedom,
+    )
+
+
+def read_batch_runs(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Reads runs from a CSV file with a header and the columns `batch` (samples of a step) and `steps` (until the target was reached).
+
+    Returns:
+        Batches and steps, one of each for every run.
+
+    Raises:
+        InputError: The file cannot be read, lacks a column, or a value is no number (with its line).
+    """
+    import csv
+    from pathlib import Path
+
+    batches, steps = [], []
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            for row in reader:
+                try:
+                    batches.append(float(row["batch"]))
+                    steps.append(float(row["steps"]))
+                except (KeyError, TypeError, ValueError):
+                    raise InputError(f"{path}, line {reader.line_num}: expected numbers in the columns batch and steps") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the runs in {path}: {getattr(error, 'strerror', None) or 'it is no text file'}") from None
+    return tuple(batches), tuple(steps)
 
 
 def gain(batch: float, base_batch: float, noise_scale: float | None) -> float:

@@ -1,8 +1,10 @@
-"""Power caps as a trade-off of time against energy: a law with three constants, fits to measured runs, and the energy-optimal cap.
+"""Power caps as a trade-off of time against energy: a law with four constants, fits to measured runs, and the energy-optimal cap.
 
-Dynamic power goes with about the cube of the clock, so under a cap the clock, and with it the part `c` of the time that is bound by
-computing, follows the cube root of the power left above the static part:
-`t(P) = t_0 max(1, (1-c) + c ((P_demand - P_static)/(P - P_static))^(1/3))` at a drawn power of `P = min(reach x cap, P_demand)`.
+Dynamic power goes with `clock x voltage^2`. From the full clock down voltage falls with the clock, and power with its cube; below the clock
+at which voltage has reached its floor, power falls with the clock alone, and every watt saved costs three times the time. Under a cap the
+clock, and with it the part `c` of the time that is bound by computing, follows what is left above the static part. With
+`x = (P - P_static)/(P_demand - P_static)` at a drawn power of `P = min(reach x cap, P_demand)`, and voltage at its floor below clock `v`:
+`t(P) = t_0 ((1-c) + c/clock(x))` with `clock(x) = x^(1/3)` for `x >= v^3`, else `x/v^2`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ class CapLaw:
         static_w: Power that does not follow the clock.
         compute_share: c, the part of the time that follows the clock.
         reach: Share of a binding cap that is drawn on average; boards stay somewhat below.
+        voltage_floor: v, the share of the full clock below which voltage falls no further; 0 for no floor.
         largest_error: Largest relative error of the time over the points it was fitted to (0 if stated).
     """
 
@@ -35,11 +38,12 @@ class CapLaw:
     compute_share: float
     reach: float = 1.0
     largest_error: float = 0.0
+    voltage_floor: float = 0.0
 
     def __post_init__(self) -> None:
         above_zero(self, "demand_w", "reach")
         not_negative(self, "static_w")
-        share(self, "compute_share")
+        share(self, "compute_share", "voltage_floor")
         if self.static_w >= self.demand_w:
             raise InputError(f"CapLaw: static_w ({self.static_w:g}) must be below demand_w ({self.demand_w:g})")
 
@@ -52,8 +56,10 @@ class CapLaw:
         drawn = self.power_w(cap_w)
         if (drawn <= self.static_w).any():
             raise InputError(f"a cap of {np.min(cap_w):g} W leaves nothing above the static power of {self.static_w:g} W")
-        ratio = (self.demand_w - self.static_w) / (drawn - self.static_w)
-        return np.asarray(np.maximum(1.0, 1 - self.compute_share + self.compute_share * np.cbrt(ratio)), dtype=np.float64)
+        left = (drawn - self.static_w) / (self.demand_w - self.static_w)
+        cubic = left >= self.voltage_floor**3
+        clock = np.where(cubic, np.cbrt(left), left / np.where(cubic, 1.0, self.voltage_floor**2))
+        return np.asarray(np.maximum(1.0, 1 - self.compute_share + self.compute_share / clock), dtype=np.float64)
 
     def power_w(self, cap_w: FloatArray | float) -> FloatArray:
         """Power drawn under a cap."""
@@ -71,8 +77,8 @@ class CapLaw:
 def fit_cap_law(caps_w: Sequence[float], times_s: Sequence[float], powers_w: Sequence[float]) -> CapLaw:
     """Fits the law to runs of one job under different caps.
 
-    The demand is the largest power seen, the reach the median share of binding caps that was drawn; static power and compute share follow
-    by least squares of the relative error of time.
+    The demand is the largest power seen, the reach the median share of binding caps that was drawn; static power, compute share and, from
+    five runs on, the floor of the voltage follow by least squares of the relative error of time.
 
     Args:
         caps_w: Cap of each run.
@@ -92,16 +98,16 @@ def fit_cap_law(caps_w: Sequence[float], times_s: Sequence[float], powers_w: Seq
     reach = float(np.median(powers[binding] / caps[binding])) if binding.any() else 1.0
     least = float(min(reach * caps.min(), demand))
 
-    def times_of(x: FloatArray) -> FloatArray:
-        law = CapLaw(demand, float(x[0]) * least, float(x[1]), reach)
-        return np.asarray(float(x[2]) * times.min() * law.slowdown(caps), dtype=np.float64)
+    def law_of(x: FloatArray, error: float = 0.0) -> CapLaw:
+        return CapLaw(demand, float(x[0]) * least, float(x[1]), reach, error, float(x[3]) if len(x) > 3 else 0.0)
 
     def errors(x: FloatArray) -> FloatArray:
-        return np.asarray(times_of(x) / times - 1, dtype=np.float64)
+        return np.asarray(float(x[2]) * times.min() * law_of(x).slowdown(caps) / times - 1, dtype=np.float64)
 
-    fit = least_squares(errors, [0.3, 0.7, 1.0], bounds=([0.0, 0.0, 0.5], [0.95, 1.0, 1.5]))
-    error = float(np.abs(fit.fun).max())
-    return CapLaw(demand, float(fit.x[0]) * least, float(fit.x[1]), reach, error)
+    starts = [[0.3, 0.7, 1.0, floor] for floor in (0.6, 0.85)] if len(caps) > 4 else [[0.3, 0.7, 1.0]]
+    bounds = [0.0, 0.0, 0.5, 0.0][: len(starts[0])], [0.95, 1.0, 1.5, 1.0][: len(starts[0])]
+    fit = min((least_squares(errors, start, bounds=bounds) for start in starts), key=lambda found: float(found.cost))
+    return law_of(fit.x, float(np.abs(fit.fun).max()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from simtrain.core.precision import precision
 from simtrain.core.result import Result
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
+from simtrain.core.units import format_time
 from simtrain.core.workload import Workload
 from simtrain.run.course import Course, Evaluation, Learning, Phase, Target, plan_course
 from simtrain.run.faults import Faults
@@ -28,9 +29,10 @@ from simtrain.run.run_result import Quantiles, RunResult
 from simtrain.run.site import CARBON_SOURCE, Site
 from simtrain.run.snapshots import Snapshots, daly_interval_s, young_interval_s
 from simtrain.run.state_price import PriceBook, StatePrice
-from simtrain.run.training import Training
+from simtrain.run.training import Training, patience_s
 
 _MAX_PROGRESS = 2000
+_PORTIONS = 64  # of the seeds that executors spread
 _NO_FAULTS = Faults()
 
 
@@ -121,7 +123,7 @@ def simulate_run(
     chosen = snapshots if snapshots is not None else Snapshots() if faults.any else None
     question = _question(book, base, course, faults, chosen, policy, evaluation)
     ledgers = _simulate(question, range(seed, seed + seeds), executor)
-    assumed = (*_skip_notes(overflow, skips, course), *_assumptions(book, question, chosen, site, learning))
+    assumed = (*_skip_notes(overflow, skips, course), *_assumptions(book, question, chosen, site, learning, until))
     notes = assumed, _sources(book, site, learning)
     return _result(book, question, ledgers, site, until, seed, notes, workload=getattr(workload, "workload", base.name))
 
@@ -239,6 +241,7 @@ def _question(
         if chosen.kind == "async" and write_s > interval_s:
             raise InputError(f"an asynchronous snapshot is written in {write_s:.4g} s, longer than the {interval_s:.4g} s between two")
     _check_kept(faults, interval_s + stall_s, keep)
+    _check_restarts(rate, policy.restart_time_s(base.devices), course.time_s)
     if policy.kind == "elastic" and chosen is None:
         raise InputError("policy 'elastic' changes size from a snapshot: give Snapshots(...)")
     shrink = _Shrink(policy.planner, book) if policy.planner is not None else None
@@ -255,6 +258,16 @@ def _check_kept(faults: Faults, period_s: float, keep: int) -> None:
         raise InputError(
             f"silent faults noticed after {faults.silent.detection_h:g} h need {needed} snapshots kept at one every {period_s:.4g} s, not "
             f"{keep}: the run would begin anew each time. Give Snapshots(keep={needed}), a longer interval or an earlier detection"
+        )
+
+
+def _check_restarts(rate_per_s: float, restart_s: float, ideal_s: float) -> None:
+    """Refuses failures so frequent that not one restart is expected to get through within the time that a run is given."""
+    expected = restart_s * rate_per_s  # failures during a restart: one in e^expected gets through
+    if expected > math.log(max(patience_s(ideal_s) * rate_per_s, 1.0)) + 1:
+        raise InputError(
+            f"the run does not get done: something fails every {format_time(1 / rate_per_s)} on average, and a restart takes "
+            f"{format_time(restart_s)}. Give a longer time between failures or a shorter restart"
         )
 
 
@@ -280,7 +293,8 @@ def _slow_ratio(book: PriceBook, base: StatePrice, faults: Faults) -> float:
 def _simulate(question: RunQuestion, seeds: range, executor: Executor | None) -> list[Ledger]:
     if executor is None:
         return [_one(question, seed) for seed in seeds]
-    return list(executor.map(_one, [question] * len(seeds), seeds))
+    at_once = math.ceil(len(seeds) / _PORTIONS)  # the question travels once for so many
+    return list(executor.map(_one, [question] * len(seeds), seeds, chunksize=at_once))
 
 
 def _one(question: RunQuestion, seed: int) -> Ledger:
@@ -323,7 +337,7 @@ def _thinned(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ..
 
 
 def _assumptions(
-    book: PriceBook, question: RunQuestion, snapshots: Snapshots | None, site: Site, learning: Learning | None
+    book: PriceBook, question: RunQuestion, snapshots: Snapshots | None, site: Site, learning: Learning | None, until: Target
 ) -> tuple[str, ...]:
     lines = ["the first start and the last snapshot of the run take no time"]
     if snapshots is not None:
@@ -338,6 +352,7 @@ def _assumptions(
         lines.append("the batch is taken to be far below the noise scale: tokens to a loss do not depend on it")
     elif learning is not None:
         lines.append("the loss law's tokens are those of batches far below the noise scale; a step of B tokens counts B/(1 + B/B_noise)")
+    lines += _doubts(question.course, until)
     if learning is not None and isinstance(learning.law, KaplanLaw):
         lines.append("Kaplan's law counts parameters without embeddings; the workload's count has them: give parameters=... to be exact")
     inexact = next((s.price.inexact for s in question.course.stretches if s.price.inexact), "")
@@ -347,10 +362,24 @@ def _assumptions(
         lines.append(f"steps or tokens are as given: what {inexact} does to the loss that they reach is not modelled")
     if question.base.power_w == 0:
         lines.append("no power is known: energy and carbon are not predicted")
+    if site.pricing == "spot" and question.faults.preemption is None:
+        lines.append("spot devices are never taken back here, which is not so: give Faults(preemption=Preemption(...))")
     if question.base.usd_per_h == 0 and site.usd_per_device_h is None:
         lines.append("no price is known: cost is not predicted")
     steps = (line for result in book.results for line in result.assumptions)
     return tuple(dict.fromkeys((*lines, *site.assumptions(), *steps)))
+
+
+def _doubts(course: Course, until: Target) -> list[str]:
+    """What a fitted law of steps against batch does not carry."""
+    law = until.batch_law
+    if law is None:
+        return []
+    lines = [law.doubt(s.price.samples_per_step) for s in course.stretches]
+    if law.freedom > 0 and len(course.stretches) == 1:
+        low, high = law.interval(course.stretches[0].price.samples_per_step)
+        lines.append(f"steps by a law fitted to {law.freedom + 2} runs: {low:.0f} to {high:.0f} with 90 % confidence where the law holds")
+    return [line for line in lines if line is not None]
 
 
 def _sources(book: PriceBook, site: Site, learning: Learning | None) -> tuple[str, ...]:

@@ -76,6 +76,8 @@ class Site:
             raise UnknownNameError("pricing", str(self.pricing), PRICINGS)
         if self.pricing != "on-demand" and self.usd_per_device_h is None:
             raise InputError(f"Site: pricing {self.pricing!r} needs usd_per_device_h; the catalogs hold on-demand prices only")
+        if self.pricing != "on-demand" and not self.usd_per_device_h:
+            raise InputError(f"Site: usd_per_device_h must be above zero with pricing {self.pricing!r}: nobody lends devices for nothing")
         if (self.pricing == "reserved") != (self.reserved_h is not None):
             raise InputError("Site: reserved_h belongs to pricing 'reserved', and is needed there")
 

@@ -26,6 +26,11 @@ PATIENCE = 100.0  # a run that takes so many times its undisturbed time (and at 
 _ALMOST = 1e-9  # of a step
 
 
+def patience_s(ideal_s: float) -> float:
+    """Returns how long a run that takes so long undisturbed may take before it is given up."""
+    return PATIENCE * max(ideal_s, HOUR_S)
+
+
 class Training:
     """A run being simulated.
 
@@ -67,7 +72,7 @@ class Training:
         """
         self._trainer = self.env.process(self._live())
         self._start_faults()
-        limit_s = max(PATIENCE * self.q.course.time_s, PATIENCE * HOUR_S)
+        limit_s = patience_s(self.q.course.time_s)
         self.env.run(until=self._trainer | self.env.timeout(limit_s))
         if self._trainer.is_alive:
             total, failures = self.q.course.steps, self.ledger.failures

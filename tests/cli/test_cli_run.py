@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -34,6 +35,9 @@ def test_json_is_the_library_s_answer(run_json):
         ((), "exactly one"),
         (("--steps", 5, "--mtbf-h", -3), "mtbf_h must be a number above zero"),
         (("--steps", 5, "--mtbf-h", 3, "--spares", 4), "8 devices"),
+        (("--steps", 100_000, "--mtbf-h", 0.001), "something fails every 3.60 s on average, and a restart takes 300 s"),
+        (("--steps", 5, "--pricing", "spot", "--usd-per-device-h", 0), "above zero with pricing 'spot'"),
+        (("--steps", 5, "--preemption-h", 0), "Preemption: mtbf_h must be a number above zero"),
         (("--steps", 5, "--region", "germny"), "did you mean 'germany'"),
         (("--steps", 5, "--plot", "run.txt"), ".png"),
         (("--steps", 5, "--batch-policy", "dynamic"), "needs a loss as target"),
@@ -59,3 +63,25 @@ def test_a_dynamic_batch_and_its_input_are_asked_from_the_command_line(run, run_
     code, _, err = run("data", *RUN[1:], "--sample-cpu-s", -1)
     assert code == 2
     assert "cpu_s" in err
+
+
+def test_steps_by_a_law_fitted_to_own_runs(run, run_json, tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("batch,steps\n32,10400\n64,5600\n128,3150\n256,1900\n")
+    law = st.fit_batch_law([32, 64, 128, 256], [10_400, 5_600, 3_150, 1_900])
+    code, data = run_json(*RUN, "--batch-law", str(path))
+    assert code == 0
+    assert data["steps"] == math.ceil(law.steps(128))
+    code, out, err = run(*RUN, "--batch-law", str(tmp_path / "none.csv"))
+    assert (code, out) == (2, "")
+    assert "none.csv" in err
+
+
+def test_spot_devices_are_taken_back_or_it_is_said_that_they_are_not(run_json):
+    spot = ("--steps", 2000, "--pricing", "spot", "--usd-per-device-h", 0.2)
+    code, calm = run_json(*RUN, *spot)
+    assert code == 0
+    assert any("never taken back" in line for line in calm["assumptions"])
+    _, real = run_json(*RUN, *spot, "--preemption-h", 0.5)
+    assert not any("never taken back" in line for line in real["assumptions"])
+    assert real["split_s"]["waiting"] > 0

@@ -76,3 +76,13 @@ def test_the_table_names_every_part(run):
     text = report.render(report.run_table(run))
     for word in ("goodput", "recomputed", "snapshot", "restart", "slowed", "loss", "kWh", "Hoffmann", "p90"):
         assert word in text
+
+
+def test_a_batch_law_shows_its_runs_and_what_lies_beyond_them():
+    ax = report.plot_batch_law([32, 64, 128, 256], [10_400, 5_600, 3_150, 1_900])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert {"runs", "extrapolated", "noise scale", "90 % interval"} <= set(labels)
+    beyond = next(line for line in ax.get_lines() if line.get_label() == "extrapolated")
+    assert beyond.get_xdata().max() > 256
+    with pytest.raises(InputError, match="three different"):
+        report.plot_batch_law([32, 64], [2, 1])

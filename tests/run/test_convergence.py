@@ -9,7 +9,7 @@ from hypothesis import strategies as some
 
 import simtrain as st
 from simtrain.core.errors import InputError, QuantityError, UnsupportedError
-from simtrain.run.batch_law import efficiency, gain
+from simtrain.run.batch_law import efficiency, gain, read_batch_runs
 from simtrain.run.loss_laws import CHINCHILLA, CHINCHILLA_REPLICATED, KAPLAN, KAPLAN_NOISE, LOSS_LAWS
 
 PRICE = st.StatePrice(1.0, 8, samples_per_step=100, tokens_per_step=100_000.0)
@@ -43,6 +43,41 @@ def test_a_fit_to_noisy_runs_finds_the_law_of_public_jobs(job):
     assert law.largest_error < 0.016
     inside = np.geomspace(first, last, 5)
     assert [law.steps(b) for b in inside] == pytest.approx([least * (1 + noise / b) for b in inside], rel=0.01)
+
+
+def test_nine_of_ten_new_runs_end_inside_the_interval():
+    rng, batches = np.random.default_rng(3), np.array([32, 64, 128, 256, 512, 1024])
+    law, inside = st.BatchLaw(1000, 300), []
+    for _ in range(400):
+        fitted = st.fit_batch_law(batches, [law.steps(b) * (1 + 0.02 * rng.normal()) for b in batches])
+        low, high = fitted.interval(2048)
+        inside.append(low < law.steps(2048) * (1 + 0.02 * rng.normal()) < high)
+    assert np.mean(inside) == pytest.approx(0.9, abs=0.045)  # three standard errors
+
+
+def test_a_law_says_where_it_was_not_seen_and_that_a_stated_one_has_no_interval():
+    fitted = st.fit_batch_law([32, 64, 128], [10_400, 5_600, 3_150])
+    assert fitted.doubt(64) is None
+    assert "above the runs, which go from 32 to 128" in fitted.doubt(4096)
+    assert "beyond every run" in fitted.doubt(4096)
+    assert "below" in fitted.doubt(8)
+    assert st.BatchLaw(10, 20).doubt(1e9) is None
+    with pytest.raises(InputError, match="stated, not fitted"):
+        st.BatchLaw(10, 20).interval(5)
+    run = st.simulate_run(dataclasses.replace(PRICE, samples_per_step=4096), until=st.Target(batch_law=fitted))
+    assert any("extrapolated" in line for line in run.assumptions)
+    assert any("fitted to 3 runs" in line for line in run.assumptions)
+
+
+def test_runs_are_read_from_a_file_and_what_is_wrong_is_named(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("batch, steps\n32, 10400\n64, 5600\n")
+    assert read_batch_runs(str(path)) == ((32, 64), (10_400, 5_600))
+    path.write_text("batch,epochs\n32,1\n")
+    with pytest.raises(InputError, match="line 2: expected numbers in the columns batch and steps"):
+        read_batch_runs(str(path))
+    with pytest.raises(InputError, match="No such file"):
+        read_batch_runs(str(tmp_path / "none.csv"))
 
 
 def test_two_batches_do_not_make_a_law():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from simtrain.core.errors import UnknownNameError
-from validation.batch_jobs import fit_jobs, measured_noise
+from validation.batch_jobs import JobFits, fit_job, fit_jobs, measured_noise
 
 
 def test_the_law_fits_six_public_jobs_within_a_sixtieth():
@@ -26,3 +26,13 @@ def test_a_measured_noise_scale_grows_and_gives_back_its_own_run():
     assert steps == pytest.approx(39_062, rel=0.01)
     with pytest.raises(UnknownNameError, match="cifar10"):
         measured_noise("cifar")
+
+
+def test_own_runs_are_judged_and_asked_about_batches_they_never_saw():
+    fit = fit_job("mine", "own runs", [32, 64, 128], [10_400, 5_600, 3_150])
+    text = str(JobFits((fit,), "mine.csv", (64, 4096)))
+    assert "batch 64: " in text
+    assert "careful: a batch of 4096 lies above the runs" in text
+    assert "no run is as large as the noise scale" in text
+    few = fit_job("mine", "own runs", [32, 64, 128], [10_400, 5_201, 2_601])
+    assert few.errors == ()  # two runs do not make a law

@@ -312,6 +312,16 @@ RUNTIMES: dict[str, Runtime] = {
 }
 """Presets by name."""
 
+RUNTIMES["fsdp2-compiled"] = RUNTIMES["fsdp2"].with_(
+    name="fsdp2-compiled",
+    fused_elementwise=True,
+    fused_gate=True,
+    sources=(
+        *RUNTIMES["fsdp2"].sources,
+        "blocks compiled by torch.compile: chains of elementwise operators are one kernel each, gate and activation too; the loss is not "
+        "compiled (pytorch/torchtitan, torchtitan/parallelisms/parallelize_llama.py, apply_compile)",
+    ),
+)
 RUNTIMES["megatron-2021"] = RUNTIMES["megatron"].with_(
     name="megatron-2021",
     fused_attention=False,

@@ -11,7 +11,7 @@ import tomllib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from simtrain.core.checkpoint import budget_bytes, is_explicit, is_optimal, parse_blocks
+from simtrain.core.checkpoint import INSIDE, budget_bytes, is_explicit, is_optimal, parse_blocks
 from simtrain.core.errors import StrategyError, UnknownNameError, nearest
 from simtrain.core.exchange import compression_method, low_communication_method
 from simtrain.core.offload import Offload, parse_offload
@@ -313,14 +313,14 @@ def checkpoint_segment(checkpoint: str, depth: int) -> int:
     """Layers per recomputed segment; 0 means that nothing is recomputed.
 
     Args:
-        checkpoint: "none", "full", "sqrt", "selective" (no whole layer) or "every:K"; "optimal" and explicit blocks have no fixed length
-            and give 0.
+        checkpoint: "none", "full", "sqrt", "selective" or "selective-op" (no whole layer), or "every:K"; "optimal" and explicit blocks have
+            no fixed length and give 0.
         depth: Layers that can be checkpointed.
 
     Raises:
         StrategyError: Anything else.
     """
-    if checkpoint in ("none", "selective"):
+    if checkpoint in ("none", *INSIDE):
         return 0
     if checkpoint == "full":
         return 1
@@ -334,6 +334,6 @@ def checkpoint_segment(checkpoint: str, depth: int) -> int:
     if head == "every" and colon and tail.isdecimal() and int(tail) >= 1:
         return int(tail)
     raise StrategyError(
-        "checkpoint must be none, full, sqrt, selective or every:K with K at least 1, optimal, optimal:8GiB or layers:0-3,8, "
+        "checkpoint must be none, full, sqrt, selective, selective-op or every:K with K at least 1, optimal, optimal:8GiB or layers:0-3,8, "
         f"not {checkpoint!r}"
     )

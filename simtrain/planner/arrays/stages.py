@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from simtrain.core.checkpoint import inside_blocks
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import RankClass
 from simtrain.core.workload import Collective, Workload
@@ -118,7 +119,7 @@ class Division:
         """The chunks of the model."""
         strategy = self.setting.strategy
         cuts = even_cuts(self.local, self.order.positions)
-        return chunks(self.local, cuts, self.setting.precision, self.setting.runtime, selective=strategy.checkpoint == "selective")
+        return chunks(self.local, cuts, self.setting.precision, self.setting.runtime, selective=inside_blocks(strategy.checkpoint))
 
     @property
     def stages(self) -> tuple[int, ...]:

@@ -61,6 +61,9 @@ class Runtime:
         grouped_experts: Whether the products of all experts are one kernel; see `Form`.
         main_gradients: Whether gradients add up in a persistent fp32 buffer while weights are 16-bit (Megatron-LM).
         scatter_gradients: Whether sharded states (ZeRO 1 and up) get gradients by reduce-scatter rather than all-reduce.
+        scatter_fp32: Whether full sharding sums gradients over ranks in fp32, whatever their format (`reduce_dtype` of FSDP2).
+        copies_shards: Whether full sharding copies parameters out of the buffer in which they arrive, and gradients into the one that
+            leaves, between the passes (FSDP2), rather than computing on these buffers (the flat parameters of the first FSDP).
         reduce_every: Whether ZeRO 2 reduces gradients in every micro-batch rather than in the last.
         overlap_gather: Whether gathering updated parameters runs beside the forward pass.
         blocking_sends: Whether a pipeline stage waits until what it sends has left.
@@ -110,6 +113,8 @@ class Runtime:
     grouped_experts: bool = True
     main_gradients: bool = False
     scatter_gradients: bool = False
+    scatter_fp32: bool = False
+    copies_shards: bool = False
     reduce_every: bool = False
     overlap_gather: bool = False
     blocking_sends: bool = False
@@ -186,6 +191,7 @@ RUNTIMES: dict[str, Runtime] = {
             fused_attention=True,
             optimizer_style="foreach",
             scatter_gradients=True,
+            copies_shards=True,
             global_norm=True,
             communication_share=0.15,
             context_bytes=450 * MIB,
@@ -193,6 +199,8 @@ RUNTIMES: dict[str, Runtime] = {
             blas_handles=2,
             sources=(
                 "PyTorch 2.13, torch/distributed/fsdp/_fully_shard: one layer prefetched, gradients scattered after every backward pass",
+                "copies out of and into the buffers of collectives on the stream that computes: its _fsdp_collectives.py "
+                "(foreach_all_gather_copy_out, foreach_reduce)",
                 COMMUNICATION_SHARE_SOURCE,
                 "assumption: 6 us of host time per launched kernel in eager PyTorch, 450 MiB of driver context, reserved 1.05 x allocated",
             ),

@@ -168,6 +168,22 @@ def bucket_copy_kernels(elements: Sequence[int], precision: Precision) -> Kernel
     )
 
 
+def shard_copy_kernels(layer: Layer, precision: Precision, runtime: Runtime, *, gathered: bool, scattered: bool) -> KernelBatch:
+    """Kernels that copy a layer's parameters out of the buffer they were gathered in, and its gradients into the one they leave from.
+
+    Args:
+        layer: Whose.
+        precision: Parameters travel in the format that products read.
+        runtime: Whether gradients are widened on their way (`scatter_fp32`).
+        gathered: Whether there are parameters to copy.
+        scattered: Whether there are gradients to copy.
+    """
+    size = min(precision.low.size_bytes, precision.parameter.size_bytes)
+    wide = 4 if runtime.scatter_fp32 else size
+    moved = [2.0 * size * layer.parameter_count] * gathered + [float(size + wide) * sum(p.elements for p in layer.trained)] * scattered
+    return elementwise_kernels("shard copy", OperatorKind.COPY, moved, [1] * len(moved), precision.low)
+
+
 def narrow_copy_kernels(elements: int, matrices: int, precision: Precision) -> KernelBatch:
     """Kernels that make the narrow copies of weights, once a step: a read (two where the largest magnitude comes first) and the copies.
 

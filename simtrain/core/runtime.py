@@ -35,6 +35,8 @@ class Runtime:
         attention_speed: Speed of the fused attention kernel over FlashAttention-2's (0.5 for FlashAttention 1 and its Triton form).
         hopper_products: Speed of matrix products since Hopper over that of today's libraries (below 1 for those of 2023).
         fused_elementwise: Whether chains of elementwise operators run as one kernel each (`simtrain.step.fuse`).
+        fused_loss: Whether that holds outside of blocks too (torch.compile of blocks alone leaves the loss as it is).
+        fused_norms: Whether an RMS norm is one kernel (PyTorch since 2.8, Triton, compiled), not some ten operators in fp32.
         recompute_stops_early: Whether recomputation ends with the last tensor that backward needs (PyTorch's non-reentrant checkpoints)
             rather than at the end of the segment (the reentrant ones of Megatron-LM and DeepSpeed).
         blocking_launches: Whether the host waits for every kernel (CUDA_LAUNCH_BLOCKING=1), so that its time adds to the device's.
@@ -93,6 +95,8 @@ class Runtime:
     attention_speed: float = 1.0
     hopper_products: float = 1.0
     fused_elementwise: bool = False
+    fused_loss: bool = True
+    fused_norms: bool = True
     recompute_stops_early: bool = True
     blocking_launches: bool = False
     gather_shards: bool = False
@@ -323,11 +327,20 @@ RUNTIMES: dict[str, Runtime] = {
 RUNTIMES["fsdp2-compiled"] = RUNTIMES["fsdp2"].with_(
     name="fsdp2-compiled",
     fused_elementwise=True,
+    fused_loss=False,
     fused_gate=True,
     sources=(
         *RUNTIMES["fsdp2"].sources,
         "blocks compiled by torch.compile: chains of elementwise operators are one kernel each, gate and activation too; the loss is not "
         "compiled (pytorch/torchtitan, torchtitan/parallelisms/parallelize_llama.py, apply_compile)",
+    ),
+)
+RUNTIMES["fsdp2-2024"] = RUNTIMES["fsdp2"].with_(
+    name="fsdp2-2024",
+    fused_norms=False,
+    sources=(
+        *RUNTIMES["fsdp2"].sources,
+        "RMS norm in eager PyTorch before version 2.8 is composed of elementwise operators in fp32 (pytorch/pytorch pull request 153666)",
     ),
 )
 RUNTIMES["megatron-2021"] = RUNTIMES["megatron"].with_(

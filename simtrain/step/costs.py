@@ -126,7 +126,7 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     Raises:
         InternalError: A layer communicates where nobody shares it.
     """
-    if place.runtime.fused_elementwise:
+    if place.runtime.fused_elementwise and (place.runtime.fused_loss or concrete.layer.block):
         operators = fused_operators(tuple(operators), concrete)
     local = [op for op in operators if op.kind is not OperatorKind.COLLECTIVE]
     kernels = operator_kernels(local, concrete, place.batch, place.sequence)

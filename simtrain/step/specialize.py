@@ -12,6 +12,7 @@ from simtrain.core.workload import Layer, Operator, OperatorKind, Tensor, Worklo
 from simtrain.step.mixed import layer_recipes
 from simtrain.step.selective import AGAIN, renamed, with_recomputation
 
+NORMS = (OperatorKind.NORM, OperatorKind.NORM_BACKWARD)
 KEPT_NAMES = ("grad:", "shared:")
 """Prefixes of tensors that other layers or the optimizer know by name."""
 
@@ -69,7 +70,7 @@ class ConcreteLayer:
 
 @lru_cache(maxsize=512)
 def specialize(
-    layer: Layer, precision: Precision, fused_attention: bool, before: Layer | None = None, *, selective: str = ""
+    layer: Layer, precision: Precision, fused_attention: bool, before: Layer | None = None, *, fused_norms: bool = True, selective: str = ""
 ) -> ConcreteLayer:
     """Expands unfused operators and removes casts between equal number formats.
 
@@ -78,13 +79,14 @@ def specialize(
         precision: Decides the number format of each role.
         fused_attention: Whether attention runs as one kernel.
         before: The layer before it; one like itself by default.
+        fused_norms: Whether an RMS norm runs as one kernel.
         selective: What the backward pass makes once more instead of keeping it: "selective" for what unfused attention has of the size of
             its scores, "selective-op" for what `simtrain.step.selective` says.
     """
     before = before or layer
     recomputed = _recompute_scores(layer) if selective == "selective" and not fused_attention else layer.backward
-    forward = _expand(layer.forward, fused_attention)
-    backward = _expand(recomputed, fused_attention)
+    forward = _expand(layer.forward, fused_attention, fused_norms)
+    backward = _expand(recomputed, fused_attention, fused_norms)
     if selective == "selective-op" and layer.block and layer.safe_to_recompute:
         backward = with_recomputation(forward, backward)
     probe = concrete_layer(layer, forward, backward, precision, before)
@@ -115,17 +117,19 @@ def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime, 
     before = [workload.layers[max(i - 1, 0)] for i in range(len(workload.layers))]
     recipes = layer_recipes(workload, precision)
     layers = [
-        specialize(x, p, runtime.fused_attention, b, selective=selective) for x, b, p in zip(workload.layers, before, recipes, strict=True)
+        specialize(x, p, runtime.fused_attention, b, fused_norms=runtime.fused_norms, selective=selective)
+        for x, b, p in zip(workload.layers, before, recipes, strict=True)
     ]
     shared = {name: tensor for c in layers for name, tensor in c.tensors.items() if name.startswith("shared:")}
     cast = frozenset(w.name for c in layers for op in c.backward if op.kind is OperatorKind.CAST for w in op.writes) & shared.keys()
     return tuple(replace(c, tensors=c.tensors | shared, summed_into=cast) for c in layers)
 
 
-def _expand(operators: tuple[Operator, ...], fused_attention: bool) -> tuple[Operator, ...]:
-    if fused_attention:
-        return operators
-    return tuple(inner for op in operators for inner in (op.unfused or (op,)))
+def _expand(operators: tuple[Operator, ...], fused_attention: bool, fused_norms: bool) -> tuple[Operator, ...]:
+    def fused(op: Operator) -> bool:
+        return fused_norms if op.kind in NORMS else fused_attention
+
+    return tuple(inner for op in operators for inner in ((op,) if fused(op) else op.unfused or (op,)))
 
 
 def _recompute_scores(layer: Layer) -> tuple[Operator, ...]:

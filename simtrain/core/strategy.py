@@ -81,7 +81,8 @@ class Strategy:
         precision: A recipe of `simtrain.core.precision`.
         optimizer: "adamw", "adam", "sgd", "sgd-momentum", "adamw-8bit" or "muon" (`simtrain.step.optimizers`).
         checkpoint: Activation checkpointing: "none", "full" (every layer), "sqrt" (segments of about the square root of the depth),
-            "every:K", "selective" (attention scores and probabilities only), "optimal" or "optimal:8GiB" (the least recomputation with
+            "every:K", "selective" (attention scores and probabilities only), "selective-op" (operators inside blocks, all but attention and
+            every second product: torchtitan's rule, `simtrain.step.selective`), "optimal" or "optimal:8GiB" (the least recomputation with
             which a device's memory, or so much of it, suffices), or explicit blocks such as "layers:0-3,8" (`simtrain.core.checkpoint`).
         zero: ZeRO stage: 0 replicates everything, 1 shards the optimizer state, 2 also gradients, 3 also parameters (FSDP).
         shard: Ranks over which ZeRO shards; 0 for all that hold the same part of the model, fewer for hybrid sharding.
@@ -334,6 +335,6 @@ def checkpoint_segment(checkpoint: str, depth: int) -> int:
     if head == "every" and colon and tail.isdecimal() and int(tail) >= 1:
         return int(tail)
     raise StrategyError(
-        "checkpoint must be none, full, sqrt, selective, selective-op or every:K with K at least 1, optimal, optimal:8GiB or layers:0-3,8, "
+        "checkpoint must be none, full, sqrt, selective or every:K with K at least 1, selective-op, optimal, optimal:8GiB or layers:0-3,8, "
         f"not {checkpoint!r}"
     )

@@ -17,7 +17,7 @@ ROWS = {
     "dgxc": 68,
     "dgxc_fp8": 67,
     "internevo": 32,
-    "torchtitan": 5,
+    "torchtitan": 13,
     "megatron_reference": 162,
 }
 

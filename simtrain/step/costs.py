@@ -24,6 +24,7 @@ from simtrain.step.fuse import fused_operators
 from simtrain.step.kernels import accumulation_kernels, bucket_copy_kernels, operator_kernels, payload_bytes, shard_copy_kernels
 from simtrain.step.network import Wire
 from simtrain.step.occupancy import Mode, mode_operators
+from simtrain.step.selective import AGAIN
 from simtrain.step.specialize import ConcreteLayer
 
 TERM_KINDS = {
@@ -215,7 +216,14 @@ def layer_pass_cost(
     total = chain(costs)
     if place.runtime.blocking_launches:
         total = replace(total, device_s=total.device_s + total.host_s, lead_s=0.0)
-    return replace(total, recompute_s=total.device_s - total.wire_s) if mode is Mode.RECOMPUTE else total
+    return replace(total, recompute_s=total.device_s - total.wire_s if mode is Mode.RECOMPUTE else _again_s(place, concrete, mode))
+
+
+def _again_s(place: Place, concrete: ConcreteLayer, mode: Mode) -> float:
+    """Device time of what a backward pass makes again inside a block."""
+    again = tuple(op for op in mode_operators(concrete, mode, last_of_segment=False) if op.name.endswith(AGAIN))
+    cost = operators_cost(again, concrete, place) if again else PassCost(0.0, 0.0, 0.0, 0)
+    return cost.device_s - cost.wire_s
 
 
 def _hooks(device: Device, saved: int, runtime: Runtime) -> PassCost:

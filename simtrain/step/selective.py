@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from simtrain.core.workload import Collective, Operator, OperatorKind
 
-AGAIN = ".again"
+AGAIN = ".remade"
 """Behind names of what is made a second time."""
 
 KEPT_KINDS = (OperatorKind.ATTENTION,)
@@ -37,15 +37,30 @@ def with_recomputation(forward: tuple[Operator, ...], backward: tuple[Operator, 
     made = {w.name for op in forward if op.name not in kept for w in op.writes}
     needed = {name for op in backward for name in (*op.reads, *op.updates) if name not in op.partial}
     last = max((i for i, op in enumerate(forward) if needed.intersection(w.name for w in op.writes)), default=-1)
-    again = [op for op in forward[: last + 1] if op.name not in kept]
+    stays = {w.name for op in forward if op.name in kept for w in op.writes}
+    again = [op for op in forward[: last + 1] if op.name not in kept and not stays.intersection(op.updates)]
     if not again:
         return backward
     names = {name: f"{name}{AGAIN}" for op in again for name in (w.name for w in op.writes)}
     remade = [replace(renamed(op, names, made - names.keys()), name=f"{op.name}{AGAIN}") for op in again]
     # results that are kept stay, even those that nobody reads
     idle = tuple(w.name for op in forward if op.name in kept for w in op.writes if w.name not in needed)
-    remade[-1] = replace(remade[-1], reads=(*remade[-1].reads, *idle), partial=(*remade[-1].partial, *idle))
-    return (*remade, *(renamed(op, names, made - names.keys()) for op in backward))
+    at = max(i for i, op in enumerate(remade) if op.kind is not OperatorKind.CAST)
+    remade[at] = _holding(remade[at], idle)
+    whole = [*remade, *(renamed(op, names, made - names.keys()) for op in backward)]
+    # what is made for a kept operator is let go where that would have run
+    read = {name for op in whole for name in (*op.reads, *op.updates)}
+    for i, op in enumerate(remade):
+        unread = tuple(w.name for w in op.writes if w.name not in read)
+        # a cast may have no effect and vanish
+        behind = next(j for j in range(i + 1, len(whole)) if whole[j].kind is not OperatorKind.CAST)
+        whole[behind] = _holding(whole[behind], unread)
+    return tuple(whole)
+
+
+def _holding(op: Operator, names: tuple[str, ...]) -> Operator:
+    """The operator with tensors that stay alive until it has run."""
+    return replace(op, reads=(*op.reads, *names), partial=(*op.partial, *names))
 
 
 def renamed(op: Operator, names: dict[str, str], gone: set[str]) -> Operator:

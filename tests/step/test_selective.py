@@ -13,7 +13,7 @@ from simtrain.core.precision import precision
 from simtrain.core.runtime import RUNTIMES
 from simtrain.planner.launchers import emit, read
 from simtrain.step.kernels import operator_kernels, shard_copy_kernels
-from simtrain.step.selective import kept_operators
+from simtrain.step.selective import AGAIN, kept_operators
 from simtrain.step.specialize import concrete_layers, specialize
 
 
@@ -29,7 +29,7 @@ def test_every_second_product_and_attention_are_kept():
 def test_what_runs_again_is_the_rest_up_to_what_backward_needs():
     layer = llama().layers[1]
     plain, again = (specialize(layer, precision("bf16"), True, selective=s) for s in ("", "selective-op"))
-    added = [op.name.removesuffix(".again") for op in again.backward if op.name.endswith(".again")]
+    added = [op.name.removesuffix(AGAIN) for op in again.backward if op.name.endswith(AGAIN)]
     assert again.forward == plain.forward
     assert [n for n in added if n in {"attention.k", "attention.proj", "mlp.up"}] == ["attention.k", "attention.proj", "mlp.up"]
     assert not {"attention", "attention.q", "mlp.gate", "mlp.down", "y.add"} & set(added)
@@ -147,6 +147,16 @@ def test_estimate_follows_schedule(runtime):
     work = st.workload("llama3-8b", seq_len=4096)
     times = [reader(work, "2x aws-p4de", strategy, runtime=runtime).step_time_s for reader in (st.estimate, st.schedule)]
     assert times[0] == pytest.approx(times[1], rel=0.03)
+
+
+def test_what_is_made_again_is_shown_as_recomputation():
+    strategy = st.Strategy(data=8, micro_batch=1, zero=3, precision="bf16-master")
+    work = st.workload("llama3-8b", seq_len=4096)
+    parts = {
+        rule: st.schedule(work, "1x dgx-h100", strategy.with_(checkpoint=rule)).breakdown_s for rule in ("none", "selective-op", "full")
+    }
+    assert 0 == parts["none"]["recompute"] < parts["selective-op"]["recompute"] < parts["full"]["recompute"]
+    assert parts["selective-op"]["compute"] == pytest.approx(parts["none"]["compute"], rel=0.01)
 
 
 def test_torchtitan_is_told_of_it():

@@ -45,7 +45,7 @@ def with_recomputation(forward: tuple[Operator, ...], backward: tuple[Operator, 
     remade = [replace(renamed(op, names, made - names.keys()), name=f"{op.name}{AGAIN}") for op in again]
     # results that are kept stay, even those that nobody reads
     idle = tuple(w.name for op in forward if op.name in kept for w in op.writes if w.name not in needed)
-    at = max(i for i, op in enumerate(remade) if op.kind is not OperatorKind.CAST)
+    at = max((i for i, op in enumerate(remade) if op.kind is not OperatorKind.CAST), default=-1)
     remade[at] = _holding(remade[at], idle)
     whole = [*remade, *(renamed(op, names, made - names.keys()) for op in backward)]
     # what is made for a kept operator is let go where that would have run

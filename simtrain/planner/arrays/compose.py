@@ -278,8 +278,8 @@ class _Part:
         q[:, Part.BACKWARD] += copied[:, 0] + copied[:, 1]
         q[:, Part.FORWARD_BEFORE] += copied[:, 2]
         q[:, Part.BACKWARD_BEFORE] += copied[:, 3]
-        q[:, Part.FORWARD + 2] += last[:, 2]
-        q[:, Part.BACKWARD + 2] += last[:, 3]
+        q[:, Part.FORWARD_BEHIND] += last[:, 2]
+        q[:, Part.BACKWARD_BEHIND] += last[:, 3]
         forward, backward = q[:, Part.FORWARD].copy(), q[:, Part.BACKWARD].copy()
         if self.stages > 1:  # how far what moves lags behind the passes differs from one micro-batch to the next
             self.lags = (gather > forward) | (gather + scatter > backward)

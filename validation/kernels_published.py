@@ -174,8 +174,8 @@ def compare_kernels() -> tuple[KernelReport, ...]:
     return (*matrix_products(), convolutions(), language_models(), image_models(), tpu_chips())
 
 
-def matrix_products() -> tuple[KernelReport, KernelReport]:
-    """Best shapes of many devices, and the shapes of DeepBench."""
+def matrix_products() -> tuple[KernelReport, KernelReport, KernelReport]:
+    """Best shapes of many devices, squares at several board powers, and the shapes of DeepBench."""
     data = load_table("matrix_products")
     best = data["best"][0]
     first = KernelReport(
@@ -187,6 +187,16 @@ def matrix_products() -> tuple[KernelReport, KernelReport]:
             for device, path, m, n, k, tflops in best["rows"]
         ),
     )
+    square = data["square"][0]
+    second = KernelReport(
+        "Square matrix products at several board powers (16 bits)",
+        f"{square['repository']}, {square['file']}",
+        tuple(square["notes"]),
+        tuple(
+            _product(device, path, (n, n, n), 2.0 * n**3 / (tflops * 1e12), f"{device} {path} {n}x{n}x{n}")
+            for device, path, n, tflops in square["rows"]
+        ),
+    )
     sweeps = data["sweep"]
     rows = tuple(
         _product(s["device"], s["path"], (m, n, k), ms * 1e-3, f"{s['device']} {s['path']} {m}x{n}x{k}")
@@ -195,7 +205,7 @@ def matrix_products() -> tuple[KernelReport, KernelReport]:
     )
     note = "Single timed calls of 2017 libraries: a host floor of some microseconds is in the measurement and not in the prediction."
     source = f"{sweeps[0]['repository']} at {sweeps[0]['commit']}"
-    return first, KernelReport("DeepBench matrix products on V100 and P100", source, (note,), rows, print_rows=False)
+    return first, second, KernelReport("DeepBench matrix products on V100 and P100", source, (note,), rows, print_rows=False)
 
 
 def convolutions() -> KernelReport:

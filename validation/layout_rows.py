@@ -131,7 +131,7 @@ class LayoutRow:
     @property
     def layout(self) -> tuple[int | str | bool, ...]:
         """What was chosen, for grouping: two rows with the same are one alternative measured twice."""
-        return tuple(getattr(self, name) for name in _STRATEGY_FIELDS)
+        return (self.runtime, *(getattr(self, name) for name in _STRATEGY_FIELDS))
 
     def strategy(self) -> Strategy:
         """Returns the row as a strategy; what equals a default of `Strategy` is left to it.

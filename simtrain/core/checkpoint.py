@@ -19,6 +19,15 @@ Blocks = tuple[int, int]
 _ENTRY = re.compile(r"(\[)?(\d+)(?:-(\d+))?(\])?")
 
 
+INSIDE = ("selective", "selective-op")
+"""Rules that recompute inside blocks: what unfused attention has of the size of its scores, or operators (`simtrain.step.selective`)."""
+
+
+def inside_blocks(checkpoint: str) -> str:
+    """The rule, if it is one that recomputes inside blocks; else nothing."""
+    return checkpoint if checkpoint in INSIDE else ""
+
+
 def is_optimal(checkpoint: str) -> bool:
     """Whether the choice is left to the planner of recomputation."""
     return checkpoint.partition(":")[0] == "optimal"
@@ -112,4 +121,4 @@ def blocks_within(checkpoint: str, start: int, stop: int) -> str:
     return blocks_text(inside)
 
 
-__all__ = ["Blocks", "blocks_text", "blocks_within", "budget_bytes", "is_explicit", "is_optimal", "parse_blocks"]
+__all__ = ["INSIDE", "Blocks", "blocks_text", "blocks_within", "budget_bytes", "inside_blocks", "is_explicit", "is_optimal", "parse_blocks"]

@@ -44,6 +44,8 @@ class Runtime:
             much.
         hopper_products: Speed of matrix products since Hopper over that of today's libraries (below 1 for those of 2023).
         fused_elementwise: Whether chains of elementwise operators run as one kernel each (`simtrain.step.fuse`).
+        fused_loss: Whether that holds outside of blocks too (torch.compile of blocks alone leaves the loss as it is).
+        fused_norms: Whether an RMS norm is one kernel (PyTorch since 2.8, Triton, compiled), not some ten operators in fp32.
         recompute_stops_early: Whether recomputation ends with the last tensor that backward needs (PyTorch's non-reentrant checkpoints)
             rather than at the end of the segment (the reentrant ones of Megatron-LM and DeepSpeed).
         blocking_launches: Whether the host waits for every kernel (CUDA_LAUNCH_BLOCKING=1), so that its time adds to the device's.
@@ -70,6 +72,9 @@ class Runtime:
         grouped_experts: Whether the products of all experts are one kernel; see `Form`.
         main_gradients: Whether gradients add up in a persistent fp32 buffer while weights are 16-bit (Megatron-LM).
         scatter_gradients: Whether sharded states (ZeRO 1 and up) get gradients by reduce-scatter rather than all-reduce.
+        scatter_fp32: Whether full sharding sums gradients over ranks in fp32, whatever their format (`reduce_dtype` of FSDP2).
+        copies_shards: Whether full sharding copies parameters out of the buffer in which they arrive, and gradients into the one that
+            leaves, between the passes (FSDP2), rather than computing on these buffers (the flat parameters of the first FSDP).
         reduce_every: Whether ZeRO 2 reduces gradients in every micro-batch rather than in the last.
         overlap_gather: Whether gathering updated parameters runs beside the forward pass.
         blocking_sends: Whether a pipeline stage waits until what it sends has left.
@@ -100,6 +105,8 @@ class Runtime:
     blackwell_attention: float = 0.0
     hopper_products: float = 1.0
     fused_elementwise: bool = False
+    fused_loss: bool = True
+    fused_norms: bool = True
     recompute_stops_early: bool = True
     blocking_launches: bool = False
     gather_shards: bool = False
@@ -120,6 +127,8 @@ class Runtime:
     grouped_experts: bool = True
     main_gradients: bool = False
     scatter_gradients: bool = False
+    scatter_fp32: bool = False
+    copies_shards: bool = False
     reduce_every: bool = False
     overlap_gather: bool = False
     blocking_sends: bool = False
@@ -209,6 +218,7 @@ RUNTIMES: dict[str, Runtime] = {
             fused_attention=True,
             optimizer_style="foreach",
             scatter_gradients=True,
+            copies_shards=True,
             global_norm=True,
             communication_share=0.15,
             context_bytes=450 * MIB,
@@ -216,6 +226,8 @@ RUNTIMES: dict[str, Runtime] = {
             blas_handles=2,
             sources=(
                 "PyTorch 2.13, torch/distributed/fsdp/_fully_shard: one layer prefetched, gradients scattered after every backward pass",
+                "copies out of and into the buffers of collectives on the stream that computes: its _fsdp_collectives.py "
+                "(foreach_all_gather_copy_out, foreach_reduce)",
                 COMMUNICATION_SHARE_SOURCE,
                 "assumption: 6 us of host time per launched kernel in eager PyTorch, 450 MiB of driver context, reserved 1.05 x allocated",
             ),
@@ -337,6 +349,25 @@ RUNTIMES: dict[str, Runtime] = {
 }
 """Presets by name."""
 
+RUNTIMES["fsdp2-compiled"] = RUNTIMES["fsdp2"].with_(
+    name="fsdp2-compiled",
+    fused_elementwise=True,
+    fused_loss=False,
+    fused_gate=True,
+    sources=(
+        *RUNTIMES["fsdp2"].sources,
+        "blocks compiled by torch.compile: chains of elementwise operators are one kernel each, gate and activation too; the loss is not "
+        "compiled (pytorch/torchtitan, torchtitan/parallelisms/parallelize_llama.py, apply_compile)",
+    ),
+)
+RUNTIMES["fsdp2-2024"] = RUNTIMES["fsdp2"].with_(
+    name="fsdp2-2024",
+    fused_norms=False,
+    sources=(
+        *RUNTIMES["fsdp2"].sources,
+        "RMS norm in eager PyTorch before version 2.8 is composed of elementwise operators in fp32 (pytorch/pytorch pull request 153666)",
+    ),
+)
 RUNTIMES["megatron-2021"] = RUNTIMES["megatron"].with_(
     name="megatron-2021",
     fused_attention=False,

@@ -11,7 +11,7 @@ import tomllib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from simtrain.core.checkpoint import budget_bytes, is_explicit, is_optimal, parse_blocks
+from simtrain.core.checkpoint import INSIDE, budget_bytes, is_explicit, is_optimal, parse_blocks
 from simtrain.core.errors import StrategyError, UnknownNameError, nearest
 from simtrain.core.exchange import compression_method, low_communication_method
 from simtrain.core.offload import Offload, parse_offload
@@ -81,7 +81,8 @@ class Strategy:
         precision: A recipe of `simtrain.core.precision`.
         optimizer: "adamw", "adam", "sgd", "sgd-momentum", "adamw-8bit" or "muon" (`simtrain.step.optimizers`).
         checkpoint: Activation checkpointing: "none", "full" (every layer), "sqrt" (segments of about the square root of the depth),
-            "every:K", "selective" (attention scores and probabilities only), "optimal" or "optimal:8GiB" (the least recomputation with
+            "every:K", "selective" (attention scores and probabilities only), "selective-op" (operators inside blocks, all but attention and
+            every second product: torchtitan's rule, `simtrain.step.selective`), "optimal" or "optimal:8GiB" (the least recomputation with
             which a device's memory, or so much of it, suffices), or explicit blocks such as "layers:0-3,8" (`simtrain.core.checkpoint`).
         zero: ZeRO stage: 0 replicates everything, 1 shards the optimizer state, 2 also gradients, 3 also parameters (FSDP).
         shard: Ranks over which ZeRO shards; 0 for all that hold the same part of the model, fewer for hybrid sharding.
@@ -313,14 +314,14 @@ def checkpoint_segment(checkpoint: str, depth: int) -> int:
     """Layers per recomputed segment; 0 means that nothing is recomputed.
 
     Args:
-        checkpoint: "none", "full", "sqrt", "selective" (no whole layer) or "every:K"; "optimal" and explicit blocks have no fixed length
-            and give 0.
+        checkpoint: "none", "full", "sqrt", "selective" or "selective-op" (no whole layer), or "every:K"; "optimal" and explicit blocks have
+            no fixed length and give 0.
         depth: Layers that can be checkpointed.
 
     Raises:
         StrategyError: Anything else.
     """
-    if checkpoint in ("none", "selective"):
+    if checkpoint in ("none", *INSIDE):
         return 0
     if checkpoint == "full":
         return 1
@@ -334,6 +335,6 @@ def checkpoint_segment(checkpoint: str, depth: int) -> int:
     if head == "every" and colon and tail.isdecimal() and int(tail) >= 1:
         return int(tail)
     raise StrategyError(
-        "checkpoint must be none, full, sqrt, selective or every:K with K at least 1, optimal, optimal:8GiB or layers:0-3,8, "
+        "checkpoint must be none, full, sqrt, selective or every:K with K at least 1, selective-op, optimal, optimal:8GiB or layers:0-3,8, "
         f"not {checkpoint!r}"
     )

@@ -21,9 +21,10 @@ from simtrain.core.program import Resource, TermKind
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Operator, OperatorKind
 from simtrain.step.fuse import fused_operators
-from simtrain.step.kernels import accumulation_kernels, bucket_copy_kernels, operator_kernels, payload_bytes
+from simtrain.step.kernels import accumulation_kernels, bucket_copy_kernels, operator_kernels, payload_bytes, shard_copy_kernels
 from simtrain.step.network import Wire
 from simtrain.step.occupancy import Mode, mode_operators
+from simtrain.step.selective import AGAIN
 from simtrain.step.specialize import ConcreteLayer
 
 TERM_KINDS = {
@@ -126,7 +127,7 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     Raises:
         InternalError: A layer communicates where nobody shares it.
     """
-    if place.runtime.fused_elementwise:
+    if place.runtime.fused_elementwise and (place.runtime.fused_loss or concrete.layer.block):
         operators = fused_operators(tuple(operators), concrete)
     local = [op for op in operators if op.kind is not OperatorKind.COLLECTIVE]
     kernels = operator_kernels(local, concrete, place.batch, place.sequence)
@@ -178,7 +179,15 @@ def _local_times(operators: Sequence[Operator], kernels: KernelBatch, concrete: 
 
 @lru_cache(maxsize=20_000)
 def layer_pass_cost(
-    place: Place, concrete: ConcreteLayer, mode: Mode, last_of_segment: bool, *, accumulates: bool, copies_to_buckets: bool
+    place: Place,
+    concrete: ConcreteLayer,
+    mode: Mode,
+    last_of_segment: bool,
+    *,
+    accumulates: bool,
+    copies_to_buckets: bool,
+    gathered: bool = False,
+    scattered: bool = False,
 ) -> PassCost:
     """Cost of one pass of a layer.
 
@@ -189,6 +198,8 @@ def layer_pass_cost(
         last_of_segment: Recomputation of the last layer of a segment stops early.
         accumulates: Whether gradients are added to those of earlier micro-batches.
         copies_to_buckets: Whether each gradient is copied into a reduction bucket.
+        gathered: Whether parameters are copied out of the buffer that they were gathered in.
+        scattered: Whether gradients are copied into the buffer that is scattered.
     """
     early = last_of_segment and place.runtime.recompute_stops_early
     costs = [operators_cost(ops, concrete, place)] if (ops := mode_operators(concrete, mode, last_of_segment=early)) else []
@@ -198,12 +209,22 @@ def layer_pass_cost(
     if copies_to_buckets:
         elements = [p.elements for p in concrete.layer.trained]
         costs.append(pass_cost(place.device, bucket_copy_kernels(elements, concrete.precision), place.runtime))
+    if gathered or scattered:
+        kernels = shard_copy_kernels(concrete.layer, concrete.precision, place.runtime, gathered=gathered, scattered=scattered)
+        costs.append(pass_cost(place.device, kernels, place.runtime))
     if mode is Mode.RECOMPUTE:
         costs.insert(0, _hooks(place.device, len(concrete.saved), place.runtime))
     total = chain(costs)
     if place.runtime.blocking_launches:
         total = replace(total, device_s=total.device_s + total.host_s, lead_s=0.0)
-    return replace(total, recompute_s=total.device_s - total.wire_s) if mode is Mode.RECOMPUTE else total
+    return replace(total, recompute_s=total.device_s - total.wire_s if mode is Mode.RECOMPUTE else _again_s(place, concrete, mode))
+
+
+def _again_s(place: Place, concrete: ConcreteLayer, mode: Mode) -> float:
+    """Device time of what a backward pass makes again inside a block."""
+    again = tuple(op for op in mode_operators(concrete, mode, last_of_segment=False) if op.name.endswith(AGAIN))
+    cost = operators_cost(again, concrete, place) if again else PassCost(0.0, 0.0, 0.0, 0)
+    return cost.device_s - cost.wire_s
 
 
 def _hooks(device: Device, saved: int, runtime: Runtime) -> PassCost:

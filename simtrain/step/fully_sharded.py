@@ -79,6 +79,8 @@ def scattered_bytes(layout: Layout, lane: Lane, chunk: int, step: Step) -> float
 def scattered_width(setting: Setting) -> int:
     """Bytes of one gradient as it is scattered."""
     precision, runtime = setting.precision, setting.runtime
+    if runtime.scatter_fp32:
+        return 4
     return gradient_bytes(precision, runtime) if runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
 
 

@@ -14,6 +14,7 @@ from simtrain.step.passes import Pass, micro_batch_passes
 from simtrain.step.schedules import Action, SchedulePlan
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk
+from simtrain.step.states import fully_sharded
 
 FORWARD_MODES = (Mode.FORWARD, Mode.FORWARD_DROPPING)
 
@@ -48,6 +49,7 @@ class ChunkCosts:
         checkpoint: Activation checkpointing.
         keeps: Whether gradients live in a buffer that is always added to.
         copies: Whether the last micro-batch copies gradients into reduction buckets.
+        shards: Whether full sharding copies parameters and gradients between the passes.
     """
 
     chunk: Chunk
@@ -55,6 +57,7 @@ class ChunkCosts:
     checkpoint: str
     keeps: bool
     copies: bool
+    shards: bool = False
 
     @cached_property
     def _passes(self) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
@@ -92,6 +95,16 @@ class ChunkCosts:
             which.context.last_of_segment,
             accumulates=which.mode is Mode.BACKWARD_ACCUMULATING or (which.mode is Mode.WEIGHT_GRADIENT and adding),
             copies_to_buckets=self.copies and last and which.mode in ADDS_GRADIENTS,
+            gathered=self.shards and self._gathers(which),
+            scattered=self.shards and which.mode in ADDS_GRADIENTS,
+        )
+
+    def _gathers(self, which: Pass) -> bool:
+        """Whether a pass begins with parameters gathered anew; what is no block keeps them, and so does a block just recomputed."""
+        if which.mode in FORWARD_MODES:
+            return True
+        return self.chunk.is_block(which.layer) and not (
+            which.mode is not Mode.RECOMPUTE and which.context.recomputed and which.context.last_of_segment
         )
 
     @cached_property
@@ -128,4 +141,5 @@ def chunk_costs(setting: Setting, lane: Lane, chunk: Chunk) -> ChunkCosts:
     # gradients are new tensors in every step, so they are copied into buckets even where they become views of them afterwards
     reduced = setting.reduces and setting.strategy.zero < 2
     copies = reduced and not runtime.main_gradients
-    return ChunkCosts(chunk, lane.place, chunk.recomputed(setting.strategy.checkpoint), runtime.main_gradients, copies)
+    shards = runtime.copies_shards and fully_sharded(setting)
+    return ChunkCosts(chunk, lane.place, chunk.recomputed(setting.strategy.checkpoint), runtime.main_gradients, copies, shards)

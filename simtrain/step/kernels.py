@@ -118,7 +118,7 @@ def layer_kernels(layer: Layer, batch: int, sequence: int, precision: Precision,
         precision: Number formats.
         runtime: Decides between fused and unfused operators.
     """
-    concrete = specialize(layer, precision, runtime.fused_attention)
+    concrete = specialize(layer, precision, runtime.fused_attention, fused_norms=runtime.fused_norms)
     return operator_kernels(concrete.forward, concrete, batch, sequence), operator_kernels(concrete.backward, concrete, batch, sequence)
 
 
@@ -166,6 +166,22 @@ def bucket_copy_kernels(elements: Sequence[int], precision: Precision) -> Kernel
     return elementwise_kernels(
         "bucket copy", OperatorKind.COPY, [2.0 * size * n for n in elements], [1] * len(elements), precision.parameter
     )
+
+
+def shard_copy_kernels(layer: Layer, precision: Precision, runtime: Runtime, *, gathered: bool, scattered: bool) -> KernelBatch:
+    """Kernels that copy a layer's parameters out of the buffer they were gathered in, and its gradients into the one they leave from.
+
+    Args:
+        layer: Whose.
+        precision: Parameters travel in the format that products read.
+        runtime: Whether gradients are widened on their way (`scatter_fp32`).
+        gathered: Whether there are parameters to copy.
+        scattered: Whether there are gradients to copy.
+    """
+    size = min(precision.low.size_bytes, precision.parameter.size_bytes)
+    wide = 4 if runtime.scatter_fp32 else size
+    moved = [2.0 * size * layer.parameter_count] * gathered + [float(size + wide) * sum(p.elements for p in layer.trained)] * scattered
+    return elementwise_kernels("shard copy", OperatorKind.COPY, moved, [1] * len(moved), precision.low)
 
 
 def narrow_copy_kernels(elements: int, matrices: int, precision: Precision) -> KernelBatch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from simtrain.core.checkpoint import is_explicit
+from simtrain.core.checkpoint import inside_blocks, is_explicit
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Device
 from simtrain.core.program import RankClass
@@ -118,7 +118,7 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
             f"{order.positions}: name so many, or leave cuts empty"
         )
     cuts = setting.cuts or even_cuts(local, order.positions, -(-order.positions // strategy.pipeline))
-    pieces = chunks(local, cuts, setting.precision, setting.runtime, selective=strategy.checkpoint == "selective")
+    pieces = chunks(local, cuts, setting.precision, setting.runtime, selective=inside_blocks(strategy.checkpoint))
     if is_explicit(strategy.checkpoint):
         segments(local, strategy.checkpoint)  # refuses blocks that the model lacks, before chunks take their own
     fabric = Fabric(setting.cluster)

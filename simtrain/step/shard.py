@@ -199,7 +199,7 @@ def stated_cuts(workload: Workload, counts: tuple[int, ...]) -> tuple[tuple[int,
 
 
 def chunks(
-    workload: Workload, cuts: tuple[tuple[int, int], ...], precision: Precision, runtime: Runtime, *, selective: bool = False
+    workload: Workload, cuts: tuple[tuple[int, int], ...], precision: Precision, runtime: Runtime, *, selective: str = ""
 ) -> tuple[Chunk, ...]:
     """Cuts a rank's form of a workload.
 
@@ -208,7 +208,7 @@ def chunks(
         cuts: Half-open ranges of layers.
         precision: Number formats.
         runtime: Decides between fused and unfused operators.
-        selective: Whether the scores of unfused attention are recomputed.
+        selective: What is recomputed inside blocks, as `core.checkpoint.inside_blocks` says it.
 
     Raises:
         UnsupportedError: A tensor crosses layers outside the chain, so that the model cannot be cut.

@@ -10,7 +10,9 @@ from simtrain.core.precision import DType, DTypeRole, Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Layer, Operator, OperatorKind, Tensor, Workload
 from simtrain.step.mixed import layer_recipes
+from simtrain.step.selective import AGAIN, renamed, with_recomputation
 
+NORMS = (OperatorKind.NORM, OperatorKind.NORM_BACKWARD)
 KEPT_NAMES = ("grad:", "shared:")
 """Prefixes of tensors that other layers or the optimizer know by name."""
 
@@ -68,7 +70,7 @@ class ConcreteLayer:
 
 @lru_cache(maxsize=512)
 def specialize(
-    layer: Layer, precision: Precision, fused_attention: bool, before: Layer | None = None, *, selective: bool = False
+    layer: Layer, precision: Precision, fused_attention: bool, before: Layer | None = None, *, fused_norms: bool = True, selective: str = ""
 ) -> ConcreteLayer:
     """Expands unfused operators and removes casts between equal number formats.
 
@@ -77,12 +79,16 @@ def specialize(
         precision: Decides the number format of each role.
         fused_attention: Whether attention runs as one kernel.
         before: The layer before it; one like itself by default.
-        selective: Whether the backward pass makes what unfused attention has of the size of its scores once more, instead of keeping it.
+        fused_norms: Whether an RMS norm runs as one kernel.
+        selective: What the backward pass makes once more instead of keeping it: "selective" for what unfused attention has of the size of
+            its scores, "selective-op" for what `simtrain.step.selective` says.
     """
     before = before or layer
-    recomputed = _recompute_scores(layer) if selective and not fused_attention else layer.backward
-    forward = _expand(layer.forward, fused_attention)
-    backward = _expand(recomputed, fused_attention)
+    recomputed = _recompute_scores(layer) if selective == "selective" and not fused_attention else layer.backward
+    forward = _expand(layer.forward, fused_attention, fused_norms)
+    backward = _expand(recomputed, fused_attention, fused_norms)
+    if selective == "selective-op" and layer.block and layer.safe_to_recompute:
+        backward = with_recomputation(forward, backward)
     probe = concrete_layer(layer, forward, backward, precision, before)
     rename: dict[str, str] = {}
     overwrite: dict[str, Tensor] = {}
@@ -101,7 +107,7 @@ def specialize(
 
 
 @lru_cache(maxsize=128)
-def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime, *, selective: bool = False) -> tuple[ConcreteLayer, ...]:
+def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime, *, selective: str = "") -> tuple[ConcreteLayer, ...]:
     """Specializes every distinct layer of a workload; tensors that cross layers are known to all of them.
 
     Two gradients of one parameter (a tied weight) are summed where the first of them lies, if that is a tensor of its own, which a cast
@@ -111,17 +117,19 @@ def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime, 
     before = [workload.layers[max(i - 1, 0)] for i in range(len(workload.layers))]
     recipes = layer_recipes(workload, precision)
     layers = [
-        specialize(x, p, runtime.fused_attention, b, selective=selective) for x, b, p in zip(workload.layers, before, recipes, strict=True)
+        specialize(x, p, runtime.fused_attention, b, fused_norms=runtime.fused_norms, selective=selective)
+        for x, b, p in zip(workload.layers, before, recipes, strict=True)
     ]
     shared = {name: tensor for c in layers for name, tensor in c.tensors.items() if name.startswith("shared:")}
     cast = frozenset(w.name for c in layers for op in c.backward if op.kind is OperatorKind.CAST for w in op.writes) & shared.keys()
     return tuple(replace(c, tensors=c.tensors | shared, summed_into=cast) for c in layers)
 
 
-def _expand(operators: tuple[Operator, ...], fused_attention: bool) -> tuple[Operator, ...]:
-    if fused_attention:
-        return operators
-    return tuple(inner for op in operators for inner in (op.unfused or (op,)))
+def _expand(operators: tuple[Operator, ...], fused_attention: bool, fused_norms: bool) -> tuple[Operator, ...]:
+    def fused(op: Operator) -> bool:
+        return fused_norms if op.kind in NORMS else fused_attention
+
+    return tuple(inner for op in operators for inner in ((op,) if fused(op) else op.unfused or (op,)))
 
 
 def _recompute_scores(layer: Layer) -> tuple[Operator, ...]:
@@ -146,24 +154,10 @@ def _scores_again(forward: Operator, backward: Operator) -> tuple[Operator, ...]
             again.insert(0, op)
             wanted |= dropped.intersection(r for r in op.reads if r not in op.partial)
     made = {w.name for op in again for w in op.writes}
-    names = {name: f"{name}.again" for name in dropped & made}
+    names = {name: f"{name}{AGAIN}" for name in dropped & made}
     # what an operator merely held in forward (a Python name) is not there the second time
-    remade = [replace(_released(op, dropped - made), name=f"{op.name}.again") for op in again]
-    return tuple(_renamed_in(op, names) for op in (*remade, *backward.unfused))
-
-
-def _released(op: Operator, names: set[str]) -> Operator:
-    return replace(op, reads=tuple(r for r in op.reads if r not in names), partial=tuple(p for p in op.partial if p not in names))
-
-
-def _renamed_in(op: Operator, names: dict[str, str]) -> Operator:
-    return replace(
-        op,
-        reads=tuple(names.get(r, r) for r in op.reads),
-        writes=tuple(replace(w, name=names.get(w.name, w.name)) for w in op.writes),
-        updates=tuple(names.get(u, u) for u in op.updates),
-        partial=tuple(names.get(p, p) for p in op.partial),
-    )
+    remade = [replace(renamed(op, names, dropped - made), name=f"{op.name}{AGAIN}") for op in again]
+    return (*remade, *(renamed(op, names, set()) for op in backward.unfused))
 
 
 def _resolve(name: str, rename: dict[str, str]) -> str:

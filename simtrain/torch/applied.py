@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simtrain.core.checkpoint import is_explicit, is_optimal, parse_blocks
+from simtrain.core.checkpoint import inside_blocks, is_explicit, is_optimal, parse_blocks
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.precision import DType, Precision, precision
 from simtrain.core.strategy import Strategy, checkpoint_segment
@@ -175,10 +175,9 @@ def _refuse(strategy: Strategy, optimizer: torch.optim.Optimizer) -> None:
             f"checkpoint={strategy.checkpoint} depends on the machines: "
             "st.choose_checkpoint(workload, cluster, strategy) puts blocks in its place"
         )
-    if strategy.checkpoint == "selective":
-        raise UnsupportedError(
-            "checkpoint=selective is not carried out here: fused attention keeps no scores; use none, full or layers:..."
-        )
+    if inside_blocks(strategy.checkpoint):
+        why = "fused attention keeps no scores" if strategy.checkpoint == "selective" else "only whole blocks are wrapped"
+        raise UnsupportedError(f"checkpoint={strategy.checkpoint} is not carried out here: {why}; use none, full or layers:...")
     recipe = precision(strategy.precision)
     if recipe.budget is not None:
         raise StrategyError(

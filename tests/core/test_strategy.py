@@ -26,7 +26,7 @@ strategies = some.builds(
     zero=some.integers(0, 3),
     precision=some.sampled_from(sorted(PRECISIONS)),
     optimizer=some.sampled_from(sorted(OPTIMIZERS)),
-    checkpoint=some.sampled_from(["none", "full", "sqrt", "selective"]) | some.integers(1, 99).map("every:{}".format),
+    checkpoint=some.sampled_from(["none", "full", "sqrt", "selective", "selective-op"]) | some.integers(1, 99).map("every:{}".format),
     compression=some.sampled_from(["none", "16-bit", "8-bit", "1-bit", "zero++", "topk:0.01"])
     | some.integers(1, 32).map("powersgd:{}".format),
     low_communication=some.just("") | some.integers(1, 999).map("diloco:{}".format) | some.integers(1, 999).map("local-sgd:{}".format),

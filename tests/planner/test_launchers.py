@@ -28,7 +28,7 @@ STRATEGIES = some.builds(
     chunks=some.sampled_from([0, 2]),
     sequence_parallel=some.booleans(),
     schedule=some.sampled_from(["1f1b", "interleaved", "gpipe", "zb-h1"]),
-    checkpoint=some.sampled_from(["none", "full", "selective", "sqrt", "every:1", "every:4"]),
+    checkpoint=some.sampled_from(["none", "full", "selective", "selective-op", "sqrt", "every:1", "every:4"]),
     precision=some.sampled_from(
         ["fp32", "tf32", "bf16-amp", "fp16-amp", "bf16-master", "fp16-master", "bf16", "fp8", "fp8-params", "fp8-current", "mxfp8"]
     ),

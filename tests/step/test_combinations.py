@@ -41,7 +41,10 @@ CHOICES: dict[str, dict[str, object]] = {
     **{f"pipeline, {name}": {"pipeline": 2, "schedule": name} for name in names()},
     **{f"compression {name}": {"compression": name} for name in ("16-bit", "powersgd:4", "zero++")},
     **{f"exchange by {name}": {"low_communication": name} for name in ("diloco:100",)},
-    **{f"checkpoint {name}": {"checkpoint": name} for name in ("full", "sqrt", "every:2", "selective", "optimal", "layers:0-1")},
+    **{
+        f"checkpoint {name}": {"checkpoint": name}
+        for name in ("full", "sqrt", "every:2", "selective", "selective-op", "optimal", "layers:0-1")
+    },
     "fp16": {"precision": "fp16-amp"},
     "tensorized": {"tensorize": "low-rank:rank=4"},
 }

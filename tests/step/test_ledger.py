@@ -26,7 +26,7 @@ families = some.sampled_from(["gpt", "llama", "bert"])
 @given(
     family=families,
     recipe=some.sampled_from(["fp32", "fp16-amp", "bf16"]),
-    checkpoint=some.sampled_from(["none", "full", "sqrt", "every:2", "every:3", "selective"]),
+    checkpoint=some.sampled_from(["none", "full", "sqrt", "every:2", "every:3", "selective", "selective-op"]),
     accumulation=some.sampled_from([1, 2, 4]),
     replicas=some.sampled_from([1, 4]),
     runtime=some.sampled_from(["torch-eager", "torch-eager-cpu"]),
@@ -55,7 +55,7 @@ def test_only_states_and_gradients_survive_a_step(family, recipe, checkpoint, ac
     family=some.sampled_from(["gpt", "llama", "mixture"]),
     expert=some.sampled_from([1, 2]),
     recipe=some.sampled_from(["fp32", "bf16-amp", "bf16"]),
-    checkpoint=some.sampled_from(["none", "full", "every:2", "selective"]),
+    checkpoint=some.sampled_from(["none", "full", "every:2", "selective", "selective-op"]),
     schedule=some.sampled_from(["1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "dualpipe", "breadth-first"]),
     tensor=some.sampled_from([1, 2]),
     sequence_parallel=some.booleans(),

@@ -27,6 +27,12 @@ def test_best_shapes_stay_below_the_peak_and_near_the_prediction(reports):
     assert skill(report.errors, report.nulls["flat roofline"]) > 0.6
 
 
+def test_squares_follow_the_power_of_the_board(reports):
+    report = _one(reports, "Square matrix products")
+    assert report.errors.median < 0.07
+    assert skill(report.errors, report.nulls["flat roofline"]) > 0.6
+
+
 def test_sweeps_are_predicted_better_than_by_a_roofline(reports):
     report = _one(reports, "DeepBench matrix")
     assert len(report.rows) == 480

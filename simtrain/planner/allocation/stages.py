@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from simtrain.core.checkpoint import inside_blocks
 from simtrain.core.hardware import Cluster
 from simtrain.core.precision import precision
 from simtrain.core.program import RankClass
@@ -59,7 +60,7 @@ class Job:
     def pieces(self, setting: Setting, cuts: Cuts) -> tuple[Chunk, ...]:
         """The layers of every stage, as a rank of this setting runs them."""
         local = rank_form(self.workload, setting.strategy, setting.runtime, setting.devices)
-        return chunks(local, cuts, setting.precision, setting.runtime, selective=setting.strategy.checkpoint == "selective")
+        return chunks(local, cuts, setting.precision, setting.runtime, selective=inside_blocks(setting.strategy.checkpoint))
 
     def lane(
         self, setting: Setting, piece: Chunk, groups: Sequence[tuple[int, ...]], *, index: int = 0, stage: int = 0, name: str = ""

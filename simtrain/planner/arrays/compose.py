@@ -273,6 +273,13 @@ class _Part:
         share = self.block.runtime.communication_share
         moved = np.where(chosen[:, None, None], self._gather("moved_s"), 0.0)
         gather, scatter = moved[:, 0, 0], moved[:, 0, 1]
+        copied, last = moved[:, 0, 4:], moved[:, -1, 4:] if self.stages > 1 else np.zeros((len(q), 4))
+        q[:, Part.FORWARD] += copied[:, 0]
+        q[:, Part.BACKWARD] += copied[:, 0] + copied[:, 1]
+        q[:, Part.FORWARD_BEFORE] += copied[:, 2]
+        q[:, Part.BACKWARD_BEFORE] += copied[:, 3]
+        q[:, Part.FORWARD_BEHIND] += last[:, 2]
+        q[:, Part.BACKWARD_BEHIND] += last[:, 3]
         forward, backward = q[:, Part.FORWARD].copy(), q[:, Part.BACKWARD].copy()
         if self.stages > 1:  # how far what moves lags behind the passes differs from one micro-batch to the next
             self.lags = (gather > forward) | (gather + scatter > backward)

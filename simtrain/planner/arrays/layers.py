@@ -14,6 +14,7 @@ from itertools import product
 
 import numpy as np
 
+from simtrain.core.checkpoint import inside_blocks
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import Precision
 from simtrain.core.program import RankClass
@@ -108,7 +109,7 @@ class Probe:
     def concrete(self) -> tuple[ConcreteLayer, ...]:
         """Its layers, specialized."""
         setting = self.setting
-        return _concrete(self.local, setting.precision, setting.runtime, setting.strategy.checkpoint == "selective")
+        return _concrete(self.local, setting.precision, setting.runtime, inside_blocks(setting.strategy.checkpoint))
 
     @cached_property
     def place(self) -> Place:
@@ -204,7 +205,7 @@ class LayerMemory:
 
 
 @lru_cache(maxsize=256)
-def _concrete(local: Workload, precision: Precision, runtime: Runtime, selective: bool) -> tuple[ConcreteLayer, ...]:
+def _concrete(local: Workload, precision: Precision, runtime: Runtime, selective: str) -> tuple[ConcreteLayer, ...]:
     return concrete_layers(local, precision, runtime, selective=selective)
 
 

@@ -8,22 +8,24 @@ functions in the time of a block, of which only the upper envelope is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
+from simtrain.core.checkpoint import inside_blocks
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import RankClass
-from simtrain.core.workload import Collective, Workload
+from simtrain.core.workload import Collective, Layer, Workload
 from simtrain.cost.fabric import Fabric
-from simtrain.step.costs import Place
+from simtrain.step.costs import Place, pass_cost
 from simtrain.step.estimate_chunks import gather_s
 from simtrain.step.exchange import reductions, restore_cost
 from simtrain.step.fully_sharded import gathered_bytes, scattered_width
 from simtrain.step.grid import Grid
+from simtrain.step.kernels import shard_copy_kernels
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import cost, place, send
 from simtrain.step.occupancy import KINDS
@@ -49,7 +51,8 @@ class StageRow:
         blocks: Blocks of each stage, all its chunks together.
         tails: For each stage and bucket of its envelope: seconds, less so many blocks, less so many times what stands before them.
         reduced_s: Time of all reductions of a stage.
-        moved_s: With full sharding, what gathering and scattering take: a block's parameters and gradients, then those of what is no block.
+        moved_s: With full sharding, what gathering and scattering take: a block's parameters and gradients, then those of what is no block;
+            and what copying the same out of and into the buffers takes.
         start_s: Update of a stage, and gathering what it updated.
         update_s: The update alone, on the device.
         update_host_s: The same on the host.
@@ -118,7 +121,7 @@ class Division:
         """The chunks of the model."""
         strategy = self.setting.strategy
         cuts = even_cuts(self.local, self.order.positions)
-        return chunks(self.local, cuts, self.setting.precision, self.setting.runtime, selective=strategy.checkpoint == "selective")
+        return chunks(self.local, cuts, self.setting.precision, self.setting.runtime, selective=inside_blocks(strategy.checkpoint))
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -281,7 +284,7 @@ def _reductions(layout: Layout, stage: int, c: int) -> list[tuple[float, float, 
 def _moved(layout: Layout, stage: int) -> FloatArray:
     """See `StageRow.moved_s`; zero where parameters are not sharded."""
     setting, lane = layout.setting, layout.by_stage[stage][0]
-    moved = np.zeros(4)
+    moved = np.zeros(8)
     if setting.strategy.zero < 3 or layout.grid.holders == 1:
         return moved
     placed = place(layout.fabric, layout.grid.holder_groups(stage))
@@ -295,7 +298,23 @@ def _moved(layout: Layout, stage: int) -> FloatArray:
                 gather = cost(layout.fabric, Collective.ALL_GATHER, placed, size).time_s
                 scatter = cost(layout.fabric, Collective.REDUCE_SCATTER, placed, float(parameters * width)).time_s
                 moved[at : at + 2] = np.maximum(moved[at : at + 2], (gather, scatter))
+        if setting.runtime.copies_shards:
+            layers = chunk.workload.layers
+            copied = _copies(setting, lane, [next(x for x in layers if x.block)], [x for x in layers if not x.block])
+            moved[4:] = np.maximum(moved[4:], copied)
     return moved
+
+
+def _copies(setting: Setting, lane: Lane, *parts: Sequence[Layer]) -> list[float]:
+    """Seconds that copies of gathered parameters and of gradients take, for each of some lists of layers."""
+    found = []
+    for layers in parts:
+        for gathered in (True, False):
+            kernels = [
+                shard_copy_kernels(layer, setting.precision, setting.runtime, gathered=gathered, scattered=not gathered) for layer in layers
+            ]
+            found.append(sum(pass_cost(lane.place.device, k, setting.runtime).device_s for k in kernels))
+    return found
 
 
 def _blocks_before(lane: Lane, chunk: int) -> int:

@@ -8,6 +8,7 @@ looked up in torchtitan 0.2.2. Its own `ConfigManager` accepted what is written,
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from typing import Any
 
 from simtrain.core.errors import InputError
@@ -50,18 +51,27 @@ def write(strategy: Strategy, per_node: int) -> Written:
         unsaid["context_style"] = f"torchtitan rotates keys and values; {s.context_style} is none of its methods"
     parallelism["pipeline_parallel_degree"] = s.pipeline
     _pipeline(s, parallelism, unsaid)
-    checkpoint = s.checkpoint if s.checkpoint in ("none", "full") else "none"
-    if checkpoint != s.checkpoint:
-        unsaid["checkpoint"] = f"{s.checkpoint}: torchtitan's selective mode recomputes other things than simtrain's"
+    recomputed = {"mode": s.checkpoint if s.checkpoint in ("none", "full") else "none"}
+    if s.checkpoint == "selective-op":
+        recomputed = {"mode": "selective", "selective_ac_option": "op"}
+    elif s.checkpoint != recomputed["mode"]:
+        unsaid["checkpoint"] = f"{s.checkpoint}: torchtitan recomputes whole blocks, or operators as selective-op says"
     if s.optimizer not in ("adamw", "adam"):
         unsaid["optimizer"] = f"{s.optimizer}: torchtitan has Adam and AdamW"
     sections = {
         "training": training,
         "parallelism": parallelism,
-        "activation_checkpoint": {"mode": checkpoint},
+        "activation_checkpoint": recomputed,
         "optimizer": {"name": "Adam" if s.optimizer == "adam" else "AdamW"},
     }
     return Written(f"# torchtitan, {s.ranks} ranks\n" + "\n".join(_section(n, v) for n, v in sections.items()), unsaid)
+
+
+def _checkpoint(section: Mapping[str, Any]) -> str:
+    mode, option = str(section.get("mode", "selective")), str(section.get("selective_ac_option", "op"))
+    if mode == "selective" and option != "op":
+        raise InputError(f"{NAME}: selective_ac_option {option!r} recomputes every so many layers, which is not read: use op")
+    return "selective-op" if mode == "selective" else mode
 
 
 def _pipeline(s: Strategy, parallelism: dict[str, Any], unsaid: dict[str, str]) -> None:
@@ -117,7 +127,7 @@ def read(text: str, ranks: int | None) -> Strategy:
         accumulation=accumulation_of(global_batch, micro_batch, data, NAME),
         precision={v: k for k, v in PRECISIONS.items()}.get(training.get("mixed_precision_param", "bfloat16"), "bf16-amp"),
         optimizer=str(job.get("optimizer", {}).get("name", "AdamW")).lower(),
-        checkpoint=str(job.get("activation_checkpoint", {}).get("mode", "selective")),
+        checkpoint=_checkpoint(job.get("activation_checkpoint", {})),
         zero=(2 if always else 3) if sharded and "fsdp_reshard_after_forward" in parallel else 3 if sharded and shard > 1 else 0,
         shard=shard * context if sharded and replicate > 1 and shard > 1 else 0,
         tensor=tensor,

@@ -127,6 +127,8 @@ def validate_published(
 
     With --fit, constants of networks, software and devices are fitted to the runs on many devices, and every group (a model, or a family
     of layouts) is predicted by constants that it had no part in: about 5 minutes on two cores for all sources, fewer for some.
+
+    Where sources are named, their errors are also shown by cause: by what the layouts of rows share.
     """
     if fit:
         _fit_published(sources, by, workers, as_json=as_json, save=save)
@@ -134,7 +136,7 @@ def validate_published(
     from validation.layouts import LAYOUT_SETS
     from validation.published import DATASETS, compare_all
     from validation.report import compare_all_layouts
-    from validation.report_tables import layout_tables, slice_table
+    from validation.report_tables import layout_tables, residual_table, slice_table
 
     if unknown := set(sources or ()) - {*DATASETS, *LAYOUT_SETS}:
         raise UnknownNameError("published source", min(unknown), (*DATASETS, *LAYOUT_SETS))
@@ -149,7 +151,8 @@ def validate_published(
     if reports:
         typer.echo("\n\n".join(str(r) for r in reports) + "\n")
     if layouts:
-        write_table(*layout_tables(layouts), *(slice_table(layouts, field) for field in by or ()))
+        causes = [residual_table(report) for report in layouts if report.timed] if sources else []
+        write_table(*layout_tables(layouts), *causes, *(slice_table(layouts, field) for field in by or ()))
 
 
 def _fit_published(sources: list[str] | None, by: list[str] | None, workers: int, *, as_json: bool, save: Path | None) -> None:

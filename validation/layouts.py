@@ -46,7 +46,7 @@ LAYOUT_SETS = (
 )
 """Shipped sources, by file name."""
 
-_MODEL_NOTES = ("preset", "published_parameters")
+_MODEL_NOTES = ("preset", "published_parameters", "runtime_options")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,8 @@ class LayoutSet:
         notes: What the source says.
         assumptions: What it does not say.
         machines: By key.
-        models: By key: preset, its options (`max_positions = 0` for a table as long as the sequence), and the size that the source prints.
+        models: By key: preset, its options (`max_positions = 0` for a table as long as the sequence), the size that the source prints, and
+            the framework's behaviour where it is the model's own.
         rows: The figures.
     """
 
@@ -137,7 +138,8 @@ class LayoutSet:
             UnknownNameError: It is not modelled.
             InputError: It lacks a behaviour that the source has.
         """
-        own: dict[str, Any] = {} if row.fused_attention is None else {"fused_attention": row.fused_attention}
+        own: dict[str, Any] = dict(self.models[row.model].get("runtime_options", {}))
+        own |= {} if row.fused_attention is None else {"fused_attention": row.fused_attention}
         return runtime(row.runtime or self.runtime).with_(**{**self.runtime_options, **own})
 
     def step_time_s(self, row: LayoutRow) -> float | None:

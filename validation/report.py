@@ -7,8 +7,8 @@ very rows best, and the same with the row's own group left out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -17,6 +17,7 @@ from simtrain.core.errors import InternalError, SimtrainError, UnknownNameError
 from validation.errors import ErrorSummary, skill, summarise
 from validation.layout_rows import LayoutRow
 from validation.layouts import LAYOUT_SETS, LayoutSet, load_layouts
+from validation.residuals import residuals
 from validation.statistics import (
     Confusion,
     RegretSummary,
@@ -37,11 +38,13 @@ class LayoutPrediction:
         step_time_s: Of a step.
         memory_bytes: In the reading and of the rank that the source prints; `None` if that is not predicted.
         fits: Whether it fits the devices.
+        shares: Of the step, what the slowest rank spends it on, by name.
     """
 
     step_time_s: float
     memory_bytes: float | None
     fits: bool
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 Predictor = Callable[[LayoutSet, LayoutRow], LayoutPrediction]
@@ -226,6 +229,7 @@ class LayoutReport:
             "skill": self.skill,
             "interval_90": self.interval,
             **{name: part.to_dict() if part else None for name, part in parts.items()},
+            "residuals": [group.to_dict() for group in residuals(self)],
             "rows": [self._row(r) for r in self.rows],
         }
 
@@ -300,7 +304,8 @@ def predict_layout(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
     chosen = reading[dataset.memory_reading]
     if dataset.memory_rank == "last":
         *_, chosen = memory.allocated_by_class_bytes.values()
-    return LayoutPrediction(result.step_time_s, chosen, result.fits)
+    shares = {name: spent_s / result.step_time_s for name, spent_s in result.breakdown_s.items()}
+    return LayoutPrediction(result.step_time_s, chosen, result.fits, shares)
 
 
 def compare_all_layouts(names: Sequence[str] = LAYOUT_SETS, predict: Predictor = predict_layout) -> tuple[LayoutReport, ...]:

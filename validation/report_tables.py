@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from simtrain.report.text import bullets, plain_table
 from validation.consistency import contradictions
 from validation.report import LayoutReport
+from validation.residuals import residuals
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,6 +67,19 @@ def slice_table(reports: Sequence[LayoutReport], by: str) -> Table:
     for r in reports:
         for key, summary in r.slices(by).items():
             table.add_row(_name(r), str(key), str(summary.count), *(_percent(summary, name) for name in columns[1:]))
+    return table
+
+
+def residual_table(report: LayoutReport) -> Table:
+    """Returns where the errors of a source's step times lie: rows by one property of their layouts after another."""
+    columns = ("rows", "share of rows", "bias", "share of error")
+    title = f"{_name(report)}: residuals by cause (a group with more of the error than of the rows is a suspect)"
+    table = plain_table(title, "property", "group", *columns, numeric=columns)
+    last = ""
+    for group in residuals(report):
+        shares = (f"{group.row_share:.0%}", f"{group.bias:+.1%}", f"{group.error_share:.0%}")
+        table.add_row("" if group.by == last else group.by, group.group, str(group.rows), *shares)
+        last = group.by
     return table
 
 

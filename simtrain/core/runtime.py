@@ -6,26 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from simtrain.core.errors import InputError, UnknownNameError, nearest
-
-MIB = 2**20
-
-COMMUNICATOR_BYTES = 24 * 4 * 5 * MIB
-COMMUNICATOR_SOURCE = (
-    "assumption: a communicator of NCCL holds 480 MiB: 24 channels with 4 connections each (ring, and a tree's parent and children), 5 MiB "
-    "of buffers each. Read: 4 MiB for the simple protocol (NCCL, src/init.cc, DEFAULT_BUFFSIZE); the counts and the fifth MiB "
-    "are recalled (not looked up), and set with the errors of BLOOM's memory in sight"
-)
-
-COMMUNICATION_SHARE_SOURCE = (
-    "communication occupies 15 % of the multiprocessors: 20 of 132 on an H800 (DeepSeek-V3 technical report, section 3.2.1); "
-    + "taken for all GPUs (assumption)"
-)
-
-
-BLACKWELL_ATTENTION = 3.6
-BLACKWELL_ATTENTION_SOURCE = (
-    "attention on Blackwell: cuDNN takes 1/3.6 of FlashAttention-2's time on a GB200, median of forward and backward at 2,048 to 16,384 "
-    "tokens (2.4 to 3.9; NVIDIA/cudnn-frontend, benchmark/sdpa_benchmark_training/artifacts, bf16, causal, 128 heads of 128)"
+from simtrain.core.runtime_constants import (
+    BLACKWELL_ATTENTION,
+    BLACKWELL_ATTENTION_SOURCE,
+    COMMUNICATION_SHARE_SOURCE,
+    COMMUNICATOR_BYTES,
+    COMMUNICATOR_SOURCE,
+    MIB,
 )
 
 
@@ -46,12 +33,15 @@ class Runtime:
         fused_elementwise: Whether chains of elementwise operators run as one kernel each (`simtrain.step.fuse`).
         fused_loss: Whether that holds outside of blocks too (torch.compile of blocks alone leaves the loss as it is).
         fused_norms: Whether an RMS norm is one kernel (PyTorch since 2.8, Triton, compiled), not some ten operators in fp32.
+        joined_products: Whether queries, keys and values are one product, and so gate and up (`simtrain.step.join`).
         recompute_stops_early: Whether recomputation ends with the last tensor that backward needs (PyTorch's non-reentrant checkpoints)
             rather than at the end of the segment (the reentrant ones of Megatron-LM and DeepSpeed).
         blocking_launches: Whether the host waits for every kernel (CUDA_LAUNCH_BLOCKING=1), so that its time adds to the device's.
         gather_shards: Whether ranks of ZeRO 1 and 2 hold whole parameters, which each sends to the others in a broadcast of its own
             (InternEvo), rather than slices, which one all-gather collects.
         optimizer_style: "foreach" (multi-tensor with parameter-sized temporaries), "fused" (one pass) or "single" (tensor by tensor).
+        flat_gradients: Whether 16-bit gradients with a loss scale are checked, cast, laid end to end, measured and unscaled in passes of
+            their own before the update (DeepSpeed's FP16_Optimizer, which stands in without ZeRO).
         first_bucket_bytes: Size of the first gradient bucket.
         bucket_bytes: Size of the others.
         gradient_as_bucket_view: Whether gradients live inside the buckets (else buckets are a second copy).
@@ -67,6 +57,13 @@ class Runtime:
         loss: How cross-entropy is computed; see `simtrain.core.workload.Form`.
         regather: Whether backward gathers sequence-parallel inputs anew; see `Form`.
         overlap_tensor: Whether tensor-parallel reductions of backward run beside the product of the weight's gradient.
+        hidden_share: Share of the multiprocessors that a collective inside a layer takes from the product that hides it.
+        split_gathers: Whether what tensor-parallel products read is gathered in pieces, each beside the product of the one before
+            (`simtrain.step.overlap`).
+        scatter_pieces: Pieces into which tensor-parallel products are cut whose partial sums are scattered, each beside the product of
+            the next; 0 scatters behind the whole product.
+        scatter_share: Share of the multiprocessors that such products leave to the scatters.
+        narrow_scatter: Whether those partial sums travel in the narrow format of a product that has one.
         vocabulary_multiple: Rows that the vocabulary is padded to a multiple of, per tensor-parallel rank.
         expert_weights: Where the weights of experts are multiplied in; see `Form`.
         grouped_experts: Whether the products of all experts are one kernel; see `Form`.
@@ -107,9 +104,11 @@ class Runtime:
     fused_elementwise: bool = False
     fused_loss: bool = True
     fused_norms: bool = True
+    joined_products: bool = False
     recompute_stops_early: bool = True
     blocking_launches: bool = False
     gather_shards: bool = False
+    flat_gradients: bool = False
     first_bucket_bytes: int = 1 * MIB
     bucket_bytes: int = 25 * MIB
     gradient_as_bucket_view: bool = False
@@ -122,6 +121,11 @@ class Runtime:
     loss: Literal["torch", "in-place", "fused"] = "torch"
     regather: bool = False
     overlap_tensor: bool = False
+    hidden_share: float = 0.0
+    split_gathers: bool = False
+    scatter_pieces: int = 0
+    scatter_share: float = 0.0
+    narrow_scatter: bool = False
     vocabulary_multiple: int = 1
     expert_weights: Literal["after", "between", "fused"] = "after"
     grouped_experts: bool = True
@@ -158,19 +162,15 @@ class Runtime:
             if getattr(self, name) not in allowed:
                 raise InputError(f"runtime: {name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
         amounts = (
-            "launch_s",
-            "recompute_s",
-            "run_ahead_launches",
-            "context_bytes",
-            "workspace_bytes",
-            "blas_handles",
-            "blackwell_attention",
+            *("launch_s", "recompute_s", "run_ahead_launches", "context_bytes", "workspace_bytes", "blas_handles"),
+            *("blackwell_attention", "scatter_pieces"),
         )
         for name in amounts:
             if not getattr(self, name) >= 0:
                 raise InputError(f"runtime: {name} must not be negative, not {getattr(self, name)!r}")
-        if not 0 <= self.communication_share < 1:
-            raise InputError(f"runtime: communication_share must be at least 0 and below 1, not {self.communication_share!r}")
+        for name in ("communication_share", "hidden_share", "scatter_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"runtime: {name} must be at least 0 and below 1, not {getattr(self, name)!r}")
         for name in ("attention_speed", "hopper_products"):
             if not getattr(self, name) > 0:
                 raise InputError(f"runtime: {name} must be above 0, not {getattr(self, name)!r}")
@@ -246,6 +246,8 @@ RUNTIMES: dict[str, Runtime] = {
             loss="in-place",
             regather=True,
             overlap_tensor=True,
+            hidden_share=0.15,
+            joined_products=True,
             vocabulary_multiple=128,
             blackwell_attention=BLACKWELL_ATTENTION,
             expert_weights="fused",
@@ -268,7 +270,8 @@ RUNTIMES: dict[str, Runtime] = {
                 "fused elementwise kernels and reentrant checkpoints: Megatron-LM, core/fusions, core/tensor_parallel/random.py (recalled)",
                 "Megatron-LM, core/distributed (fp32 gradient buffer, buckets of 40 million elements), core/tensor_parallel (vocabulary "
                 "padded to 128 rows per rank, in-place cross-entropy, gradients reduced beside the weight's product)",
-                COMMUNICATION_SHARE_SOURCE,
+                "one product for queries, keys and values, and one for gate and up: linear_qkv and linear_fc1 (core/transformer)",
+                COMMUNICATION_SHARE_SOURCE + "; inside layers too",
                 "library workspaces: cuBLAS 2 x 32 MiB as CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for, Transformer Engine 4 MiB, 32 MiB since "
                 "Hopper (its get_cublas_workspace_size_bytes)",
                 BLACKWELL_ATTENTION_SOURCE,
@@ -284,6 +287,7 @@ RUNTIMES: dict[str, Runtime] = {
             run_ahead_launches=1000,
             fused_attention=False,
             optimizer_style="fused",
+            flat_gradients=True,
             fused_elementwise=True,
             recompute_stops_early=False,
             first_bucket_bytes=500_000_000,
@@ -306,6 +310,7 @@ RUNTIMES: dict[str, Runtime] = {
                 "Megatron-DeepSpeed with DeepSpeed's ZeRO: buckets of 500 million bytes reduced after backward, unfused attention "
                 "(configurations of the BLOOM and vTrain runs)",
                 "sends that the stage waits for: DeepSpeed, runtime/pipe/p2p.py at 077e674",
+                "passes over fp16 gradients around the update: DeepSpeed, runtime/fp16/fused_optimizer.py at 023f361",
                 COMMUNICATION_SHARE_SOURCE,
                 COMMUNICATOR_SOURCE,
                 "host time: 60 us per launched kernel, about what kernel traces of vTrain's single-node rows show (50 kernels in 3 ms "
@@ -376,6 +381,26 @@ RUNTIMES["megatron-2021"] = RUNTIMES["megatron"].with_(
         *RUNTIMES["megatron"].sources,
         "Megatron-LM as of 2021: backward reduces over tensor-parallel ranks after the product of the weight's gradient, not beside it "
         "(its fork bigscience-workshop/Megatron-DeepSpeed, megatron/mpu/layers.py at 119a0d2)",
+    ),
+)
+RUNTIMES["nemo"] = RUNTIMES["megatron"].with_(
+    name="nemo",
+    overlap_gather=True,
+    hidden_share=0.045,
+    split_gathers=True,
+    scatter_pieces=4,
+    scatter_share=0.14,
+    workspace_bytes=76 * MIB,
+    hopper_workspace_bytes=160 * MIB,
+    sources=(
+        *RUNTIMES["megatron"].sources,
+        "Megatron-LM with tp_comm_overlap, as NeMo's recipes for performance set it: Transformer Engine's userbuffers gather and scatter "
+        "in pieces beside products (pytorch/module/base.py: ring exchanges for gathers, 4 splits for scatters behind forward products, 3 "
+        "workspaces of products; buffers of the size of each gathered tensor are outside PyTorch's allocator and not counted)",
+        "multiprocessors of 132: 6 for collectives beside products (2 to 24), 19 that products behind which sums are scattered leave free "
+        "(8 to 24, set_sm_margin): means of the recipes of GPT-3 175B and Llama 3.1 405B in bf16 on H100, NVIDIA/dgxc-benchmarking at "
+        "35a9aec and NeMo's tp_overlap_configs/userbuffers.py",
+        "updated parameters gathered beside the forward pass: overlap_param_sync of the same recipes",
     ),
 )
 RUNTIMES["megatron-local"] = RUNTIMES["megatron"].with_(

@@ -157,6 +157,7 @@ class Operator:
             updates (the others), or `touched` elements where these are given.
         group: With whom: the ranks that share a layer ("tensor"), a sequence ("context") or a set of experts ("expert").
         overlaps: Whether the operator after it runs at the same time.
+        joins: Name of the one product that some frameworks make of this one and others of the same pass; empty for none.
     """
 
     name: str
@@ -176,6 +177,7 @@ class Operator:
     collective: Collective | None = None
     group: GroupName = ""
     overlaps: bool = False
+    joins: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,13 @@ from simtrain.core.kernels import KernelBatch
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import Resource, TermKind
 from simtrain.core.runtime import Runtime
-from simtrain.core.workload import Operator, OperatorKind
+from simtrain.core.workload import Collective, Operator, OperatorKind
 from simtrain.step.fuse import fused_operators
+from simtrain.step.join import joined_operators
 from simtrain.step.kernels import accumulation_kernels, bucket_copy_kernels, operator_kernels, payload_bytes, shard_copy_kernels
 from simtrain.step.network import Wire
 from simtrain.step.occupancy import Mode, mode_operators
+from simtrain.step.overlap import exposed_s
 from simtrain.step.selective import AGAIN
 from simtrain.step.specialize import ConcreteLayer
 
@@ -127,6 +129,8 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     Raises:
         InternalError: A layer communicates where nobody shares it.
     """
+    if place.runtime.joined_products:
+        operators = joined_operators(operators)
     if place.runtime.fused_elementwise and (place.runtime.fused_loss or concrete.layer.block):
         operators = fused_operators(tuple(operators), concrete)
     local = [op for op in operators if op.kind is not OperatorKind.COLLECTIVE]
@@ -138,21 +142,32 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
         return replace(alone, memory_s=memory_s)
     if place.wire is None:
         raise InternalError(f"layer {concrete.layer.name!r} communicates, but nobody shares it")
-    times, launches, wired = np.zeros(len(operators)), np.ones(len(operators), dtype=np.int64), np.zeros(len(operators), dtype=bool)
-    wired[:] = [op.kind is OperatorKind.COLLECTIVE for op in operators]
-    times[~wired], launches[~wired] = local_s, kernels.launches
+    wired = np.array([op.kind is OperatorKind.COLLECTIVE for op in operators], dtype=bool)
+    alone_s, launches = np.zeros(len(operators)), np.ones(len(operators), dtype=np.int64)
+    alone_s[~wired], launches[~wired] = local_s, kernels.launches
     loads: Counter[Resource] = Counter()
     for i in np.flatnonzero(wired).tolist():
         op = operators[i]
         if op.collective is None:
             raise InternalError(f"operator {op.name!r} does not say which collective it is")
-        price = place.wire.cost(op.collective, op.group, payload_bytes(op, concrete, place.batch, place.sequence))
-        times[i] = price.time_s
+        price = place.wire.cost(op.collective, op.group, _sent_bytes(op, concrete, place))
+        alone_s[i] = price.time_s
         loads.update(price.loads)
-        if op.overlaps and i + 1 < len(operators) and not wired[i + 1]:
-            times[i] = max(times[i] - times[i + 1], 0.0)
+    times = alone_s.copy()
+    for i in np.flatnonzero(wired).tolist():
+        ranks = len(place.wire.groups[operators[i].group].ranks)
+        times[i] = exposed_s(operators, alone_s, i, place.runtime, ranks, block=concrete.layer.block)
     cost = interlock(times, launches * host_launch_s(place.device, place.runtime), int(launches.sum()))
     return replace(cost, wire_s=float(times[wired].sum()), memory_s=memory_s, loads=dict(loads))
+
+
+def _sent_bytes(op: Operator, concrete: ConcreteLayer, place: Place) -> float:
+    """Payload of a collective; where partial sums leave a narrow product in its own format, they are scattered in that."""
+    payload, form = payload_bytes(op, concrete, place.batch, place.sequence), concrete.precision.narrow
+    forward = op.collective is Collective.REDUCE_SCATTER and op.group == "tensor" and not op.overlaps
+    if not (place.runtime.narrow_scatter and forward and form and concrete.narrow_weights):
+        return payload
+    return payload * form.dtype.operand_bytes / concrete.dtype(op.reads[0]).operand_bytes
 
 
 def _library_speed(operators: Sequence[Operator], place: Place) -> FloatArray:

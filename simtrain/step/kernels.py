@@ -20,6 +20,12 @@ Multi-tensor and single-tensor forms run one elementwise pass per line of the up
 (8 + 12), square root (8), bias correction (8), epsilon (8), update (16): 80. The fused form reads parameter, gradient and two moments
 and writes three of them: 28. Source: `torch/optim/adamw.py` of PyTorch 2.13, counted operator by operator.
 """
+FLAT_GRADIENT_BYTES = 42.0
+"""Bytes per parameter that DeepSpeed's FP16_Optimizer moves around a fused update in fp32: a check for overflow that casts and sums (2 + 4
++ 4), the cast (2 + 4), laying gradients end to end (4 + 4), their norm (4), unscaling (4 + 4), and weights copied back in a pass of their
+own instead of within the update (6). Source: its `step`, DeepSpeed, deepspeed/runtime/fp16/fused_optimizer.py at 023f361, counted."""
+FLAT_GRADIENT_LAUNCHES = 4
+"""Of these, what is launched for every tensor: cast and sum of the check, the cast, the copy back."""
 ADAM_PASSES = 8
 SGD_BYTES = {0: 12, 1: 32}
 """Bytes per fp32 parameter of SGD without and with momentum (`torch/optim/sgd.py`)."""
@@ -201,7 +207,9 @@ def narrow_copy_kernels(elements: int, matrices: int, precision: Precision) -> K
     return elementwise_kernels("narrow copies", OperatorKind.COPY, [moved], [reads * matrices], precision.parameter)
 
 
-def optimizer_kernels(parameters: Sequence[int], optimizer: str, precision: Precision, runtime: Runtime, shards: int = 1) -> KernelBatch:
+def optimizer_kernels(
+    parameters: Sequence[int], optimizer: str, precision: Precision, runtime: Runtime, shards: int = 1, *, flat: bool = False
+) -> KernelBatch:
     """Kernels of one optimizer update.
 
     Args:
@@ -211,6 +219,7 @@ def optimizer_kernels(parameters: Sequence[int], optimizer: str, precision: Prec
             trades two bytes of gradient read for two bytes of weight written, so the fp32 counts hold for it too.
         runtime: Multi-tensor, fused or tensor-by-tensor form.
         shards: Ranks that share the update (ZeRO stage 1).
+        flat: Whether gradients are laid end to end, in passes of their own that unscale and check them too.
     """
     scale = precision.state.size_bytes / 4 / shards
     adam = OPTIMIZERS[optimizer] == 2
@@ -224,6 +233,8 @@ def optimizer_kernels(parameters: Sequence[int], optimizer: str, precision: Prec
         # multi-tensor kernels take some tens of tensors per launch: one launch per pass and 32 tensors
         groups = -(-len(parameters) // 32)
         moved, launches = [sum(moved)], [passes * groups]
-    if precision.loss_scaling:
+    if flat:
+        moved, launches = [*moved, FLAT_GRADIENT_BYTES * sum(parameters) / shards], [*launches, FLAT_GRADIENT_LAUNCHES * len(parameters)]
+    elif precision.loss_scaling:
         moved, launches = [*moved, 2.0 * precision.parameter.size_bytes * sum(parameters) / shards], [*launches, 2]
     return elementwise_kernels(optimizer, OperatorKind.OPTIMIZER, moved, launches, precision.parameter)

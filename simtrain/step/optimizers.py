@@ -69,6 +69,12 @@ def lane_parameters(lane: Lane) -> list[tuple[Parameter, bool]]:
     return [(p, x.block) for chunk in lane.chunks for x in chunk.workload for p in x.parameters if p.tied_to is None]
 
 
+def lays_gradients_flat(setting: Setting) -> bool:
+    """Whether fp16 gradients take passes of their own around the update (`Runtime.flat_gradients`): where no ZeRO optimizer stands in."""
+    recipe = setting.precision
+    return setting.runtime.flat_gradients and setting.strategy.zero == 0 and recipe.loss_scaling and recipe.master is not None
+
+
 def update_kernels(setting: Setting, parameters: Sequence[tuple[Parameter, bool]], shards: tuple[int, int]) -> list[KernelBatch]:
     """Kernels of one update of a rank.
 
@@ -88,7 +94,7 @@ def update_kernels(setting: Setting, parameters: Sequence[tuple[Parameter, bool]
         return [_eight_bit_kernels(rest, precision, over)]
     if optimizer == "muon":
         return [optimizer_kernels(rest, "adamw", precision, runtime, over), *muon_kernels(_fullest(matrices, over), precision)]
-    return [optimizer_kernels(rest, optimizer, precision, runtime, over)]
+    return [optimizer_kernels(rest, optimizer, precision, runtime, over, flat=lays_gradients_flat(setting))]
 
 
 def _eight_bit_kernels(sizes: Sequence[int], precision: Precision, over: int) -> KernelBatch:

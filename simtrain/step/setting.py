@@ -80,6 +80,7 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     refuse_mixtures(work, recipe, how)
     _refuse_exchanges(how)
     _refuse_formats(how, recipe, framework)
+    _refuse_pieces(how, framework, machines)
     check_offload(how, framework, devices[0])
     return Setting(
         work, machines, how, recipe, framework, devices, stated_cuts(work.with_micro_batch(how.micro_batch), how.blocks_per_chunk)
@@ -166,6 +167,19 @@ def _refuse_formats(strategy: Strategy, recipe: Precision, runtime: Runtime) -> 
         raise UnsupportedError(
             f"compression={strategy.compression} is modelled for fp32 gradients; runtime {runtime.name!r} reduces those of "
             f"precision={recipe.name} in {8 * whole} bits: use precision=bf16-amp or fp16-amp"
+        )
+
+
+def _refuse_pieces(strategy: Strategy, runtime: Runtime, cluster: Cluster) -> None:
+    """Refuses collectives in pieces where a tensor-parallel group reaches beyond the devices of one peer link."""
+    if not strategy.sequence_parallel or not (runtime.split_gathers or runtime.scatter_pieces > 1):
+        return
+    reach = min((node.peer_group or len(node.devices)) if node.peer_link else 1 for node in cluster.nodes)
+    if reach % strategy.tensor:
+        fits = max(d for d in range(1, reach + 1) if reach % d == 0 and d <= strategy.tensor)
+        raise UnsupportedError(
+            f"runtime {runtime.name!r} moves pieces between tensor={strategy.tensor} ranks over peer links, which join {reach} devices of "
+            f"{cluster.name!r}: use tensor={fits}, or the runtime with_(split_gathers=False, scatter_pieces=0)"
         )
 
 

@@ -21,7 +21,7 @@ from simtrain.step.buckets import gradient_bytes
 from simtrain.step.exchange import GRADIENT_BITS, WEIGHT_BITS, held_bytes, rare_exchange
 from simtrain.step.layout import Lane
 from simtrain.step.occupancy import BLOCK_BYTES, COLUMN, KINDS, Mode, Sizer
-from simtrain.step.optimizers import lane_parameters, muon_transient_bytes, orthogonalized, state_tensors
+from simtrain.step.optimizers import lane_parameters, lays_gradients_flat, muon_transient_bytes, orthogonalized, state_tensors
 from simtrain.step.passes import Pass
 from simtrain.step.setting import Setting
 from simtrain.step.shard import REST, Chunk
@@ -178,6 +178,10 @@ def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
     trained = [(p, block) for p, block in lane_parameters(lane) if p.trained]
     matrices = [p.shape for p, block in trained if orthogonalized(strategy.optimizer, p, block=block)]
     row[COLUMN[MemoryKind.TRANSIENT]] = muon_transient_bytes(matrices, setting.precision)
+    if lays_gradients_flat(setting):
+        # the casts of all gradients are alive while they are laid end to end
+        both = 2 * setting.precision.state.size_bytes
+        row[COLUMN[MemoryKind.TRANSIENT]] += both * sum(p.elements / shards(setting, expert=p.expert) for p, _ in trained)
     if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused" or strategy.optimizer == "adamw-8bit":
         return row
     size = setting.precision.state.size_bytes

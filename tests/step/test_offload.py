@@ -274,9 +274,11 @@ def test_simulation_is_the_schedule_where_nothing_meets(strategy):
 
 def test_a_step_is_never_shorter_than_without_offloading_but_for_the_update():
     gpt = st.workload("gpt", **SMALL)
-    plain = st.schedule(gpt, MACHINE, how(), runtime="deepspeed")
+    # the launches of passes around the update on the device count as the host's, and go with it
+    runtime = st.runtime("deepspeed").with_(flat_gradients=False)
+    plain = st.schedule(gpt, MACHINE, how(), runtime=runtime)
     for offload in ("optimizer", "optimizer+gradients", "activations"):
-        moved = st.schedule(gpt, MACHINE, how(offload=offload), runtime="deepspeed")
+        moved = st.schedule(gpt, MACHINE, how(offload=offload), runtime=runtime)
         assert moved.step_time_s >= plain.step_time_s - plain.breakdown_s["optimizer"] - 1e-9
 
 

@@ -15,7 +15,8 @@ from validation.fit_sources import fit_problem
 from validation.layout_rows import LayoutRow
 from validation.layouts import LayoutSet, _workload, load_layouts, read_layouts
 from validation.report import LayoutPrediction, compare_layouts, predict_layout
-from validation.report_tables import layout_tables, slice_table
+from validation.report_tables import layout_tables, residual_table, slice_table
+from validation.residuals import residuals
 
 HEADER = ["model", "data", "tensor", "devices", "micro_batch", "step_time_s", "memory_printed", "outcome"]
 FILE: dict[str, Any] = {
@@ -229,3 +230,26 @@ def test_the_command_reports_chosen_sources_and_saves_them(tmp_path: Path, capsy
     assert sum(data["layouts"][0]["counts"][k] for k in ("predicted", "refused")) == 32
     assert main(["validate", "published", "internev"]) == 2
     assert "did you mean 'internevo'" in capsys.readouterr().err
+
+
+def test_residuals_are_grouped_by_what_layouts_share() -> None:
+    """A predictor that errs with the tensor degree alone: its rows hold all of the error, and of every other property their share of it."""
+
+    def predict(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
+        factor = 1.0 if row.tensor == 1 else 0.8
+        return LayoutPrediction(factor * (dataset.step_time_s(row) or 1.0), None, True, {"bubble": 0.1 * (row.tensor - 1)})
+
+    report = compare_layouts(made(), predict)
+    found = {(g.by, g.group): g for g in residuals(report)}
+    divided = found["tensor parallelism", "within a node"]
+    assert (divided.rows, divided.row_share, divided.error_share) == (2, 0.4, 1.0)
+    assert divided.bias == pytest.approx(-0.2)
+    assert found["tensor parallelism", "not used"].error_share == 0.0
+    assert found["predicted share of bubble", "5% to 15%"].error_share == 1.0
+    assert ("pipeline stages", "1") not in found, "all rows have one stage"
+    for by in {by for by, _ in found}:
+        assert sum(g.error_share for (b, _), g in found.items() if b == by) == pytest.approx(1.0)
+        assert sum(g.rows for (b, _), g in found.items() if b == by) == len(report.timed)
+    text = render(residual_table(report))
+    assert "tensor parallelism" in text
+    assert "-20.0%" in text

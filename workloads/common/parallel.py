@@ -39,7 +39,15 @@ class Product:
 
 
 def column_parallel(
-    tape: Tape, x: str, products: Sequence[Product], *, tokens: Polynomial, inner: Axis, form: Form, holds: Iterable[str] = ()
+    tape: Tape,
+    x: str,
+    products: Sequence[Product],
+    *,
+    tokens: Polynomial,
+    inner: Axis,
+    form: Form,
+    holds: Iterable[str] = (),
+    joins: str = "",
 ) -> None:
     """Products of one input, split by output columns.
 
@@ -51,6 +59,7 @@ def column_parallel(
         inner: Whole input side.
         form: Which collectives run.
         holds: Tensors that Python names keep alive.
+        joins: Name of the one product that some frameworks make of them.
     """
     weights = [p.weight or tape.parameter(f"{p.name}.weight", p.outer.width, inner.width) for p in products]
     biases = [tape.cast(tape.parameter(f"{p.name}.bias", p.outer.width), LOW) if p.bias else None for p in products]
@@ -65,7 +74,8 @@ def column_parallel(
         flops = gemm_flops(ONE, tokens, ins.size, outs.size)
         written = Tensor(p.out, tokens * p.outer.width, LOW, p.kind)
         reads = (whole.name, w, b) if b else (whole.name, w)
-        tape.run(Operator(p.name, OperatorKind.GEMM, reads, (written,), dims=(ONCE, rows, outs, ins), flops=flops), holds=(x, *holds))
+        product = Operator(p.name, OperatorKind.GEMM, reads, (written,), dims=(ONCE, rows, outs, ins), flops=flops, joins=joins)
+        tape.run(product, holds=(x, *holds))
 
     def node() -> None:
         again, operators = whole.name, []
@@ -77,8 +87,9 @@ def column_parallel(
             outs = Dim(p.outer.role, as_polynomial(p.outer.width))
             flops = gemm_flops(ONE, tokens, ins.size, outs.size)
             dout, dw = tape.gradient(p.out), tape.gradient_tensor(w)
-            part = Tensor(f"{p.name}.dx", whole.elements, LOW)
-            operators.append(Operator(f"{p.name}.dx", OperatorKind.GEMM, (dout, w), (part,), dims=(ONCE, rows, ins, outs), flops=flops))
+            part, back, across = Tensor(f"{p.name}.dx", whole.elements, LOW), (ONCE, rows, ins, outs), (ONCE, outs, ins, rows)
+            both = [joins and f"{joins}.{name}" for name in ("dx", "dw")]
+            operators.append(Operator(part.name, OperatorKind.GEMM, (dout, w), (part,), dims=back, flops=flops, joins=both[0]))
             if summed:
                 total = Tensor(f"{p.name}.dx.sum", whole.elements, LOW)
                 operators.append(Operator(total.name, OperatorKind.ELEMENTWISE, (summed, part.name), (total,)))
@@ -86,7 +97,7 @@ def column_parallel(
             summed = part.name
             if i == last:
                 operators.append(_reduce_gradient(tape, low, summed, form))
-            operators.append(Operator(f"{p.name}.dw", OperatorKind.GEMM, (dout, again), (dw,), dims=(ONCE, outs, ins, rows), flops=flops))
+            operators.append(Operator(f"{p.name}.dw", OperatorKind.GEMM, (dout, again), (dw,), dims=across, flops=flops, joins=both[1]))
             if b:
                 db = tape.gradient_tensor(b)
                 operators.append(Operator(f"{p.name}.db", OperatorKind.REDUCTION, (dout,), (db,)))

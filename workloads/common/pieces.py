@@ -43,6 +43,7 @@ def linear(
     holds: Iterable[str] = (),
     weight: str | None = None,
     kind: TensorKind = TensorKind.ACTIVATION,
+    joins: str = "",
 ) -> str:
     """A linear layer `out = x W^T + b`; two of them, through a narrow result, where the tape's weights are of low rank.
 
@@ -58,6 +59,7 @@ def linear(
         holds: Tensors that Python names keep alive until it returns.
         weight: Name of a weight that is registered already.
         kind: What the result is counted as.
+        joins: Name of the product that some frameworks make of it and others of the same input.
     """
     if weight is None and tape.tensorized and (ranks := tape.tensorized.matrix_ranks(inner.width, outer.width)):
         middle, held, narrow = Axis(Role.HIDDEN, ranks[0]), (x, *holds), f"{name}.narrow"
@@ -72,12 +74,14 @@ def linear(
     flops = gemm_flops(ONE, tokens, ins.size, outs.size)
     written = Tensor(out, tokens * outer.width, LOW, kind)
     reads = (low, w, b) if b else (low, w)
-    tape.run(Operator(name, OperatorKind.GEMM, reads, (written,), dims=(ONCE, rows, outs, ins), flops=flops), holds=(x, *holds))
+    product = Operator(name, OperatorKind.GEMM, reads, (written,), dims=(ONCE, rows, outs, ins), flops=flops, joins=joins)
+    tape.run(product, holds=(x, *holds))
 
     def node() -> None:
         dout, dx, dw = tape.gradient(out), tape.gradient_tensor(low), tape.gradient_tensor(w)
-        to_input = Operator(f"{name}.dx", OperatorKind.GEMM, (dout, w), (dx,), dims=(ONCE, rows, ins, outs), flops=flops)
-        to_weight = Operator(f"{name}.dw", OperatorKind.GEMM, (dout, low), (dw,), dims=(ONCE, outs, ins, rows), flops=flops)
+        both = [joins and f"{joins}.{part}" for part in ("dx", "dw")]
+        to_input = Operator(f"{name}.dx", OperatorKind.GEMM, (dout, w), (dx,), dims=(ONCE, rows, ins, outs), flops=flops, joins=both[0])
+        to_weight = Operator(f"{name}.dw", OperatorKind.GEMM, (dout, low), (dw,), dims=(ONCE, outs, ins, rows), flops=flops, joins=both[1])
         if b:
             db = tape.gradient_tensor(b)
             tape.run_backward(to_input, to_weight, Operator(f"{name}.db", OperatorKind.REDUCTION, (dout,), (db,)))

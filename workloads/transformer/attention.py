@@ -56,10 +56,10 @@ def _project(tape: Tape, x: str, part: Part) -> tuple[str, str, str]:
     outs = (Axis(Role.HEADS, sum(widths)),) if spec.fused_qkv else tuple(Axis(Role.HEADS, w) for w in widths)
     if part.whole:
         for name, outer in zip(names, outs, strict=True):
-            linear(tape, x, f"attention.{name}", name, tokens=part.tokens, inner=hidden, outer=outer, bias=spec.bias)
+            linear(tape, x, f"attention.{name}", name, tokens=part.tokens, inner=hidden, outer=outer, bias=spec.bias, joins="attention.qkv")
     else:
         products = [Product(f"attention.{name}", name, outer, spec.bias) for name, outer in zip(names, outs, strict=True)]
-        column_parallel(tape, x, products, tokens=part.tokens, inner=hidden, form=part.form)
+        column_parallel(tape, x, products, tokens=part.tokens, inner=hidden, form=part.form, joins="attention.qkv")
     return ("qkv", "qkv", "qkv") if spec.fused_qkv else ("q", "k", "v")
 
 

@@ -162,19 +162,20 @@ def feed_forward(tape: Tape, x: str, out: str, part: Part, *, module: str = "mlp
     """
     spec = part.spec
     hidden, inner = Axis(Role.HIDDEN, spec.hidden), Axis(Role.FFN, width or part.ffn_width)
-    gated = spec.activation == "swiglu"
+    gated, joins = spec.activation == "swiglu", f"{module}.gate_up"
     if not part.whole:
         first = [Product(f"{module}.gate", f"{mark}g", inner, spec.bias), Product(f"{module}.up", f"{mark}u", inner, spec.bias)]
         chosen = first if gated else [Product(f"{module}.fc1", f"{mark}f", inner, spec.bias)]
-        column_parallel(tape, x, chosen, tokens=part.tokens, inner=hidden, form=part.form)
+        column_parallel(tape, x, chosen, tokens=part.tokens, inner=hidden, form=part.form, joins=joins)
     elif not gated:
         linear(tape, x, f"{module}.fc1", f"{mark}f", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias)
     if gated:
         if part.whole:
-            linear(tape, x, f"{module}.gate", f"{mark}g", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias)
+            linear(tape, x, f"{module}.gate", f"{mark}g", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias, joins=joins)
         gate = f"{mark}g" if part.form.fused_gate else unary(tape, f"{mark}g", f"{mark}silu", f"{mark}s")
         if part.whole:
-            linear(tape, x, f"{module}.up", f"{mark}u", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias, holds=(gate,))
+            up, held = f"{module}.up", (gate,)
+            linear(tape, x, up, f"{mark}u", tokens=part.tokens, inner=hidden, outer=inner, bias=spec.bias, holds=held, joins=joins)
         (gated_unit if part.form.fused_gate else multiply)(tape, gate, f"{mark}u", f"{mark}act")
     else:
         unary(tape, f"{mark}f", mark + spec.activation.replace("-", "_"), f"{mark}act")

@@ -60,6 +60,12 @@ class Runtime:
         expert_weights: Where the weights of experts are multiplied in; see `Form`.
         grouped_experts: Whether the products of all experts are one kernel; see `Form`.
         main_gradients: Whether gradients add up in a persistent fp32 buffer while weights are 16-bit (Megatron-LM).
+        wide_reduction: Whether 16-bit gradients are widened to fp32 to be reduced (DeepSpeed's fp32_allreduce); those of a weight that both
+            ends of a pipeline hold are not.
+        sends_mask: Whether stages hand a mask of all pairs of positions on, whole from every tensor-parallel rank, beside activations of
+            which each sends its part; gradients come back whole (DeepSpeed's pipelines of Megatron-LM 1.1).
+        divided_send_s: Time that each transfer between stages of several tensor-parallel ranks takes beside the wire: tensors are described,
+            divided and gathered, and the host waits for it.
         scatter_gradients: Whether sharded states (ZeRO 1 and up) get gradients by reduce-scatter rather than all-reduce.
         reduce_every: Whether ZeRO 2 reduces gradients in every micro-batch rather than in the last.
         overlap_gather: Whether gathering updated parameters runs beside the forward pass.
@@ -109,6 +115,9 @@ class Runtime:
     expert_weights: Literal["after", "between", "fused"] = "after"
     grouped_experts: bool = True
     main_gradients: bool = False
+    wide_reduction: bool = False
+    sends_mask: bool = False
+    divided_send_s: float = 0.0
     scatter_gradients: bool = False
     reduce_every: bool = False
     overlap_gather: bool = False
@@ -134,7 +143,7 @@ class Runtime:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"runtime: {name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("launch_s", "recompute_s", "run_ahead_launches", "context_bytes", "workspace_bytes", "blas_handles"):
+        for name in ("launch_s", "recompute_s", "run_ahead_launches", "context_bytes", "workspace_bytes", "blas_handles", "divided_send_s"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"runtime: {name} must not be negative, not {getattr(self, name)!r}")
         if not 0 <= self.communication_share < 1:

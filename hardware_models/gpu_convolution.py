@@ -74,8 +74,8 @@ def _on_tensor_cores(
         forward = product_times_s(
             device, product, constants, arithmetic=kernels.arithmetic, rate_flops=rate, tiles=tiles, splits=LINEAR_SPLITS
         )
-        # a window of one pixel is a plain product of channels in either layout
-        return forward + np.where((taps == 1) & (area == 1), 0.0, converted_s)
+        # a window of one pixel at stride 1 is a plain product of channels in either layout
+        return forward + np.where((taps == 1) & (stored == 1), 0.0, converted_s)
     to_filter = Product(groups, n, k, m, m * n, image, width, moved, slowdown)
     to_input = Product(groups, m * area, inner, n * taps / area, m * n, k * n, width, moved, slowdown)
     filter_s = product_times_s(

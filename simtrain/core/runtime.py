@@ -64,8 +64,8 @@ class Runtime:
             ends of a pipeline hold are not.
         sends_mask: Whether stages hand a mask of all pairs of positions on, whole from every tensor-parallel rank, beside activations of
             which each sends its part; gradients come back whole (DeepSpeed's pipelines of Megatron-LM 1.1).
-        divided_send_s: Time that each transfer between stages of several tensor-parallel ranks takes beside the wire: tensors are described,
-            divided and gathered, and the host waits for it.
+        divided_send_s: Time that each transfer between stages of several tensor-parallel ranks takes beside the wire: tensors are
+            described, divided and gathered, and the host waits for it.
         scatter_gradients: Whether sharded states (ZeRO 1 and up) get gradients by reduce-scatter rather than all-reduce.
         reduce_every: Whether ZeRO 2 reduces gradients in every micro-batch rather than in the last.
         overlap_gather: Whether gathering updated parameters runs beside the forward pass.

@@ -235,7 +235,7 @@ def _predictor(rows: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, floa
     def relevant(i: int, values: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
         idle = {"step_s": 0.0} | ({} if _waits(rows[i]) else {"divided_send_s": 0.0})
         idle |= {"v100_clock": 1.0} if rows[i]["cluster"] == "t4" else {}
-        return tuple(({**values, **idle}).items())
+        return tuple({**values, **idle}.items())
 
     return lambda values, chosen: np.array([one(i, relevant(i, dict(values))) + values["step_s"] for i in chosen])
 

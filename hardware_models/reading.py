@@ -334,6 +334,6 @@ def _line(lines: list[str], path: tuple[str | int, ...]) -> int:
         for i in range(start, len(lines)):
             if i > start and re.match(r"\s*\[[\[\w]", lines[i]) and start:
                 break
-            if re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", lines[i]):
+            if re.match(rf"""\s*(?:[\w-]+\.)*["']?{re.escape(key)}["']?\s*=""", lines[i]):
                 return i + 1
     return start + 1

@@ -103,7 +103,7 @@ def device(name: str) -> Device:
     """Returns a device by name, reads a `.toml` file, or what stands behind a reader's prefix, such as "profile:machine".
 
     Raises:
-        UnknownNameError: With the nearest names.
+        UnknownNameError: With the nearest names; also if the file names a compute model that does not exist.
         CatalogError: The file breaks the schema.
         InputError: The reader cannot read it.
     """
@@ -113,6 +113,7 @@ def device(name: str) -> Device:
         return readers[prefix.strip()](text.strip())
     if name.endswith(".toml"):
         read: Device = _read_file("device", name)
+        compute_model(read.compute_model)  # an unknown one would show only when something is priced
         return read
     found: Device = find("devices", name)
     return found

@@ -87,7 +87,8 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> tuple[str, ...]:
     inside = sorted((k for k in by_folded if len(folded) >= 3 and folded in k), key=len)
     beginning = [k for k in inside if k.startswith(folded)]
     close = difflib.get_close_matches(folded, list(by_folded), n=count, cutoff=0.55)
-    ordered = dict.fromkeys(beginning + close + inside)
+    start = sorted(k for k in by_folded if len(folded) >= 4 and k.startswith(folded[:-1]))  # all but the last character
+    ordered = dict.fromkeys(beginning + close + inside + start)
     return tuple(by_folded[k] for k in list(ordered)[:count])
 
 

@@ -68,6 +68,12 @@ class Runtime:
         expert_weights: Where the weights of experts are multiplied in; see `Form`.
         grouped_experts: Whether the products of all experts are one kernel; see `Form`.
         main_gradients: Whether gradients add up in a persistent fp32 buffer while weights are 16-bit (Megatron-LM).
+        wide_reduction: Whether 16-bit gradients are widened to fp32 to be reduced (DeepSpeed's fp32_allreduce); those of a weight that both
+            ends of a pipeline hold are not.
+        sends_mask: Whether stages hand a mask of all pairs of positions on, whole from every tensor-parallel rank, beside activations of
+            which each sends its part; gradients come back whole (DeepSpeed's pipelines of Megatron-LM 1.1).
+        divided_send_s: Time that each transfer between stages of several tensor-parallel ranks takes beside the wire: tensors are
+            described, divided and gathered, and the host waits for it.
         scatter_gradients: Whether sharded states (ZeRO 1 and up) get gradients by reduce-scatter rather than all-reduce.
         scatter_fp32: Whether full sharding sums gradients over ranks in fp32, whatever their format (`reduce_dtype` of FSDP2).
         copies_shards: Whether full sharding copies parameters out of the buffer in which they arrive, and gradients into the one that
@@ -130,6 +136,9 @@ class Runtime:
     expert_weights: Literal["after", "between", "fused"] = "after"
     grouped_experts: bool = True
     main_gradients: bool = False
+    wide_reduction: bool = False
+    sends_mask: bool = False
+    divided_send_s: float = 0.0
     scatter_gradients: bool = False
     scatter_fp32: bool = False
     copies_shards: bool = False
@@ -163,7 +172,7 @@ class Runtime:
                 raise InputError(f"runtime: {name} must be {' or '.join(allowed)}, not {getattr(self, name)!r}")
         amounts = (
             *("launch_s", "recompute_s", "run_ahead_launches", "context_bytes", "workspace_bytes", "blas_handles"),
-            *("blackwell_attention", "scatter_pieces"),
+            *("blackwell_attention", "scatter_pieces", "divided_send_s"),
         )
         for name in amounts:
             if not getattr(self, name) >= 0:

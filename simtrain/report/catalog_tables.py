@@ -30,7 +30,7 @@ def devices_table(devices: Iterable[Device]) -> RenderableType:
             str(d.year),
             format_bytes(d.memory.capacity_bytes),
             format_rate(d.memory.bandwidth_bytes_per_s),
-            format_flops(d.peak_flops.get(DType.FP32, 0.0)),
+            format_flops(d.peak_flops[DType.FP32]) if DType.FP32 in d.peak_flops else "-",
             format_flops(peak_16) if peak_16 else "-",
             f"{d.power_w:.0f} W",
             f"{d.price_usd_per_hour:.2f}" if d.price_usd_per_hour else "-",

@@ -35,6 +35,11 @@ def gradient_bytes(precision: Precision, runtime: Runtime) -> int:
     return 4 if runtime.main_gradients and precision.parameter is not DType.FP16 else precision.parameter.size_bytes
 
 
+def reduced_bytes(precision: Precision, runtime: Runtime) -> int:
+    """Bytes of one gradient while it is reduced."""
+    return max(gradient_bytes(precision, runtime), 4 if runtime.wide_reduction else 0)
+
+
 def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime, *, expert: bool = False) -> tuple[Bucket, ...]:
     """Fills buckets in the order in which gradients become ready, as DistributedDataParallel does after its first step.
 
@@ -49,7 +54,7 @@ def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime,
 
     Source: PyTorch, `torch/csrc/distributed/c10d/reducer.cpp` (`compute_bucket_assignment_by_size`, `rebuildBuckets`).
     """
-    size = gradient_bytes(precision, runtime)
+    size = reduced_bytes(precision, runtime)
     buckets: list[Bucket] = []
     gradients: list[Parameter] = []
     filled = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from simtrain.core.checkpoint import inside_blocks, is_explicit
@@ -10,7 +10,7 @@ from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Device
 from simtrain.core.program import RankClass
 from simtrain.core.strategy import Strategy
-from simtrain.core.workload import Workload
+from simtrain.core.workload import Layer, Workload
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.cost.fabric import Fabric
 from simtrain.step.costs import Place
@@ -79,18 +79,29 @@ class Layout:
         """What it costs a lane to send a chunk's output, or the gradient of its input, to another stage."""
         held = lane.chunks[chunk]
         edge = held.concrete[-1].layer if forward else held.concrete[0].before
-        size = edge.cut(lane.place.batch, lane.place.sequence) * self.setting.precision.dtype(edge.cut_role).size_bytes
+        size = crossing_bytes(self.setting, edge, lane, forward=forward)
         # replicas that go their own ways do not send at the same time; where they meet, they share links as transfers do
         key = (lane.index if self.split else lane.stage, target, size)
         if key not in self._sends:
             ranks = lane.rank_class.ranks if self.split else self.grid.stage(lane.stage)
-            self._sends[key] = send(self.fabric, ranks, self.grid.rank(target) - self.grid.rank(lane.stage), size)
+            wire = send(self.fabric, ranks, self.grid.rank(target) - self.grid.rank(lane.stage), size)
+            described_s = self.setting.runtime.divided_send_s if self.grid.tensor > 1 else 0.0
+            self._sends[key] = replace(wire, latency_s=wire.latency_s + described_s)
         return self._sends[key]
 
     @property
     def classes(self) -> tuple[RankClass, ...]:
         """The classes of ranks."""
         return tuple(lane.rank_class for lane in self.lanes)
+
+
+def crossing_bytes(setting: Setting, edge: Layer, lane: Lane, *, forward: bool) -> float:
+    """What one rank of a stage sends where a pipeline is cut behind a layer."""
+    element = setting.precision.dtype(edge.cut_role).size_bytes
+    whole = edge.cut(lane.place.batch, lane.place.sequence) * element
+    if not (forward and setting.runtime.sends_mask):
+        return whole
+    return whole / setting.strategy.tensor + lane.place.sequence**2 * setting.precision.low.size_bytes
 
 
 def lay_out(setting: Setting, *, split: bool = False) -> Layout:

@@ -34,6 +34,10 @@ def test_names_that_begin_with_the_text_come_before_those_that_look_like_it():
     assert nearest("fp16", ("bf16", "fp16-amp"))[0] == "fp16-amp"
 
 
+def test_a_last_character_too_many_still_finds_long_names():
+    assert nearest("v1000", ["V100-SXM2-16GB", "A100-SXM4-80GB"]) == ("V100-SXM2-16GB",)
+
+
 def test_nothing_is_near_to_nonsense():
     assert nearest("zzzzzz", KNOWN) == ()
     assert nearest("", KNOWN) == ()

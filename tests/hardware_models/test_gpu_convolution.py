@@ -63,7 +63,8 @@ def test_large_convolutions_reach_most_of_the_peak_and_thin_ones_the_bandwidth()
 
 @pytest.mark.parametrize("shape", SHAPES[:5])
 def test_channels_first_cost_conversions_on_tensor_cores_only(shape):
-    for path, differs in ((DType.FP16, True), (DType.TF32, True), (DType.FP32, False)):
+    plain = shape[3:] == (1, 1)  # windows of one pixel are products of channels in either layout
+    for path, differs in ((DType.FP16, not plain), (DType.TF32, not plain), (DType.FP32, False)):
         last, first = (time_s("a100", shape, arithmetic=path, channels_last=c) for c in (True, False))
         assert (first > 1.05 * last) == differs
         assert first >= last
@@ -87,3 +88,9 @@ def test_winograd_saves_time_for_3x3_windows_of_stride_1_only():
         batch = convolution(shape, 64, DType.FP32)
         direct = batch.flops[0] / (gpu.peak(DType.FP32) * 0.85)
         assert (MODEL.kernel_times_s(gpu, batch)[0] < direct) == saves
+
+
+def test_windows_of_one_pixel_need_no_conversion_going_forward_only():
+    one = SHAPES[1]
+    assert time_s("rtx-3090", one, channels_last=False) == time_s("rtx-3090", one)
+    assert time_s("rtx-3090", one, backward=True, channels_last=False) > time_s("rtx-3090", one, backward=True)

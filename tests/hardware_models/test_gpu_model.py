@@ -275,3 +275,8 @@ def test_empty_and_mixed_batches_and_speed():
     assert result.shape == (count,)
     assert np.isfinite(result).all()
     assert (result > 0).all()
+
+
+def test_a_t4_keeps_the_rate_that_its_board_power_was_measured_to_allow():
+    batch = build("gemm", [(1, 4096, 4096, 4096)], DType.FP16)
+    assert batch.flops[0] / times("t4", batch)[0] == pytest.approx(24e12, rel=0.03)

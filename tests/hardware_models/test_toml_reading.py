@@ -1,10 +1,12 @@
 """A broken file is refused with file, line, field and fix, in our words."""
 
+from pathlib import Path
+
 import pytest
 
 from hardware_models.catalog import file_readers
 from simtrain.core import catalog as core_catalog
-from simtrain.core.errors import CatalogError
+from simtrain.core.errors import CatalogError, UnknownNameError
 
 DEVICE = """name = "Card"
 device_class = "gpu"
@@ -217,3 +219,22 @@ def test_a_broken_network_names_field_and_fix(tmp_path, old, new, field, fix):
     message = _refusal(tmp_path, "cluster", NETWORKED.replace(old, new))
     assert f"field {field}:" in message, message
     assert fix in message
+
+
+def documented():
+    text = (Path(__file__).parents[2] / "docs" / "adding_a_device.md").read_text(encoding="utf-8")
+    return text.split("```toml\n")[1].split("```")[0]
+
+
+def test_dotted_keys_of_the_documented_form_are_found_in_their_line(tmp_path):
+    text = documented().replace('"3 TB/s"', '"3 TB"')
+    (tmp_path / "wrong.toml").write_text(text, encoding="utf-8")
+    line = 1 + next(i for i, row in enumerate(text.splitlines()) if '"3 TB"' in row)
+    with pytest.raises(CatalogError, match=f"line {line}, field numbers.memory_bandwidth"):
+        core_catalog.device(str(tmp_path / "wrong.toml"))
+
+
+def test_a_compute_model_that_does_not_exist_is_refused_at_once(tmp_path):
+    (tmp_path / "wrong.toml").write_text(documented().replace('compute_model = "gpu"', 'compute_model = "gppu"'), encoding="utf-8")
+    with pytest.raises(UnknownNameError, match="compute model 'gppu': did you mean 'gpu'"):
+        core_catalog.device(str(tmp_path / "wrong.toml"))

@@ -9,6 +9,7 @@ from simtrain.core.errors import StrategyError
 from simtrain.core.program import TermKind
 from simtrain.core.runtime import RUNTIMES
 from simtrain.core.workload import Collective, Form, OperatorKind, Workload
+from simtrain.step.layout import crossing_bytes, lay_out
 from simtrain.step.longest_path import steady_state
 from simtrain.step.lower import lower
 from simtrain.step.setting import resolve
@@ -194,3 +195,28 @@ def test_all_readers_gather_updated_parameters_alike(gather_shards):
     closed, frozen, fluid = (read(*question, runtime=runtime).step_time_s for read in (st.estimate, st.schedule, st.simulate))
     assert closed == pytest.approx(frozen, rel=1e-3)
     assert fluid == pytest.approx(frozen, rel=1e-6)
+
+
+def test_widened_reductions_move_twice_the_bytes_of_fp16_gradients():
+    """DeepSpeed's fp32_allreduce; the sum of a weight that both ends of a pipeline hold stays in 16 bits."""
+    strategy, narrow = "data=8,micro_batch=1,precision=fp16-master", RUNTIMES["deepspeed"]
+    times = [st.schedule(model(), "8x v100", strategy, runtime=narrow.with_(wide_reduction=wide)).busy_s for wide in (False, True)]
+    assert 1.6 < times[1]["communication"] / times[0]["communication"] <= 2.0  # latency stays
+    assert times[1]["compute"] == pytest.approx(times[0]["compute"], rel=1e-9)
+
+
+def test_masks_and_waits_of_pipelines_lengthen_what_stages_send():
+    plain = RUNTIMES["deepspeed"].with_(launch_s=0.0)
+    work, strategy = model(), "pipeline=2,tensor=2,micro_batch=1,accumulation=4,precision=fp16-master"
+    setting = resolve(work, "4x v100", strategy, plain.with_(sends_mask=True))
+    layout = lay_out(setting)
+    lane = layout.lanes[0]
+    edge = lane.chunks[0].concrete[-1].layer
+    whole = 2 * 128 * SIZES["hidden"]
+    assert crossing_bytes(setting, edge, lane, forward=False) == whole
+    assert crossing_bytes(setting, edge, lane, forward=True) == whole / 2 + 2 * 128**2
+    times = [st.schedule(work, "4x v100", strategy, runtime=plain.with_(divided_send_s=s)).step_time_s for s in (0.0, 0.01)]
+    assert 4 * 0.01 < times[1] - times[0] < 4 * 4 * 0.01
+    alone = strategy.replace("tensor=2", "tensor=1")
+    same = [st.schedule(work, "4x v100", alone, runtime=plain.with_(divided_send_s=s)).step_time_s for s in (0.0, 0.01)]
+    assert same[0] == same[1]

@@ -73,7 +73,7 @@ def allocate(
 ) -> Allocation:
     """Allocates layers and shares of each batch to the devices of a cluster, equal or not.
 
-    Replicas may differ in everything: pipelines of one or two device types, cut exactly, each type with its own tensor width, precision
+    Replicas may differ in everything: pipelines of one to three device types, cut exactly, each type with its own tensor width, precision
     and checkpointing; their own micro-batch; their own number of micro-batches. Devices that do not help are left out.
 
     Args:

@@ -13,7 +13,7 @@ from simtrain.cost.collectives import collective, point_to_point
 from simtrain.planner.allocation.kinds import Kind
 from simtrain.planner.allocation.prices import LayerPrices, Market, Unit
 from simtrain.planner.allocation.stages import Cuts, Job
-from simtrain.step.buckets import gradient_bytes
+from simtrain.step.buckets import gradient_bytes, reduced_bytes
 from simtrain.step.instructions import chunk_costs
 from simtrain.step.layout import Lane
 from simtrain.step.ledger import ledger
@@ -128,7 +128,7 @@ def _one(setting: Setting, lane: Lane, layers: int, tied: float) -> tuple[FloatA
     adding = costs.listed(Action.BACKWARD, adding=True, last=False)
     fresh = costs.listed(Action.BACKWARD, adding=False, last=False)
     # a weight that both ends hold is exchanged between replicas at one of them
-    held = sum(p.elements for p in lane.chunks[0].trained) * gradient_bytes(setting.precision, setting.runtime) - tied
+    held = sum(p.elements for p in lane.chunks[0].trained) * reduced_bytes(setting.precision, setting.runtime) - tied
     states = float(persistent(setting, lane).sum())
     # the first stage of a longer pipeline keeps one more micro-batch in flight
     peaks = [ledger(setting, lane, plan("1f1b", stages, 1, 4)).peak_bytes for stages in ((2, 3) if layers > 1 else (1, 1))]

@@ -1,9 +1,10 @@
-"""Templates worth having: pipelines of one or two device types, cut exactly for several caps on gradients, poor ones dropped."""
+"""Templates worth having: pipelines of one, two or three device types, cut exactly for several caps on gradients, poor ones dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ from simtrain.planner.allocation.split import load_bytes, splits
 
 MIXED_STAGES = 4
 """Most stages of each type in a pipeline of two types."""
+
+THREE_TYPES_STAGES = 4
+"""Most stages of a pipeline of three types."""
 
 POOR = 0.62
 """A template is dropped whose devices would process less than this share of what they can at best, each alone."""
@@ -73,7 +77,7 @@ def family(market: Market) -> Family:
 
 
 def structures(market: Market) -> Iterator[tuple[Unit, ...]]:
-    """Sequences of units: up to `most_stages` equal ones, or some of one type and then some of another."""
+    """Sequences of units: up to `most_stages` equal ones, or blocks of two or three types, one behind the other."""
     units = tuple(dict.fromkeys(Unit(*u[:2], _plainest(market, u)) for u in market.units))
     for unit in units:
         for stages in range(1, min(market.most_stages, market.layers) + 1):
@@ -86,6 +90,12 @@ def structures(market: Market) -> Iterator[tuple[Unit, ...]]:
             for a in range(1, most + 1):
                 for b in range(1, min(most, market.most_stages - a, market.layers - a) + 1):
                     yield (first,) * a + (second,) * b
+    longest = min(THREE_TYPES_STAGES, market.most_stages, market.layers)
+    blocks = [c for c in product(range(1, THREE_TYPES_STAGES), repeat=3) if sum(c) <= longest]
+    for three in permutations(units, 3):
+        if len({unit.kind for unit in three}) == 3:
+            for lengths in blocks:
+                yield tuple(unit for unit, n in zip(three, lengths, strict=True) for _ in range(n))
 
 
 def _plainest(market: Market, unit: Unit) -> str:

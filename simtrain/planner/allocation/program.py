@@ -25,7 +25,7 @@ from simtrain.step.contention import contended_state
 from simtrain.step.costs import TERM_KINDS, PassCost, chain
 from simtrain.step.exchange import restore_cost
 from simtrain.step.instructions import chunk_costs
-from simtrain.step.layout import Lane
+from simtrain.step.layout import Lane, crossing_bytes
 from simtrain.step.ledger import ledger, report
 from simtrain.step.network import Placed
 from simtrain.step.schedule import first_compute_s, slowest_class, trace_events
@@ -242,7 +242,7 @@ def _send(job: Job, line: Line, source: int, target: int) -> CollectiveCost:
     lane = line.lanes[source]
     held = lane.chunks[0].concrete
     edge = held[-1].layer if target > source else held[0].before
-    size = edge.cut(lane.place.batch, lane.place.sequence) * line.settings[source].precision.dtype(edge.cut_role).size_bytes
+    size = crossing_bytes(line.settings[source], edge, lane, forward=target > source)
     slowest = CollectiveCost("none", 0.0, {})
     domain = job.fabric.domain_of
     pairs = [pair for copy in line.placed.copies for pair in transfer_pairs(copy[source], copy[target])]

@@ -205,3 +205,16 @@ def test_bad_input():
 def test_images_come_in_large_micro_batches():
     found = st.allocate("resnet50", "2x a100-sxm-80g", 512, checkpoints=("none",), tensors=(1,))
     assert max(p.share.template.micro_batch for p in found.placement) > 32
+
+
+def test_a_pipeline_of_three_types_holds_what_no_two_of_them_hold():
+    cluster, three = "1x rtx-3090 + 1x v100-sxm2-16gb + 1x t4", {"RTX3090-24GB", "V100-SXM2-16GB", "T4-16GB"}
+    options = {"tensors": (1,), "micro_batches": (1, 2), "checkpoints": ("none", "full"), "precision": "fp16-amp"}
+    asked = st.Allocator("gpt2-xl", cluster, 8, **options)
+    found = asked.best()
+    (placed,) = found.placement
+    assert set(placed.share.template.kinds) == three
+    assert [s.start for s in placed.share.template.stages][1:] == [s.end for s in placed.share.template.stages][:-1]
+    assert found.bound_s < found.step_time_s
+    with pytest.raises(InputError, match="no pipeline"):
+        asked.best({"RTX3090-24GB": 0, "V100-SXM2-16GB": 1, "T4-16GB": 1})

@@ -96,17 +96,23 @@ class MemoryRow:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """All rows, where they were measured, and the training steps that they recompute."""
+    """What was measured.
+
+    Attributes:
+        rows: All ways of all models.
+        environments: Where and when: one for each call of the command, in their order.
+        steps: The training steps that are recomputed.
+    """
 
     rows: tuple[MemoryRow, ...]
-    environment: Environment
+    environments: tuple[Environment, ...]
     steps: tuple[TrainingStep, ...] = MEMORY_STEPS
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON."""
         return {
             "command": "simtrain validate memory",
-            "environment": asdict(self.environment),
+            "environments": [asdict(e) for e in self.environments],
             "steps": [s.to_dict() for s in self.steps],
             "rounds": ROUNDS,
             "summary": {name: summarise(errors).to_dict() for name, errors in self._errors().items()},
@@ -171,11 +177,27 @@ def read_memory(path: Path) -> MemoryReport:
     try:
         data = json.loads(path.read_text())
         steps = tuple(TrainingStep.from_dict(step) for step in data["steps"])
-        return MemoryReport(tuple(MemoryRow(**row) for row in data["rows"]), Environment(**data["environment"]), steps)
+        places = tuple(Environment(**e) for e in data["environments"])
+        return MemoryReport(tuple(MemoryRow(**row) for row in data["rows"]), places, steps)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no saved comparison of simtrain validate memory: {error}") from None
+
+
+def joined(reports: Sequence[MemoryReport]) -> MemoryReport:
+    """Puts reports of different models together.
+
+    Raises:
+        InputError: Reports of the same model, or from different machines.
+    """
+    steps = tuple(step for report in reports for step in report.steps)
+    places = tuple(e for report in reports for e in report.environments)
+    if twice := sorted({s.name for s in steps if sum(s.name == other.name for other in steps) > 1}):
+        raise InputError(f"several of the saved comparisons are of {', '.join(twice)}: give one of each model")
+    if len({(e.cpu_model, e.torch_version) for e in places}) > 1:
+        raise InputError("the saved comparisons are from different machines or versions of PyTorch: show them one by one")
+    return MemoryReport(tuple(row for report in reports for row in report.rows), places, steps)
 
 
 def compare_memory(profile: MachineProfile, steps: Sequence[TrainingStep] | None = None, progress: Progress | None = None) -> MemoryReport:
@@ -200,7 +222,7 @@ def compare_memory(profile: MachineProfile, steps: Sequence[TrainingStep] | None
         rows += [row if row.error else _joined(row, answers[row.way]) for row in predicted]
         if progress:
             progress(f"{step.name}: {len(ways)} ways")
-    return MemoryReport(tuple(rows), here, chosen)
+    return MemoryReport(tuple(rows), (here,), chosen)
 
 
 def _joined(row: MemoryRow, answer: dict[str, Any]) -> MemoryRow:

@@ -55,7 +55,7 @@ def check_offload(strategy: Strategy, runtime: Runtime, device: Device) -> None:
 
 
 def _check_pipeline(strategy: Strategy, asked: str) -> None:
-    """Refuses in pipelines what no framework does, and schedules whose moves are not modelled.
+    """Refuses in pipelines what DeepSpeed refuses, and schedules whose moves are not modelled.
 
     Sources: DeepSpeed, `deepspeed/runtime/pipe/engine.py` (stages 2 and 3, which its moving of gradients and weights needs, are refused in
     pipelines; why, is in its issue 4164); Megatron-LM's `fine_grained_activation_offloading`, which works stage by stage.
@@ -65,8 +65,8 @@ def _check_pipeline(strategy: Strategy, asked: str) -> None:
         what = "gradients and weights" if moved.parameters else "gradients"
         keep = "optimizer+activations" if moved.activations else "optimizer"
         raise UnsupportedError(
-            f"{staged}: {what} are moved under ZeRO stages 2 and 3, which no framework combines with pipelines (every micro-batch would "
-            f"move them again; DeepSpeed refuses it): use offload={keep}, or pipeline=1"
+            f"{staged}: {what} are moved as DeepSpeed does under ZeRO stages 2 and 3, which it refuses in pipelines, since every "
+            f"micro-batch would move them again: use offload={keep}, or pipeline=1"
         )
     if not moved.activations:
         return

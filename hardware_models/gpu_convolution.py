@@ -10,6 +10,8 @@ converts the result back, each a read and a write (NVIDIA, Convolutional Layers 
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -99,10 +101,18 @@ def _on_vector_units(
     rate = sustained_flops(device, kernels.arithmetic, constants) / constants.gemm_efficiency_simt * constants.convolution_efficiency_simt
     none, one = np.zeros_like(m), np.ones_like(m)
     activations, filters = width * groups * (image + m * n), width * groups * k * n
-    common = {"arithmetic": kernels.arithmetic, "tiles": linear_tiles(kernels.arithmetic), "splits": LINEAR_SPLITS}
     plain = Product(groups, m, n, k, image, k * n, width, activations + filters, one)
-    point = product_times_s(device, plain, constants, rate_flops=rate, **common)
-    direct = product_times_s(device, Product(groups, m, n, k, none, none, none, none, one), constants, rate_flops=rate, **common)
+    priced = partial(
+        product_times_s,
+        device,
+        constants=constants,
+        arithmetic=kernels.arithmetic,
+        rate_flops=rate,
+        tiles=linear_tiles(kernels.arithmetic),
+        splits=LINEAR_SPLITS,
+    )
+    point = priced(plain)
+    direct = priced(Product(groups, m, n, k, none, none, none, none, one))
     direct = direct + constants.convolution_direct_traffic * (activations + filters) / bandwidth
     tiles_of_image = np.ceil(m / WINOGRAD_PIXELS)
     winograd = product_times_s(
@@ -120,7 +130,7 @@ def _on_vector_units(
         return times
     to_filter = np.where(taps == 1, constants.convolution_to_filter_point, constants.convolution_to_filter)
     to_input = np.where(stored > 1, constants.convolution_to_input_strided, constants.convolution_to_input)
-    return times * (to_filter + np.where(_has_input_gradient(kernels, chosen), to_input, 0.0))
+    return np.asarray(times * (to_filter + np.where(_has_input_gradient(kernels, chosen), to_input, 0.0)))
 
 
 def _windows(kernels: KernelBatch, chosen: NDArray[np.bool_]) -> tuple[FloatArray, FloatArray, FloatArray, NDArray[np.bool_]]:

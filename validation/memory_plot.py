@@ -35,14 +35,20 @@ def plot_memory_pairs(report: MemoryReport) -> Figure:
 
     models = [(step, list(rows)) for step, rows in groupby(report.rows, key=lambda r: r.step)]
     columns = min(len(models), 3)
-    lines = -(-(len(models) + 1) // columns)  # the last place is the legend's
-    figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="constrained")
+    lines = -(-len(models) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.6 * lines + 0.9), layout="constrained")
     places = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax, (step, rows) in zip(places, models, strict=False):
         _panel(ax, step, [r for r in rows if not r.error and not r.tensorize])
     for ax in places[len(models) :]:
         ax.axis("off")
-    places[len(models)].legend(*places[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=10, title="hollow: predicted")
+    figure.legend(
+        *places[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(4, 2 * columns),
+        frameon=False,
+        title="hollow: predicted",
+    )
     return figure
 
 

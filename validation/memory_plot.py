@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from validation.memory import MemoryReport, MemoryRow
+from validation.memory import WHOLE, MemoryReport, MemoryRow
 from validation.memory_worker import PARTITIONER
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _panel(ax: Axes, step: str, rows: list[MemoryRow]) -> None:
     predicted = [r.predicted_time_s / plain.predicted_time_s for r in line]
     ax.plot([r.predicted_bytes / 2**20 for r in line], predicted, "o--", color=_OPTIMAL, markerfacecolor="none", label="optimal, predicted")
     for r in rows:
-        name = "partitioner" if r.name.startswith(PARTITIONER) else r.name
+        name = "partitioner" if r.name.startswith(PARTITIONER) and r.name != WHOLE else r.name
         if name not in _MARKS:
             continue
         mark, colour = _MARKS[name]

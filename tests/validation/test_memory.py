@@ -69,11 +69,27 @@ def test_optimal_choices_stand_beside_their_rivals(tmp_path):
     saved = tmp_path / "memory.json"
     saved.write_text(json.dumps(report.to_dict()))
     assert read_memory(saved).rows == rows
-    assert len(plot_memory_pairs(report).axes) == 2
+    picture = plot_memory_pairs(report)
+    assert (len(picture.axes), len(picture.legends)) == (1, 1)
     with pytest.raises(InputError, match="no saved comparison"):
         read_memory(Path(__file__).parents[2] / "pyproject.toml")
     with pytest.raises(InputError, match="cannot read"):
         read_memory(tmp_path / "nothing.json")
+
+
+def test_the_partitioner_is_compared_over_its_own_time_too():
+    """Its operators alone take 1.5 times as long here: 1.8 over 1.5 is what its recomputation takes, and 1.2 over 1.0 ours."""
+    rows = (
+        MemoryRow("a", "none", "none", 100.0, 100.0, 1.0, 1.0),
+        MemoryRow("a", "partitioner:0.5", "", 60.0, 0.0, 1.8),
+        MemoryRow("a", "partitioner:1.0", "", 101.0, 0.0, 1.5),
+        MemoryRow("a", "optimal at partitioner:0.5's peak", "layers:0", 60.0, 60.0, 1.2, 1.2),
+    )
+    report = MemoryReport(rows, (environment(),))
+    (matched,) = report.to_dict()["equal_peak"]
+    assert matched["time"] == pytest.approx(1.2 / 1.8)
+    assert matched["time_over_own"] == pytest.approx(1.2 / (1.8 / 1.5))
+    assert "0.667 (each over its own step without recomputation 1.000)" in str(report)
 
 
 def test_saved_comparisons_join_unless_they_are_of_one_model_or_of_other_machines():

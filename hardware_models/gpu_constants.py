@@ -32,7 +32,7 @@ ALIGNED_LINES = (
 NEUSIGHT_CONVOLUTION = (
     "NeuSight artefact (ASPLOS 2025) convolution measurements (3x3, stride 1, fp32 without tensor cores), fitted over 3 GPUs"
 )
-DEEPBENCH = "Baidu DeepBench, training results of convolutions on NVIDIA GPUs: median ratio to the forward time"
+DEEPBENCH = "Baidu DeepBench, fp32 convolutions on a V100 (validation/published/convolutions.toml): median ratio to the forward time"
 MODELS = (
     "fitted on published BERT and ResNet-50 training of RTX 8000, RTX A6000, RTX 6000 Ada, A100 and H100 (validation/published: "
     "bert_single_gpu, resnet50_workstation_gpu) together with measured shares of the bandwidth (NeuSight) and best matrix products "
@@ -129,8 +129,10 @@ class GpuConstants:
     convolution_direct_traffic: float = _constant(1.1, "traffic of direct convolutions over all tensors once", NEUSIGHT_CONVOLUTION)
     winograd_activations: float = _constant(2.9, "traffic of Winograd's transforms over all images once", NEUSIGHT_CONVOLUTION)
     winograd_filters: float = _constant(15.0, "traffic of Winograd's transforms over all filters once", NEUSIGHT_CONVOLUTION)
-    convolution_to_filter: float = _constant(1.40, "time of the filter's gradient over forward time", DEEPBENCH)
-    convolution_to_input: float = _constant(1.13, "time of the input's gradient over forward time", DEEPBENCH)
+    convolution_to_filter: float = _constant(0.96, "time of the filter's gradient over forward time, filters of several pixels", DEEPBENCH)
+    convolution_to_filter_point: float = _constant(1.52, "the same, filters of one pixel", DEEPBENCH)
+    convolution_to_input: float = _constant(0.99, "time of the input's gradient over forward time, stride 1", DEEPBENCH)
+    convolution_to_input_strided: float = _constant(1.79, "the same, larger strides", DEEPBENCH)
 
     convolution_converted_tf32: float = _constant(
         0.5,

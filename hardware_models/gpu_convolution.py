@@ -12,6 +12,8 @@ conversions alone could (DeepBench, `validation/published/convolutions.toml`).
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -90,24 +92,30 @@ def _on_tensor_cores(
 def _on_vector_units(
     device: Device, kernels: KernelBatch, chosen: NDArray[np.bool_], constants: GpuConstants, *, backward: bool
 ) -> FloatArray:
-    """The better of a direct product and Winograd's algorithm; gradients are multiples of the forward time, as measured."""
+    """The better of a direct product and Winograd's algorithm; gradients are multiples of the forward time, as measured.
+
+    A filter of one pixel is a plain product of matrices and priced as such.
+    """
     groups, m, n, k = kernels.batch[chosen], kernels.m[chosen], kernels.n[chosen], kernels.k[chosen]
     width = kernels.element_bytes[chosen]
-    taps, area, *_ = _windows(kernels, chosen)
+    taps, area, stored, _ = _windows(kernels, chosen)
     inner, image = k / taps, m * area * k / taps
     bandwidth = device.memory.bandwidth_bytes_per_s
     rate = sustained_flops(device, kernels.arithmetic, constants) / constants.gemm_efficiency_simt * constants.convolution_efficiency_simt
     none, one = np.zeros_like(m), np.ones_like(m)
     activations, filters = width * groups * (image + m * n), width * groups * k * n
-    direct = product_times_s(
+    plain = Product(groups, m, n, k, image, k * n, width, activations + filters, one)
+    priced = partial(
+        product_times_s,
         device,
-        Product(groups, m, n, k, none, none, none, none, one),
-        constants,
+        constants=constants,
         arithmetic=kernels.arithmetic,
         rate_flops=rate,
         tiles=linear_tiles(kernels.arithmetic),
         splits=LINEAR_SPLITS,
     )
+    point = priced(plain)
+    direct = priced(Product(groups, m, n, k, none, none, none, none, one))
     direct = direct + constants.convolution_direct_traffic * (activations + filters) / bandwidth
     tiles_of_image = np.ceil(m / WINOGRAD_PIXELS)
     winograd = product_times_s(
@@ -120,11 +128,12 @@ def _on_vector_units(
         splits=BATCHED_SPLITS,
     )
     winograd = winograd + (constants.winograd_activations * activations + constants.winograd_filters * filters) / bandwidth
-    times = np.where((taps == 9) & (area == 1), soft_minimum(direct, winograd, 4.0), direct)
+    times = np.where(taps == 1, point, np.where((taps == 9) & (area == 1), soft_minimum(direct, winograd, 4.0), direct))
     if not backward:
         return times
-    to_input = np.where(_has_input_gradient(kernels, chosen), constants.convolution_to_input, 0.0)
-    return times * (constants.convolution_to_filter + to_input)
+    to_filter = np.where(taps == 1, constants.convolution_to_filter_point, constants.convolution_to_filter)
+    to_input = np.where(stored > 1, constants.convolution_to_input_strided, constants.convolution_to_input)
+    return np.asarray(times * (to_filter + np.where(_has_input_gradient(kernels, chosen), to_input, 0.0)))
 
 
 def _windows(kernels: KernelBatch, chosen: NDArray[np.bool_]) -> tuple[FloatArray, FloatArray, FloatArray, NDArray[np.bool_]]:

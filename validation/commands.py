@@ -236,21 +236,29 @@ def validate_data(
 
 def validate_memory(
     quick: Annotated[bool, typer.Option("--quick", help="The first model only.")] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Model to measure (again for several); all by default.")] = None,
     device: DeviceOption = "cpu",
     as_json: Json = False,
     profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
     save: Save = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of time against memory to write (.png, .svg, .pdf).")] = None,
-    read: Annotated[Path | None, typer.Option("--from", help="Saved comparison to show again instead of measuring.")] = None,
+    read: Annotated[
+        list[Path] | None, typer.Option("--from", help="Saved comparison to show instead of measuring (again to join).")
+    ] = None,
 ) -> None:
     """Recompute blocks of real models by every rule and by optimal choices; compare peak memory, time and gradients."""
     from validation.gpu_steps import GPU_MEMORY_STEPS
-    from validation.memory import MEMORY_STEPS, compare_memory, read_memory
+    from validation.memory import MEMORY_STEPS, compare_memory, joined, read_memory
 
     check_path("--plot", plot, PICTURES)
     steps = MEMORY_STEPS if device == "cpu" else GPU_MEMORY_STEPS
-    chosen = steps[:1] if quick else steps
-    report = read_memory(read) if read else compare_memory(_profile(profile, device, quick=quick), chosen, progress)
+    known = {step.name: step for step in steps}
+    if unknown := [name for name in only or () if name not in known]:
+        raise UnknownNameError("model", unknown[0], known)
+    chosen = [known[name] for name in only] if only else steps[:1] if quick else steps
+    report = (
+        joined([read_memory(path) for path in read]) if read else compare_memory(_profile(profile, device, quick=quick), chosen, progress)
+    )
     if plot:
         from validation.memory_plot import plot_memory_pairs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from validation.memory import MemoryReport, MemoryRow
+from validation.memory import WHOLE, MemoryReport, MemoryRow
 from validation.memory_worker import PARTITIONER
 
 if TYPE_CHECKING:
@@ -35,14 +35,20 @@ def plot_memory_pairs(report: MemoryReport) -> Figure:
 
     models = [(step, list(rows)) for step, rows in groupby(report.rows, key=lambda r: r.step)]
     columns = min(len(models), 3)
-    lines = -(-(len(models) + 1) // columns)  # the last place is the legend's
-    figure = Figure(figsize=(4.6 * columns, 3.6 * lines), layout="constrained")
+    lines = -(-len(models) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.6 * lines + 0.9), layout="constrained")
     places = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax, (step, rows) in zip(places, models, strict=False):
         _panel(ax, step, [r for r in rows if not r.error and not r.tensorize])
     for ax in places[len(models) :]:
         ax.axis("off")
-    places[len(models)].legend(*places[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=10, title="hollow: predicted")
+    figure.legend(
+        *places[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(4, 2 * columns),
+        frameon=False,
+        title="hollow: predicted",
+    )
     return figure
 
 
@@ -54,7 +60,7 @@ def _panel(ax: Axes, step: str, rows: list[MemoryRow]) -> None:
     predicted = [r.predicted_time_s / plain.predicted_time_s for r in line]
     ax.plot([r.predicted_bytes / 2**20 for r in line], predicted, "o--", color=_OPTIMAL, markerfacecolor="none", label="optimal, predicted")
     for r in rows:
-        name = "partitioner" if r.name.startswith(PARTITIONER) else r.name
+        name = "partitioner" if r.name.startswith(PARTITIONER) and r.name != WHOLE else r.name
         if name not in _MARKS:
             continue
         mark, colour = _MARKS[name]

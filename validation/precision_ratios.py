@@ -1,7 +1,8 @@
 """What mixed precision gains over fp32 and TF32: published throughput of one model on one device in both, against predictions.
 
 The ratio of two rates on one device is what is left when constants that both share cancel. The null model is one ratio for each device and
-pair of arithmetic paths, whatever the model: its best constant from these rows, and from the device's rows of other models alone.
+pair of arithmetic paths, whatever the model: in sample, its best constant from these very rows, which is exact where a device has one row
+alone; and held out, as predictions are, from rows of other models.
 """
 
 from __future__ import annotations
@@ -93,13 +94,19 @@ class RatioReport:
         return summarise(errors)
 
     @property
+    def alone(self) -> int:
+        """Rows that are their device's only one: the null model in sample copies them."""
+        keys = [(r.device, r.wide) for r in self.ratios]
+        return sum(keys.count(key) == 1 for key in keys)
+
+    @property
     def worst(self) -> Ratio:
         """The prediction that is furthest off."""
         return max(self.ratios, key=lambda r: abs(r.error))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON."""
-        nulls = {"one ratio per device": self.null, "one ratio per device, from other models": self.null_held_out}
+        nulls = {"one ratio per device, in sample": self.null, "one ratio per device, held out by model": self.null_held_out}
         return {
             "title": self.title,
             "summary": self.errors.to_dict(),
@@ -119,9 +126,10 @@ class RatioReport:
             for r in sorted(self.ratios if self.print_rows else (), key=lambda r: abs(r.error))
         ]
         lines.append(f"predictions  {self.errors}")
-        lines.append(f"null: one ratio per device (best of these rows)  {self.null}; skill {skill(self.errors, self.null):.2f}")
         held_out = self.null_held_out
-        lines.append(f"null: one ratio per device, from other models  {held_out}; skill {skill(self.errors, held_out):.2f}")
+        lines.append(f"null, held out by model: one ratio per device  {held_out}; skill {skill(self.errors, held_out):.2f}")
+        lines.append(f"null, in sample: the best ratio per device of these rows  {self.null}; skill {skill(self.errors, self.null):.2f}")
+        lines.append(f"(in sample, {self.alone} of {len(self.ratios)} rows are their device's only one, which the null copies)")
         worst = self.worst
         lines.append(f"worst: {worst.model} on {worst.device} ({worst.dataset}), {worst.error:+.1%}")
         return "\n".join(lines)

@@ -84,7 +84,7 @@ class _Lowering:
         self.sync: Synchroniser = FullySharded(layout, self.build) if fully_sharded(setting) else Replicated(layout, self.build)
         self.moves = ActivationMoves.of(layout, self.build)
         self.costs = {(lane.index, c): chunk_costs(setting, lane, chunk) for lane in layout.lanes for c, chunk in enumerate(lane.chunks)}
-        self.coarse = layout.grid.pipeline > 1 and not self.sync.gathers
+        self.coarse = layout.grid.pipeline > 1 and not self.sync.gathers and self.moves is None
         kinds = len(layout.by_stage[0])
         # first and last compute term of each instruction, on each kind of replica
         self.first, self.last = (np.full((len(self.plan), kinds), -1) for _ in range(2))
@@ -183,7 +183,7 @@ class _Lowering:
         for k, (start, end) in enumerate(pairwise(own[0].cuts)):
             part = own[0].steps[start:end]
             gathered = self.sync.before(lanes, chunk, part, micro_batch)
-            moved = self.moves.before(lanes, part[0]) if self.moves else [[] for _ in lanes]
+            moved = self.moves.before(lanes, part[0], micro_batch, begins=k == 0) if self.moves else [[] for _ in lanes]
             terms = []
             for lane, task, fetched in zip(lanes, own, moved, strict=True):
                 piece = task.pieces[k]
@@ -194,7 +194,7 @@ class _Lowering:
                 self.first[i] = terms
             self.sync.after(lanes, chunk, part, terms, micro_batch)
             if self.moves:
-                self.moves.after(lanes, part[0], terms)
+                self.moves.after(lanes, part[0], terms, micro_batch)
         self.last[i] = terms
 
     def _send(self) -> None:

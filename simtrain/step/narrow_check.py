@@ -48,13 +48,17 @@ def has_format(device: Device, form: Quantization) -> bool:
     return device.device_class == "gpu" and form.dtype in device.peak_flops and scaled
 
 
+def devices_with(form: Quantization) -> list[str]:
+    """Names of the catalog's devices that have a format."""
+    return [name for name in catalog.names("devices") if has_format(catalog.device(name), form)]
+
+
 def _lacking(recipe: Precision, form: Quantization, device: Device) -> str:
-    known = [name for name in catalog.names("devices") if has_format(catalog.device(name), form)]
     what = f"{form.dtype} products with a scale per {form.block} elements" if form.block else f"{form.dtype} products"
     if device.device_class != "gpu" and form.dtype in device.peak_flops:
         where = f"{device.name} is of class {device.device_class}"
         return f"precision={recipe.name} is modelled as GPUs carry it out, and {where}: use bf16-master"
-    return f"precision={recipe.name} needs {what}, which {device.name} has not: use bf16-master, or one of {', '.join(known)}"
+    return f"precision={recipe.name} needs {what}, which {device.name} has not: use bf16-master, or one of {', '.join(devices_with(form))}"
 
 
 def _refuse_models(recipe: Precision, workload: Workload, strategy: Strategy) -> None:

@@ -2,7 +2,9 @@
 
 A block's saved tensors leave behind its forward pass. They must have left when the next one that moves has run forward, so that at most two
 are on the way; going back, they are fetched while the backward pass of that next one runs. A recomputed segment moves the input that it
-keeps. Tensors that a block's neighbours also read stay where they are.
+keeps. Tensors that a block's neighbours also read stay where they are. In a pipeline each stage does this with its own blocks, for every
+micro-batch in flight (as Megatron-LM's fine-grained offloading does); what its last two blocks save stays, as nothing behind them hides the
+copies.
 """
 
 from __future__ import annotations
@@ -73,17 +75,18 @@ def _chosen(strategy: Strategy, chunk: Chunk) -> list[Segment]:
     named = strategy.moved.blocks
     if named is None:
         return movable[:-1]  # backward begins with the last, for which leaving would be in vain
-    numbers = np.cumsum([layer.block for layer in chunk.workload]) - 1
+    numbers = np.cumsum([layer.block for layer in chunk.workload]) - 1 + chunk.first_block
+    here = [block for block in sorted(named) if block >= chunk.first_block and (block <= numbers.max() or chunk.last)]
     by_block = {int(numbers[s.layers[0]]): s for s in movable}
-    for block in sorted(named):
+    for block in here:
         if block not in by_block:
             why = (
                 f"{chunk.workload.name} has blocks 0 to {numbers.max()}"
                 if block > numbers.max()
-                else "it is recomputed together with blocks before it, whose input alone is kept, or nothing follows it"
+                else "it is recomputed together with blocks before it, whose input alone is kept, or nothing follows it (on its stage)"
             )
             raise StrategyError(f"offload={strategy.offload}: block {block} cannot be moved: {why}")
-    return [by_block[block] for block in sorted(named)]
+    return [by_block[block] for block in here]
 
 
 def saved_row(setting: Setting, lane: Lane, segment: Segment) -> FloatArray:
@@ -138,8 +141,8 @@ class ActivationMoves:
         self.layout, self.build = layout, build
         self.drives = layout.setting.strategy.moved.activations == "nvme"
         self.items = {lane.index: moved_items(layout.setting, lane) for lane in layout.lanes}
-        self.out: dict[tuple[int, int], int] = {}
-        self.back: dict[tuple[int, int], int] = {}
+        self.out: dict[tuple[int, int, int], int] = {}
+        self.back: dict[tuple[int, int, int], int] = {}
         self.latest: dict[int, int] = {}
         self.seen: set[int] = set()
 
@@ -148,17 +151,25 @@ class ActivationMoves:
         """Returns `None` where activations stay."""
         return cls(layout, build) if layout.setting.strategy.moved.activations else None
 
-    def before(self, lanes: Sequence[Lane], step: Step) -> list[list[int]]:
-        """Fetches what comes next; returns for each lane what a pass waits for, because it needs it or needs it gone."""
+    def before(self, lanes: Sequence[Lane], step: Step, micro_batch: int, *, begins: bool) -> list[list[int]]:
+        """Fetches what comes next; returns for each lane what a pass waits for, because it needs it or needs it gone.
+
+        Args:
+            lanes: Who runs it.
+            step: The pass.
+            micro_batch: Of which micro-batch.
+            begins: Whether an instruction begins with it.
+        """
         layer, forward = step.which.layer, step.which.mode in FORWARD_MODES
+        self.seen = set() if begins else self.seen
         first = not forward and layer not in self.seen
-        self.seen = set() if forward else self.seen | {layer}
+        self.seen.add(layer)
         found: list[list[int]] = []
         for lane in lanes:
             waits: list[int] = []
             found.append(waits)
             for item in self.items[lane.index]:
-                key = (lane.index, item.start)
+                key = (lane.index, item.start, micro_batch)
                 if forward and item.until + 1 == layer:
                     waits.append(self.out[key])
                 if first and item.until == layer:
@@ -168,13 +179,13 @@ class ActivationMoves:
                     waits.append(self.back[key])
         return found
 
-    def after(self, lanes: Sequence[Lane], step: Step, terms: Sequence[int]) -> None:
+    def after(self, lanes: Sequence[Lane], step: Step, terms: Sequence[int], micro_batch: int) -> None:
         """Sends what a forward pass has saved."""
         for lane, term in zip(lanes, terms, strict=True):
             self.latest[lane.index] = term
             for item in self.items[lane.index] if step.which.mode in FORWARD_MODES else ():
                 if item.start == step.which.layer:
-                    self.out[lane.index, item.start] = self._copy(lane, item, out=True, waits=[term])
+                    self.out[lane.index, item.start, micro_batch] = self._copy(lane, item, out=True, waits=[term])
 
     def _copy(self, lane: Lane, item: Item, *, out: bool, waits: Sequence[int]) -> int:
         price = host_copy(self.layout.fabric, lane.rank_class.ranks, item.size_bytes, out=out, drives=self.drives)

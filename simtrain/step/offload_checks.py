@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from simtrain.core.checkpoint import is_optimal
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.hardware import Device
 from simtrain.core.runtime import Runtime
@@ -37,10 +38,8 @@ def check_offload(strategy: Strategy, runtime: Runtime, device: Device) -> None:
         raise UnsupportedError(
             f"{asked} with optimizer={strategy.optimizer} is not modelled: on the host run {', '.join(HOST_OPTIMIZERS)}; use one of these"
         )
-    if strategy.pipeline > 1 and strategy.offload not in ("optimizer", "optimizer:host", "optimizer:nvme"):
-        raise UnsupportedError(
-            f"{asked} with pipeline={strategy.pipeline} is not modelled but for the optimizer alone: use offload=optimizer, or pipeline=1"
-        )
+    if strategy.pipeline > 1:
+        _check_pipeline(strategy, asked)
     replicas = strategy.data * strategy.context > 1
     if moved.parameters and strategy.zero != 3:
         raise StrategyError(f"{asked} fetches weights layer by layer, which is ZeRO stage 3 (of one rank, if need be): use zero=3")
@@ -52,6 +51,35 @@ def check_offload(strategy: Strategy, runtime: Runtime, device: Device) -> None:
         raise UnsupportedError(
             f"{asked}: runtime {runtime.name!r} adds up whole gradients on the device before zero=2 shards them, so that moving the "
             "shards would save little: use zero=3, accumulation=1, or a runtime that reduces every micro-batch (deepspeed)"
+        )
+
+
+def _check_pipeline(strategy: Strategy, asked: str) -> None:
+    """Refuses in pipelines what DeepSpeed refuses, and schedules whose moves are not modelled.
+
+    Sources: DeepSpeed, `deepspeed/runtime/pipe/engine.py` (stages 2 and 3, which its moving of gradients and weights needs, are refused in
+    pipelines; why, is in its issue 4164); Megatron-LM's `fine_grained_activation_offloading`, which works stage by stage.
+    """
+    moved, staged = strategy.moved, f"{asked} with pipeline={strategy.pipeline}"
+    if moved.gradients:
+        what = "gradients and weights" if moved.parameters else "gradients"
+        keep = "optimizer+activations" if moved.activations else "optimizer"
+        raise UnsupportedError(
+            f"{staged}: {what} are moved as DeepSpeed does under ZeRO stages 2 and 3, which it refuses in pipelines, since every "
+            f"micro-batch would move them again: use offload={keep}, or pipeline=1"
+        )
+    if not moved.activations:
+        return
+    if strategy.schedule not in ("1f1b", "gpipe") or strategy.chunks > 1:
+        raise UnsupportedError(
+            f"{staged} is modelled for schedule=1f1b and schedule=gpipe with one chunk per rank, not for schedule={strategy.schedule}"
+            + (f" with chunks={strategy.chunks}" if strategy.chunks > 1 else "")
+            + ": use one of these, or offload=optimizer"
+        )
+    if is_optimal(strategy.checkpoint):
+        raise UnsupportedError(
+            f"{staged} beside checkpoint={strategy.checkpoint} is not chosen together: use pipeline=1, name the blocks to recompute "
+            "(checkpoint=layers:...), or leave activations out of offload"
         )
 
 

@@ -18,6 +18,7 @@ from simtrain.step.layout import Lane, Layout
 from simtrain.step.occupancy import BLOCK_BYTES, COLUMN
 from simtrain.step.offload import STAGING_BUFFERS, Sizes, held_elements, largest_layer
 from simtrain.step.offload_activations import moved_items
+from simtrain.step.schedules import in_flight
 from simtrain.step.setting import Setting
 from simtrain.step.states import fully_sharded, shards
 
@@ -88,8 +89,9 @@ def host_memory(layout: Layout) -> HostMemory:
     if not layout.setting.strategy.moved.anything:
         return HostMemory()
     by_node: dict[int, tuple[float, float]] = {}
+    flying = in_flight(layout.plan).forward
     for lane in layout.lanes:
-        own = rank_bytes(layout.setting, lane)
+        own = rank_bytes(layout.setting, lane, int(flying[lane.stage]))
         for rank in lane.rank_class.ranks:
             node = layout.fabric.places[rank][0]
             host, nvme = by_node.get(node, (0.0, 0.0))
@@ -102,8 +104,8 @@ def host_memory(layout: Layout) -> HostMemory:
     return max(found, key=lambda m: max(m.host_bytes - m.host_capacity_bytes, m.nvme_bytes - m.nvme_capacity_bytes))
 
 
-def rank_bytes(setting: Setting, lane: Lane) -> tuple[float, float]:
-    """What one rank of a lane keeps in host memory and on drives."""
+def rank_bytes(setting: Setting, lane: Lane, micro_batches: int = 1) -> tuple[float, float]:
+    """What one rank of a lane keeps in host memory and on drives, with so many micro-batches between forward and backward."""
     moved, sizes = setting.strategy.moved, Sizes.of(setting)
     trained, staged = held_elements(setting, lane, trained=True), largest_layer(setting, lane)
     items = moved_items(setting, lane)
@@ -111,7 +113,7 @@ def rank_bytes(setting: Setting, lane: Lane) -> tuple[float, float]:
         (moved.optimizer, trained * sizes.state, staged * sizes.state),
         (moved.gradients, (1 + moved.delayed) * trained * sizes.gradient, staged * sizes.gradient),
         (moved.parameters, held_elements(setting, lane, trained=False) * sizes.weight, staged * sizes.weight),
-        (moved.activations, sum(i.size_bytes for i in items), max((i.size_bytes for i in items), default=0.0)),
+        (moved.activations, micro_batches * sum(i.size_bytes for i in items), max((i.size_bytes for i in items), default=0.0)),
     ]
     total = {"host": 0.0, "nvme": 0.0}
     for tier, size, largest in kept:

@@ -36,33 +36,21 @@ def chain_of(
         last_s: Time to recompute each as the last of its segment.
         accumulating: Whether gradients of earlier micro-batches are there already.
     """
-    kept = {(p.layer, p.mode): p for p in micro_batch_passes(workload, concrete, "none", accumulating=accumulating)}
-    dropping = {(p.layer, p.mode): p for p in micro_batch_passes(workload, concrete, "full", accumulating=accumulating)}
-    backward_mode = Mode.BACKWARD_ACCUMULATING if accumulating else Mode.BACKWARD
-    memo: dict[tuple[object, ...], Occupancy] = {}
-
-    def replay(step: Pass) -> Occupancy:
-        key = (step.kind, step.mode, step.context)
-        if key not in memo:
-            memo[key] = occupancy(concrete[step.kind], step.mode, step.context, sizer[step.kind])
-        return memo[key]
-
-    sizer = [Sizer(c, batch, workload.sequence, runtime) for c in concrete]
-    depth = workload.depth
+    kept, dropping = (
+        {(p.layer, p.mode): p for p in micro_batch_passes(workload, concrete, rule, accumulating=accumulating)} for rule in ("none", "full")
+    )
+    depth, replays = workload.depth, _Replays(workload, concrete, batch, runtime)
+    backward = Mode.BACKWARD_ACCUMULATING if accumulating else Mode.BACKWARD
     forward = [kept[i, Mode.FORWARD] for i in range(depth)]
-    kinds = [p.kind for p in forward]
-    crossing = [float(sizer[k].crossing(concrete[k].layer, p.context.output_kind).sum()) for k, p in zip(kinds, forward, strict=True)]
-    output = np.array([*crossing[:-1], 0.0])  # the last layer's output is its own to release
+    ahead = [replays.of(p) for p in forward]
+    drop = [replays.of(dropping.get((i, Mode.FORWARD_DROPPING), forward[i])) for i in range(depth)]
+    back = [replays.of(kept[i, backward]) for i in range(depth)]
+    output = replays.outputs(forward)
     x = np.append(0.0, output[:-1])
-    casts = np.array([float(unsaved_cast_bytes(concrete[k], Mode.FORWARD, sizer[k]).sum()) for k in kinds])
+    casts = replays.casts(forward, Mode.FORWARD)
     keeps_input = np.array([p.context.input_kind is None for p in forward]) & (x > 0)
-    ahead = [replay(p) for p in forward]
-    back = [replay(kept[i, backward_mode]) for i in range(depth)]
-    drop = [replay(dropping.get((i, Mode.FORWARD_DROPPING), forward[i])) for i in range(depth)]
-    net = np.array([float(o.net.sum()) for o in ahead])
-    saved = net - casts - output + np.where(keeps_input, 0.0, x)
+    saved = _nets(ahead) - casts - output + np.where(keeps_input, 0.0, x)
     held = saved + np.where(keeps_input, x, 0.0)
-    left = np.array([float(o.net.sum()) for o in back]) + held + output - x
     return Chain(
         forward_s=forward_s,
         last_s=last_s,
@@ -73,11 +61,40 @@ def chain_of(
         forward_peak_bytes=_peaks(ahead),
         dropping_peak_bytes=_peaks(drop),
         backward_peak_bytes=_peaks(back),
-        left_bytes=left,
+        left_bytes=_nets(back) + held + output - x,
         recomputable=np.array([(i, Mode.FORWARD_DROPPING) in dropping for i in range(depth)]),
         until_loss_bytes=casts,
-        dropping_until_loss_bytes=np.array([float(unsaved_cast_bytes(concrete[k], Mode.FORWARD_DROPPING, sizer[k]).sum()) for k in kinds]),
+        dropping_until_loss_bytes=replays.casts(forward, Mode.FORWARD_DROPPING),
     )
+
+
+class _Replays:
+    """What passes through a workload's layers hold, each kind of pass replayed once."""
+
+    def __init__(self, workload: Workload, concrete: tuple[ConcreteLayer, ...], batch: int, runtime: Runtime) -> None:
+        self.concrete = concrete
+        self.sizers = [Sizer(c, batch, workload.sequence, runtime) for c in concrete]
+        self.known: dict[tuple[object, ...], Occupancy] = {}
+
+    def of(self, step: Pass) -> Occupancy:
+        """Memory of a pass."""
+        key = (step.kind, step.mode, step.context)
+        if key not in self.known:
+            self.known[key] = occupancy(self.concrete[step.kind], step.mode, step.context, self.sizers[step.kind])
+        return self.known[key]
+
+    def outputs(self, forward: list[Pass]) -> FloatArray:
+        """What each layer hands to the next; the last layer's output is its own to release."""
+        handed = [self.sizers[p.kind].crossing(self.concrete[p.kind].layer, p.context.output_kind).sum() for p in forward]
+        return np.array([*map(float, handed[:-1]), 0.0])
+
+    def casts(self, forward: list[Pass], mode: Mode) -> FloatArray:
+        """Casts that autocast keeps of each layer until the loss."""
+        return np.array([float(unsaved_cast_bytes(self.concrete[p.kind], mode, self.sizers[p.kind]).sum()) for p in forward])
+
+
+def _nets(passes: list[Occupancy]) -> FloatArray:
+    return np.array([float(o.net.sum()) for o in passes])
 
 
 def _peaks(passes: list[Occupancy]) -> FloatArray:

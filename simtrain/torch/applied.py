@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from simtrain.core.precision import DType, Precision, precision
 from simtrain.core.strategy import Strategy, checkpoint_segment
 from simtrain.core.tensorize import parse_tensorize
 from simtrain.torch.formats import DTYPES, BlockFormats
+from simtrain.torch.narrow import check_narrow, quantize_blocks
 from simtrain.torch.offloaded import ActivationOffload, offloaded_blocks
 from simtrain.torch.pieces import block_paths
 from simtrain.torch.recompute import Recomputation, block_segments, check_names
@@ -42,6 +44,7 @@ class Applied:
         notes: What is not carried out as the strategy says, in words.
         offloaded: What moves the activations of blocks; `None` where they stay.
         tensorized: Layers of the blocks that were converted, with their ranks and errors.
+        narrow: Layers of the blocks whose products run in fp8.
     """
 
     def __init__(
@@ -57,6 +60,10 @@ class Applied:
         self._precision = precision(strategy.precision)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.notes: list[str] = []
+        self.narrow: tuple[str, ...] = ()
+        if self._precision.narrow is not None:
+            self.notes.append(check_narrow(self._precision, model, self._device))
+            self.narrow = quantize_blocks(model, self.blocks)
         self.tensorized = _tensorized(strategy, model, optimizer, self.blocks)
         self._recomputation = Recomputation(model, self.blocks, _segments(strategy, self.blocks), batch_norms=batch_norms)
         self.offloaded = self._offloaded(model)
@@ -128,8 +135,9 @@ def apply(
 
     Gradients are those of the untouched model: bit by bit in fp32 where the arithmetic is the same (recomputation, offload).
     Recomputation replays PyTorch's random numbers, so that dropout may be recomputed; blocks that must not run twice are kept, and
-    `Applied.kept` names them. With `tensorize`, layers of the blocks are converted in place, by singular values, first of all, and the
-    optimizer gets their factors; gradients are those of the converted model, and `Applied.tensorized` says how much each weight lost.
+    `Applied.kept` names them. With `precision=fp8-current` linear layers in the blocks of a bf16 model multiply in fp8. With `tensorize`,
+    layers of the blocks are converted in place, by singular values, first of all, and the optimizer gets their factors; gradients are
+    those of the converted model, and `Applied.tensorized` says how much each weight lost.
 
     Args:
         strategy: With `checkpoint` as "none", "full", "sqrt", "every:K" or explicit blocks; what "optimal" stands for depends on the
@@ -163,6 +171,10 @@ def _refuse(strategy: Strategy, optimizer: torch.optim.Optimizer) -> None:
             raise UnsupportedError(
                 f"{name}={getattr(strategy, name)} is not carried out here, it changes the model itself: only data parallelism is"
             )
+    for name in ("sequence_parallel", "compression", "low_communication", "plan", "cuts", "chunks"):
+        plain = {f.name: f.default for f in fields(Strategy)}[name]
+        if (given := getattr(strategy, name)) != plain:
+            raise UnsupportedError(f"{name}={given} is not carried out here, and what is predicted with it would not hold: leave it out")
     if strategy.zero in (1, 2) or strategy.shard:
         raise UnsupportedError("zero=1, zero=2 and shard are not carried out here: use zero=0 (DDP) or zero=3 (FSDP2)")
     if strategy.moved.optimizer or strategy.moved.activations == "nvme":
@@ -178,15 +190,7 @@ def _refuse(strategy: Strategy, optimizer: torch.optim.Optimizer) -> None:
     if inside_blocks(strategy.checkpoint):
         why = "fused attention keeps no scores" if strategy.checkpoint == "selective" else "only whole blocks are wrapped"
         raise UnsupportedError(f"checkpoint={strategy.checkpoint} is not carried out here: {why}; use none, full or layers:...")
-    recipe = precision(strategy.precision)
-    if recipe.budget is not None:
-        raise StrategyError(
-            f"precision={recipe.name} depends on the machines: st.choose_precision(workload, cluster, strategy) puts recipes in its place"
-        )
-    if recipe.parameter is not DType.FP32:
-        raise UnsupportedError(
-            f"precision={recipe.name} stores weights in 16 bit, which is the model's and the optimizer's to do: use fp32 or an -amp recipe"
-        )
+    _refuse_precision(strategy)
     kind, wanted = type(optimizer), _OPTIMIZERS.get(strategy.optimizer)
     if kind in _OPTIMIZERS.values() and kind is not wanted and strategy.optimizer != "muon":
         raise InputError(
@@ -196,6 +200,20 @@ def _refuse(strategy: Strategy, optimizer: torch.optim.Optimizer) -> None:
     if world != strategy.data:
         raise StrategyError(
             f"data={strategy.data}, but there are {world} processes: start as many with torchrun and call init_process_group"
+        )
+
+
+def _refuse_precision(strategy: Strategy) -> None:
+    recipe = precision(strategy.precision)
+    if recipe.budget is not None:
+        raise StrategyError(
+            f"precision={recipe.name} depends on the machines: st.choose_precision(workload, cluster, strategy) puts recipes in its place"
+        )
+    if recipe.narrow is not None and (strategy.tensorize != "none" or strategy.data > 1):
+        raise UnsupportedError(f"precision={recipe.name} is carried out with tensorize=none and data=1 alone: use these, or an -amp recipe")
+    if recipe.parameter is not DType.FP32 and recipe.narrow is None:
+        raise UnsupportedError(
+            f"precision={recipe.name} stores weights in 16 bit, which is the model's and the optimizer's to do: use fp32 or an -amp recipe"
         )
 
 

@@ -312,7 +312,11 @@ def test_a_full_host_is_said_with_a_fix():
     [
         (MACHINE, {"offload": "optimizer+gradients+parameters"}, StrategyError, "use zero=3"),
         (MACHINE, {"offload": "optimizer+gradients", "data": 2}, StrategyError, "use zero=2 or 3"),
-        (MACHINE, {"offload": "optimizer+gradients", "pipeline": 2}, UnsupportedError, "offload=optimizer"),
+        (MACHINE, {"offload": "optimizer+gradients", "pipeline": 2}, UnsupportedError, "use offload=optimizer, or pipeline=1"),
+        (MACHINE, {"offload": "activations", "pipeline": 2, "schedule": "zb-h1", "accumulation": 4}, UnsupportedError, "schedule=1f1b"),
+        (MACHINE, {"offload": "activations", "pipeline": 2, "checkpoint": "optimal"}, UnsupportedError, "checkpoint=layers:"),
+        (MACHINE, {"offload": "activations(9)", "pipeline": 2}, StrategyError, "blocks 0 to 5"),
+        (MACHINE, {"offload": "activations(2)", "pipeline": 2}, StrategyError, "nothing follows it (on its stage)"),
         (
             MACHINE,
             {"offload": "optimizer", "data": 2, "compression": "16-bit", "precision": "fp16-amp"},
@@ -340,6 +344,24 @@ def test_a_pipeline_moves_its_optimizer():
     assert moved.memory.device_bytes < plain.memory.device_bytes
     assert moved.busy_s["host update"] > 0
     assert moved.step_time_s > plain.step_time_s - plain.breakdown_s["optimizer"]
+
+
+@pytest.mark.parametrize(("schedule", "flying"), [("1f1b", (2, 1)), ("gpipe", (4, 4))])
+def test_stages_of_a_pipeline_move_what_each_micro_batch_in_flight_saves(schedule, flying):
+    """What the first stage no longer holds is what the host holds of it: a moved block's activations for every micro-batch in flight."""
+    gpt = st.workload("gpt", **SMALL)
+    common = {"pipeline": 2, "accumulation": 4, "schedule": schedule}
+    plain, moved, one = (
+        st.schedule(gpt, MACHINE, how(**common, **changes)) for changes in ({}, {"offload": "activations"}, {"offload": "activations(0)"})
+    )
+    assert sum(moved.breakdown_s.values()) == pytest.approx(moved.step_time_s)
+    assert st.simulate(gpt, MACHINE, how(**common, offload="activations")).step_time_s >= moved.step_time_s * (1 - 1e-9)
+    block = one.memory.host_bytes / flying[0]
+    assert moved.memory.host_bytes == pytest.approx((1 * flying[0] + 2 * flying[1]) * block), (
+        "stages of three blocks: the last two, or one, stay"
+    )
+    assert plain.memory.allocated_bytes - moved.memory.allocated_bytes > 0
+    assert plain.step_time_s <= moved.step_time_s
 
 
 def test_stages_on_one_host_share_it():

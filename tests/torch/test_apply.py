@@ -1,10 +1,12 @@
 """A strategy carried out on real modules: gradients are those of the untouched model, and unsafe blocks are kept and named."""
 
 import copy
+import dataclasses
 import json
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -206,6 +208,14 @@ def test_blocks_by_name():
         ("zero=2,data=2", UnsupportedError, "zero=3"),
         ("data=2", StrategyError, "there are 1 processes"),
         ("precision=bf16", UnsupportedError, "stores weights in 16 bit"),
+        ("precision=fp8", UnsupportedError, "use fp8-current"),
+        ("precision=fp8-current", InputError, "call model.to"),
+        ("precision=fp8-current,tensorize=low-rank:rank=4", UnsupportedError, "tensorize=none"),
+        ("compression=1-bit", UnsupportedError, "compression=1-bit is not carried out"),
+        ("low_communication=diloco:8", UnsupportedError, "low_communication=diloco:8 is not carried out"),
+        ("offload=optimizer", UnsupportedError, "DeepSpeed's to move"),
+        ("checkpoint=selective", UnsupportedError, "keeps no scores"),
+        ("tensor=2,sequence_parallel=true", UnsupportedError, "tensor=2 is not carried out"),
     ],
 )
 def test_what_cannot_be_carried_out_is_refused(strategy, error, message):
@@ -214,6 +224,70 @@ def test_what_cannot_be_carried_out_is_refused(strategy, error, message):
         trained(model, batch, strategy)
     with pytest.raises(InputError, match="optimizer=adamw, but the optimizer is SGD"):
         st.torch.apply("data=1", model, torch.optim.SGD(model.parameters()))
+
+
+EXAMPLES = {
+    "micro_batch": None,  # the batches are the loop's
+    "optimizer": None,  # compared with the optimizer given
+    "schedule": None,  # says nothing of one stage
+    "context_style": None,
+    "accumulation": 2,
+    "precision": "bf16-amp",
+    "checkpoint": "full",
+    "offload": "activations",
+    "tensorize": "low-rank:rank=4",
+    "data": 2,
+    "zero": 2,
+    "shard": 2,
+    "tensor": 2,
+    "sequence_parallel": True,
+    "pipeline": 2,
+    "chunks": 2,
+    "cuts": "2",
+    "context": 2,
+    "expert": 2,
+    "compression": "16-bit",
+    "low_communication": "local-sgd:4",
+}
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(st.Strategy)])
+def test_no_field_of_a_strategy_is_ignored(name):
+    """Each is carried out, shown in what `apply` returns, or refused."""
+    model, batch = gpt()
+    if name == "plan":
+        plan = st.Strategy(data=1, micro_batch=2).replicas
+        with pytest.raises(UnsupportedError, match="plan="):
+            st.torch.apply(st.Strategy(plan=plan, optimizer="sgd"), model, torch.optim.SGD(model.parameters()))
+        return
+    if EXAMPLES[name] is None:
+        return
+    carried_out = name in ("accumulation", "precision", "checkpoint", "offload", "tensorize")
+    with nullcontext() if carried_out else pytest.raises((UnsupportedError, StrategyError), match=name):
+        *_, applied = trained(model, batch, f"{name}={EXAMPLES[name]}")
+    if not carried_out:
+        return
+    assert name in ("accumulation", "precision") or applied.recomputed or applied.tensorized or applied.notes
+
+
+def test_products_in_fp8_give_gradients_within_their_rounding():
+    """E4M3 rounds by up to 1/16 and E5M2 by up to 1/8; whole gradient tensors are compared."""
+    spec = transformers.spec("gpt", layers=4, hidden=64, heads=2, vocabulary=64, sequence=32, max_positions=32)
+    torch.manual_seed(3)
+    model, batch = transformer.Transformer(spec).to(torch.bfloat16), transformer.example_batch(spec, 3, 31)
+    exact = trained(copy.deepcopy(model).float(), batch)[0]
+    plain = copy.deepcopy(model)
+    plain(*batch).backward()
+    wide = {n: p.grad for n, p in plain.named_parameters()}
+    narrow, _, applied = trained(model, batch, "precision=fp8-current,checkpoint=full")
+    assert len(applied.narrow) == 16
+    assert "emulated" in applied.notes[0]
+
+    def off(found):
+        return {n: float((found[n].float() - exact[n]).norm() / exact[n].norm()) for n in exact}
+
+    assert max(off(narrow).values()) < 0.2
+    assert max(off(narrow).values()) > 2 * max(off(wide).values()), "rounding shows"
 
 
 def test_an_optimal_choice_is_carried_out():

@@ -1,9 +1,12 @@
 """Published times of kernels: rows are what they say, and the device models beat knowing nothing but the data sheet."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from hardware_models.gpu_constants import GpuConstants
 from simtrain.core.catalog import device
 from validation import kernels_published as kernels
 from validation.errors import skill
@@ -89,3 +92,17 @@ def test_convolutions_are_predicted_better_than_by_knowing_nothing(reports):
     assert len(report.rows) == 4 * 76
     assert all(skill(report.errors, null) > 0.25 for null in report.nulls.values())
     assert report.errors.median < 0.3
+
+
+def test_gradients_of_fp32_convolutions_take_the_median_multiples_of_the_published_table() -> None:
+    constants = GpuConstants()
+    table = kernels.load_table("convolutions")
+    rows = [dict(zip(table["header"], row, strict=True)) for row in table["rows"]]
+
+    def median(part: str, chosen: Callable[[dict[str, float]], bool]) -> float:
+        return float(np.median([r[f"fp32 {part}"] / r["fp32 forward"] for r in rows if chosen(r)]))
+
+    assert constants.convolution_to_filter == pytest.approx(median("to filter", lambda r: r["edge"] > 1), abs=0.005)
+    assert constants.convolution_to_filter_point == pytest.approx(median("to filter", lambda r: r["edge"] == 1), abs=0.005)
+    assert constants.convolution_to_input == pytest.approx(median("to input", lambda r: r["stride"] == 1), abs=0.005)
+    assert constants.convolution_to_input_strided == pytest.approx(median("to input", lambda r: r["stride"] > 1), abs=0.005)

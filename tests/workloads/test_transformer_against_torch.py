@@ -136,7 +136,7 @@ def test_fused_and_unfused_attention_compute_the_same(case: str) -> None:
 
 
 def test_rotation_depends_on_distance_only() -> None:
-    from workloads.transformer.module import rotate, rotation_table
+    from workloads.transformer.attention_module import rotate, rotation_table
 
     table = rotation_table(spec_of("llama"))
     q, k = torch.randn(2, 1, 1, 1, 12).expand(2, 1, 20, 1, 12)

@@ -39,6 +39,7 @@ class Runtime:
         recompute_s: Host time that recomputation costs for every saved tensor (hooks around saving and restoring it).
         run_ahead_launches: How far the host may be ahead of the device; 0 means the host computes itself (CPU).
         fused_attention: Whether attention is one kernel that does not store the score matrix.
+        fused_norms: Whether an RMS norm is one kernel; PyTorch composes it of small ones on a CPU.
         attention_speed: Speed of the fused attention kernel over FlashAttention-2's (0.5 for FlashAttention 1 and its Triton form).
         blackwell_attention: The same on Blackwell devices with stacked memory, whose tensor cores FlashAttention-2 does not use; 0 for as
             much.
@@ -109,6 +110,7 @@ class Runtime:
     overlap_communication: bool = True
     allocator: Literal["caching", "exact"] = "caching"
     library: Literal["stated", "onednn"] = "stated"
+    fused_norms: bool = True
     context_bytes: int = 0
     reserved_factor: float = 1.0
     workspace_bytes: int = 0
@@ -331,6 +333,7 @@ RUNTIMES: dict[str, Runtime] = {
             optimizer_style="single",
             allocator="exact",
             library="onednn",
+            fused_norms=False,
             sources=("PyTorch 2.13 on the CPU: the host computes, its cost per operator is part of the calibrated kernel times",),
         ),
     )

@@ -118,7 +118,7 @@ def layer_kernels(layer: Layer, batch: int, sequence: int, precision: Precision,
         precision: Number formats.
         runtime: Decides between fused and unfused operators.
     """
-    concrete = specialize(layer, precision, runtime.fused_attention)
+    concrete = specialize(layer, precision, runtime.fused_attention, fused_norms=runtime.fused_norms)
     return operator_kernels(concrete.forward, concrete, batch, sequence), operator_kernels(concrete.backward, concrete, batch, sequence)
 
 

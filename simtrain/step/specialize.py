@@ -66,9 +66,18 @@ class ConcreteLayer:
         raise InternalError(f"layer {self.layer.name!r} reads {name!r}, which nothing writes")
 
 
+NORMS = (OperatorKind.NORM, OperatorKind.NORM_BACKWARD)
+
+
 @lru_cache(maxsize=512)
 def specialize(
-    layer: Layer, precision: Precision, fused_attention: bool, before: Layer | None = None, *, selective: bool = False
+    layer: Layer,
+    precision: Precision,
+    fused_attention: bool,
+    before: Layer | None = None,
+    *,
+    fused_norms: bool = True,
+    selective: bool = False,
 ) -> ConcreteLayer:
     """Expands unfused operators and removes casts between equal number formats.
 
@@ -77,12 +86,13 @@ def specialize(
         precision: Decides the number format of each role.
         fused_attention: Whether attention runs as one kernel.
         before: The layer before it; one like itself by default.
+        fused_norms: Whether every norm runs as one kernel.
         selective: Whether the backward pass makes what unfused attention has of the size of its scores once more, instead of keeping it.
     """
     before = before or layer
     recomputed = _recompute_scores(layer) if selective and not fused_attention else layer.backward
-    forward = _expand(layer.forward, fused_attention)
-    backward = _expand(recomputed, fused_attention)
+    forward = _expand(layer.forward, fused_attention, fused_norms)
+    backward = _expand(recomputed, fused_attention, fused_norms)
     probe = concrete_layer(layer, forward, backward, precision, before)
     rename: dict[str, str] = {}
     overwrite: dict[str, Tensor] = {}
@@ -111,17 +121,20 @@ def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime, 
     before = [workload.layers[max(i - 1, 0)] for i in range(len(workload.layers))]
     recipes = layer_recipes(workload, precision)
     layers = [
-        specialize(x, p, runtime.fused_attention, b, selective=selective) for x, b, p in zip(workload.layers, before, recipes, strict=True)
+        specialize(x, p, runtime.fused_attention, b, fused_norms=runtime.fused_norms, selective=selective)
+        for x, b, p in zip(workload.layers, before, recipes, strict=True)
     ]
     shared = {name: tensor for c in layers for name, tensor in c.tensors.items() if name.startswith("shared:")}
     cast = frozenset(w.name for c in layers for op in c.backward if op.kind is OperatorKind.CAST for w in op.writes) & shared.keys()
     return tuple(replace(c, tensors=c.tensors | shared, summed_into=cast) for c in layers)
 
 
-def _expand(operators: tuple[Operator, ...], fused_attention: bool) -> tuple[Operator, ...]:
-    if fused_attention:
-        return operators
-    return tuple(inner for op in operators for inner in (op.unfused or (op,)))
+def _expand(operators: tuple[Operator, ...], fused_attention: bool, fused_norms: bool) -> tuple[Operator, ...]:
+    def parts(op: Operator) -> tuple[Operator, ...]:
+        fused = fused_norms if op.kind in NORMS else fused_attention
+        return (op,) if fused or not op.unfused else op.unfused
+
+    return tuple(inner for op in operators for inner in parts(op))
 
 
 def _recompute_scores(layer: Layer) -> tuple[Operator, ...]:

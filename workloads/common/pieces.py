@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from simtrain.core.polynomial import ONE, Polynomial, as_polynomial
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor, TensorKind, gemm_flops
+from workloads.common.composed_norm import composed_rms_norm, composed_rms_norm_backward
 from workloads.common.tape import Tape
 
 LOW, HIGH, FP32, MASK = DTypeRole.LOW, DTypeRole.HIGH, DTypeRole.FP32, DTypeRole.MASK
@@ -93,7 +94,7 @@ def linear(
 def norm(tape: Tape, x: str, name: str, out: str, *, tokens: Polynomial, width: int, rms: bool, holds: Iterable[str] = ()) -> str:
     """A layer norm (mean and reciprocal deviation kept in fp32) or an RMS norm (the latter only), each as the fused CUDA operator.
 
-    On the CPU PyTorch composes RMS norm from small operators, which allocates more.
+    An RMS norm carries the small operators of which PyTorch composes it on a CPU.
     """
     parameters = [tape.parameter(f"{name}.weight", width)]
     if not rms:
@@ -101,12 +102,16 @@ def norm(tape: Tape, x: str, name: str, out: str, *, tokens: Polynomial, width: 
     statistics = [Tensor(f"{out}.{s}", tokens, FP32) for s in (("rstd",) if rms else ("mean", "rstd"))]
     written = (Tensor(out, tokens * width, HIGH), *statistics)
     dims = (ONCE, Dim(Role.TOKENS, tokens), ONCE, Dim(Role.HIDDEN, as_polynomial(width)))
-    tape.run(Operator(name, OperatorKind.NORM, (x, *parameters), written, dims=dims), holds=holds)
+    composed = composed_rms_norm(x, parameters[0], written[0], statistics[0]) if rms else ()
+    tape.run(Operator(name, OperatorKind.NORM, (x, *parameters), written, dims=dims, unfused=composed), holds=holds)
 
     def node() -> None:
         gradients = [tape.gradient_tensor(n) for n in (x, *parameters)]
         reads = (tape.gradient(out), x, *(t.name for t in statistics), *parameters)
-        tape.run_backward(Operator(f"{name}.backward", OperatorKind.NORM_BACKWARD, reads, tuple(gradients), dims=dims))
+        undone: tuple[Operator, ...] = ()
+        if rms:
+            undone = composed_rms_norm_backward(x, parameters[0], written[0], statistics[0], reads[0], (gradients[0], gradients[1]))
+        tape.run_backward(Operator(f"{name}.backward", OperatorKind.NORM_BACKWARD, reads, tuple(gradients), dims=dims, unfused=undone))
         for name_of, gradient in zip((x, *parameters), gradients, strict=True):
             tape.give(name_of, gradient.name)
 

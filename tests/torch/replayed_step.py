@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from simtrain.core.strategy import Strategy
+from simtrain.torch.gpu_forms import rms_norm
 from simtrain.torch.recorder import Recorder, given_tensors
 from simtrain.torch.recording import Phase, Recording
 from validation.training import apply_checkpointing, build_optimizer
@@ -23,6 +24,7 @@ def replayed(build: Callable[[], nn.Module], batch: tuple[Tensor, ...], strategy
     with mode, torch.random.fork_rng(devices=[]):
         if strategy.precision == "bf16":
             _narrow(module)
+            _fuse_rms_norms(module)  # as on a GPU: a CPU composes them in fp32, which no list states
         given = tuple(mode.from_tensor(t) for t in batch)
         apply_checkpointing(module, strategy)
         optimizer = build_optimizer(module, strategy.optimizer)
@@ -41,6 +43,12 @@ def _narrow(module: nn.Module) -> None:
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 part._parameters[name] = made.setdefault(id(parameter), nn.Parameter(parameter.detach().bfloat16()))
+
+
+def _fuse_rms_norms(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.RMSNorm):
+            part.forward = lambda x, part=part: rms_norm(x, part.weight, part.eps)[0]
 
 
 def _cast(tensor: Tensor, strategy: Strategy) -> Tensor:

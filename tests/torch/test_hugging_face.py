@@ -164,6 +164,18 @@ def test_usual_names_divide_over_two_ranks(build: Any, divided: tuple[str, ...])
     assert result.breakdown_s["communication"] > 0
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_with_a_decoder_is_captured() -> None:
+    sizes = {"num_layers": 2, "num_decoder_layers": 2, "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64}
+
+    def build() -> torch.nn.Module:
+        config = transformers.T5Config(vocab_size=101, decoder_start_token_id=0, **sizes)
+        return transformers.T5ForConditionalGeneration(config)
+
+    captured = st.torch.capture(build, BATCH)
+    assert captured.parameter_count == sum(p.numel() for p in build().parameters())
+
+
 class WithLoss(torch.nn.Module):
     def __init__(self, build: Any) -> None:
         super().__init__()

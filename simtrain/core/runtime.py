@@ -109,7 +109,6 @@ class Runtime:
     hopper_products: float = 1.0
     fused_elementwise: bool = False
     fused_loss: bool = True
-    fused_norms: bool = True
     joined_products: bool = False
     recompute_stops_early: bool = True
     blocking_launches: bool = False
@@ -121,6 +120,7 @@ class Runtime:
     overlap_communication: bool = True
     allocator: Literal["caching", "exact"] = "caching"
     library: Literal["stated", "onednn"] = "stated"
+    fused_norms: bool = True
     context_bytes: int = 0
     reserved_factor: float = 1.0
     workspace_bytes: int = 0
@@ -357,6 +357,7 @@ RUNTIMES: dict[str, Runtime] = {
             optimizer_style="single",
             allocator="exact",
             library="onednn",
+            fused_norms=False,
             sources=("PyTorch 2.13 on the CPU: the host computes, its cost per operator is part of the calibrated kernel times",),
         ),
     )

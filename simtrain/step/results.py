@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from simtrain.core.catalog import compute_model
 from simtrain.core.polynomial import FloatArray
+from simtrain.core.precision import DType
 from simtrain.core.program import RankClass
 from simtrain.core.result import MemoryReport, Result, TraceEvent
 from simtrain.core.units import format_bytes
@@ -19,7 +20,7 @@ from simtrain.step.ledger import Ledger, ledger, report
 from simtrain.step.offload import offload_notes, offload_sources
 from simtrain.step.offload_memory import host_memory, shortage
 from simtrain.step.setting import Setting
-from simtrain.step.workspace import blas_bytes
+from simtrain.step.workspace import ONEDNN_PRODUCT_BYTES, blas_bytes
 
 NOT_MODELLED = (
     "data loading, evaluation, snapshots and network or driver hiccups are not modelled",
@@ -169,23 +170,40 @@ def _notes(setting: Setting) -> list[str]:
     if setting.strategy.zero:
         notes.append("ZeRO shards the optimizer evenly, as flat buffers do; whole tensors per rank would be less even")
     layers = setting.workload.layers
-    if setting.runtime.library == "stated" and any(op.kind in CONVOLUTIONS for layer in layers for op in layer.forward):
-        notes.append("what cuDNN allocates while a convolution runs is not counted as memory")
-    if setting.runtime.library == "onednn" and (rows := _rms_rows_bytes(setting)):
-        notes.append(
-            "PyTorch on the CPU composes RMS norms of small operators, which keep the normalized rows for the weight's gradient: up to "
-            f"{format_bytes(rows)} of a micro-batch without recomputation, which is not counted as memory"
-        )
+    notes += _uncounted_memory(setting)
     if setting.strategy.checkpoint != "none" and (kept := [layer.name for layer in layers if not layer.safe_to_recompute]):
         notes.append(f"not recomputed, because batch norms would update their running statistics twice: {', '.join(kept)}")
     return notes
 
 
+def _uncounted_memory(setting: Setting) -> list[str]:
+    """Says what libraries take for themselves that no rule here foresees."""
+    notes, layers = [], setting.workload.layers
+    if setting.runtime.library == "stated" and any(op.kind in CONVOLUTIONS for layer in layers for op in layer.forward):
+        notes.append(
+            "what cuDNN allocates while a convolution runs is not counted as memory: it depends on the algorithm that cuDNN chooses, and "
+            "PyTorch states no limit but free memory, unless CUDNN_CONV_WSCAP_DBG caps it"
+        )
+    if setting.runtime.library == "onednn" and setting.precision.low.size_bytes < DType.FP32.size_bytes:
+        notes.append(
+            "what oneDNN allocates inside a 16-bit matrix product is not counted as memory: up to "
+            f"{format_bytes(ONEDNN_PRODUCT_BYTES)} in the products measured"
+        )
+    if setting.runtime.library == "onednn" and (rows := _rms_rows_bytes(setting)):
+        notes.append(
+            "PyTorch on the CPU composes RMS norms of small operators in fp32; those of captured models, and all in pure 16 bit, lack "
+            f"some of these operators' time and memory here: up to {format_bytes(rows)} of a micro-batch without recomputation"
+        )
+    return notes
+
+
 def _rms_rows_bytes(setting: Setting) -> float:
-    """Bytes of what every RMS norm of the model gives, in fp32; unlike layer norms they write one statistic beside it."""
+    """Bytes of what RMS norms give, in fp32, that are not composed as on a CPU; unlike layer norms they write one statistic beside it."""
     batch, sequence = setting.strategy.micro_batch, setting.workload.sequence
+    wide = setting.precision.high is DType.FP32
     norms = ((layer.repeats, op) for layer in setting.workload.layers for op in layer.forward if op.kind is OperatorKind.NORM)
-    return sum(4.0 * repeats * op.writes[0].elements(batch, sequence) for repeats, op in norms if len(op.writes) == 2)
+    missed = ((repeats, op) for repeats, op in norms if len(op.writes) == 2 and not (op.unfused and wide))
+    return sum(4.0 * repeats * op.writes[0].elements(batch, sequence) for repeats, op in missed)
 
 
 def _nodes_used(setting: Setting) -> int:

@@ -126,10 +126,11 @@ def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime, 
 
 
 def _expand(operators: tuple[Operator, ...], fused_attention: bool, fused_norms: bool) -> tuple[Operator, ...]:
-    def fused(op: Operator) -> bool:
-        return fused_norms if op.kind in NORMS else fused_attention
+    def parts(op: Operator) -> tuple[Operator, ...]:
+        fused = fused_norms if op.kind in NORMS else fused_attention
+        return (op,) if fused or not op.unfused else op.unfused
 
-    return tuple(inner for op in operators for inner in ((op,) if fused(op) else op.unfused or (op,)))
+    return tuple(inner for op in operators for inner in parts(op))
 
 
 def _recompute_scores(layer: Layer) -> tuple[Operator, ...]:

@@ -3,12 +3,14 @@
 oneDNN computes convolutions in blocked layouts. For tensors in the ordinary layout (channels before pixels) it copies operands into
 blocked ones, computes, and copies results back; PyTorch's allocator sees these copies, its dispatcher does not. The rules below follow
 the order in which the copies come and go, read from allocator events of PyTorch 2.13 (oneDNN 3.12, one thread, AVX-512) for single
-convolutions; with channels last only filters are copied.
+convolutions; with channels last only filters are copied. 16-bit matrix products take scratch for blocks of their operands too, by a
+choice of blocks that no rule here foresees: it is not counted and shows in tiny models alone (`ONEDNN_PRODUCT_BYTES`).
 
 PyTorch gives each handle of cuBLAS a workspace from its own allocator when it is first used on a stream: one in the thread of the forward
 pass, one in that of autograd. Their size is read from PyTorch's `aten/src/ATen/cuda/CublasHandlePool.cpp` (`parseChosenWorkspaceSize`),
 not measured here; `CUBLAS_WORKSPACE_CONFIG` changes it. Not counted: 1 MiB of cuBLASLt (76 MiB of hipBLASLt) where a product adds a bias,
-as the same file has it, and what cuDNN takes, which depends on the algorithm that it chooses.
+as the same file has it, and what cuDNN takes, which depends on the algorithm that it chooses; PyTorch's documentation names a variable that
+caps it (`CUDNN_CONV_WSCAP_DBG`), and no default.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ HIPBLAS_BYTES = 32 * 1024 * 1024
 HIPBLAS_CDNA3_BYTES = 128 * 1024 * 1024
 """The default for gfx94x and gfx95x: AMD's accelerators since the MI300."""
 CDNA3_YEAR = 2023
+ONEDNN_PRODUCT_BYTES = 2_069_632
+"""The most that a bf16 product took inside, of 68 read from allocator events of PyTorch 2.13 (one thread, AVX-512): 17 shapes from
+16 x 2048 x 128 to 512 x 50257 x 384, operands as they are or transposed."""
 
 Bytes = Callable[[str], float]
 """Bytes of a tensor by name."""

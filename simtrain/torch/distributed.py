@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from simtrain.core.errors import InputError
 from simtrain.torch.fake_group import fake_group, rebuild_buckets
+from simtrain.torch.hugging_face import masks_of_real_steps
 from simtrain.torch.rank_recorder import Collective, CollectiveKind, RankRecorder
 from simtrain.torch.recorder import given_tensors, record_next_step, run_step
 from simtrain.torch.recording import Phase, Recording
@@ -106,7 +107,7 @@ def record_rank(
             module = wrap(bare, ranks)
             update = optimizer(module) if optimizer else torch.optim.AdamW(module.parameters())
             recorder = RankRecorder(bare)
-            with around():
+            with around(), masks_of_real_steps(batch):
                 recording = record_rank_step(module, lambda: run(module, given), given, update, recorder)
     return RankRecording(recording, tuple(recorder.collectives), world_size, rank)
 

@@ -1,4 +1,4 @@
-"""Masks of Hugging Face's models as a real step has them, although a capture runs on tensors without values.
+"""Masks of Hugging Face's models as a real step has them, although it is recorded on tensors without values.
 
 Transformers leaves a mask away where it can see that nothing is padded and samples are not packed, and asks the attention to be causal
 instead, which is what its fused kernels need. Tensors without values cannot be looked into; then it builds masks that no real step has.
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 _MODULE = "transformers.masking_utils"
 _SKIPS = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
@@ -23,17 +24,21 @@ _PACKING = "find_packed_sequence_indices"
 def holds_no_padding(batch: Any) -> bool:
     """Whether the example batch has no padding mask, or one that masks nothing."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return not isinstance(mask, Tensor) or bool(mask.all())
+    if not isinstance(mask, Tensor):
+        return True
+    with unset_fake_temporarily():
+        return bool(mask.all())
 
 
 @contextmanager
-def masks_of_real_steps(*, padded: bool, packed: bool) -> Iterator[None]:
+def masks_of_real_steps(batch: Any) -> Iterator[None]:
     """Answers what Transformers would look up in values.
 
     Args:
-        padded: Whether some tokens of the batch are masked; then masks are built.
-        packed: Whether the batch brings positions of its own, which may say that several sequences share a row.
+        batch: Real tensors. Where it has a padding mask that masks something, masks are built; where it brings positions of its own,
+            Transformers looks for several sequences in a row.
     """
+    padded, packed = not holds_no_padding(batch), isinstance(batch, Mapping) and "position_ids" in batch
     module = sys.modules.get(_MODULE)
     answers: dict[str, Callable[..., Any]] = {}
     if module is not None and not padded:

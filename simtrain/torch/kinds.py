@@ -279,7 +279,7 @@ _RULES: dict[str, Rule] = {
         "native_dropout native_dropout_backward bernoulli bernoulli_ rand_like randn_like normal_ uniform_ exponential_ triu tril triu_ "
         "tril_ mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward glu glu_backward complex polar "
         "isin bucketize _fused_dropout hardtanh_backward leaky_relu_backward elu_backward softplus_backward prelu _prelu_kernel "
-        "_prelu_kernel_backward",
+        "_prelu_kernel_backward masked_fill_",
     ),
     **_by_name(
         OperatorKind.POOLING,
@@ -294,7 +294,7 @@ _RULES: dict[str, Rule] = {
     **_by_rule(
         _fill,
         "ones_like zeros_like full_like ones zeros full new_ones new_zeros new_full arange linspace scalar_tensor fill_ zero_ eye "
-        "rand randn randint randperm empty_like empty empty_strided new_empty new_empty_strided",
+        "lift_fresh rand randn randint randperm empty_like empty empty_strided new_empty new_empty_strided",
     ),
     **_by_rule(_batch_norm, "native_batch_norm _native_batch_norm_legit batch_norm_with_update"),
     **_by_rule(_copy, "_to_copy copy_ copy contiguous"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -20,6 +21,7 @@ from simtrain.core.errors import InputError
 from simtrain.torch.recording import Call, Phase, Recording, View
 
 _aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 _ACCUMULATE = 2**63
 """Autograd numbers its nodes upward; those that accumulate into a parameter have a number beyond this one."""
 
@@ -49,7 +51,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._given: dict[int, str] = {}
         self.give(given or {})
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while it records, so that calls need not be hidden from the compiler, which costs more than they do."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # what autograd asks for more often than it computes
         out = func(*args, **(kwargs or {}))
         if func.namespace != "prim":
             self._note(func, args, kwargs or {}, out)

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from simtrain.core.errors import InputError, SimtrainError
 from simtrain.torch.gpu_forms import gpu_forms
-from simtrain.torch.hugging_face import holds_no_padding, masks_of_real_steps
+from simtrain.torch.hugging_face import masks_of_real_steps
 from simtrain.torch.recorder import Recorder, describe, given_tensors, record_step
 from simtrain.torch.recording import Recording
 from simtrain.torch.sizes import Point
@@ -68,8 +68,7 @@ class Subject:
             NeedsValuesError: Shapes alone do not decide what the model does.
             InputError: The model fails, or returns no loss.
         """
-        real_masks = masks_of_real_steps(padded=not holds_no_padding(batch), packed=isinstance(batch, Mapping) and "position_ids" in batch)
-        with self._active(), _quiet(), real_masks if self.mode else nullcontext():
+        with self._active(), _quiet(), masks_of_real_steps(batch) if self.mode else nullcontext():
             given = self._prepare(batch)
             recorder = Recorder(self.module, given_tensors(self.module, given))
             try:

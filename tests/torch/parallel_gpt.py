@@ -27,7 +27,8 @@ def tensor_parallel(*, sequence: bool, dim: str = "tensor") -> Callable[[nn.Modu
             parallelize_module(block, own, block_plan(sequence))
             block.attention.widths = [width // own.size() for width in block.attention.widths]
         parallelize_module(module, own, ends_plan(sequence))
-        module.head.linear.weight = module.embedding.wte.weight  # tied again
+        if module.spec.tied_head:
+            module.head.linear.weight = module.embedding.wte.weight  # tied again
         return module
 
     return wrap

@@ -24,8 +24,8 @@ def replayed(build: Callable[[], nn.Module], batch: tuple[Tensor, ...], strategy
     with mode, torch.random.fork_rng(devices=[]):
         if strategy.precision == "bf16":
             _narrow(module)
+            _fuse_rms_norms(module)  # as on a GPU: a CPU composes them in fp32, which no list states
         given = tuple(mode.from_tensor(t) for t in batch)
-        _fuse_rms_norms(module)
         apply_checkpointing(module, strategy)
         optimizer = build_optimizer(module, strategy.optimizer)
         _step(module, given, strategy, optimizer, None)

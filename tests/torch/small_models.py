@@ -15,6 +15,7 @@ from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.torch import Phase, Recording, record_step
 from simtrain.torch.gpu_forms import gpu_forms
+from simtrain.torch.hugging_face import masks_of_real_steps
 from simtrain.torch.subject import call_model, find_loss
 from tests.step.books import ledger_of
 from workloads.transformer.module import Transformer
@@ -157,7 +158,7 @@ def fake_step(build: Callable[[], nn.Module], batch: Any, loss: Any, name: str) 
         given = tree_map(mode.from_tensor, batch)
 
         def run() -> Tensor:
-            with gpu_forms(None, autocast=name != "fp32"):
+            with gpu_forms(None, autocast=name != "fp32"), masks_of_real_steps(batch):
                 output = call_model(module, given)
                 return find_loss(output) if loss is None else loss(output, given)
 

@@ -11,7 +11,7 @@ from simtrain.core.runtime import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.torch import record_rank
-from simtrain.torch.wraps import replicated, sharded_optimizer
+from simtrain.torch.wraps import fully_sharded, replicated, sharded_optimizer
 from tests.step.books import ledger_of
 from tests.torch.parallel_gpt import tensor_parallel
 from tests.torch.replayed_step import replayed
@@ -59,7 +59,7 @@ def test_peaks_are_those_of_the_strategy_carried_out(family: str, text: str) -> 
     if family == "resnet" and strategy.checkpoint != "none":
         pytest.skip("batch norms are not run twice")
     work, build, batch = model(family)
-    book = ledger_of(work, strategy, ALONE)
+    book = ledger_of(work, strategy, ALONE.with_(fused_norms=strategy.precision == "bf16"))
     assert book.moments[book.peak].sum() == pytest.approx(replayed(build, batch, strategy).peak_bytes, rel=0.005)
 
 
@@ -86,6 +86,22 @@ def test_peaks_are_those_of_a_true_rank(name: str) -> None:
     behaviour = runtime("torch-eager").with_(**EXACT, gradient_as_bucket_view="buckets" in name)
     book = ledger_of(workload(GPT), Strategy.parse(f"micro_batch={BATCH},{text}"), behaviour)
     assert book.moments[0].sum() == pytest.approx(job.recording.given_bytes, rel=0.001)
+    assert book.moments[book.peak].sum() == pytest.approx(job.peak_bytes, rel=0.005)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(("data", "tensor"), [(2, 2), (8, 4), (64, 4)])
+def test_peaks_are_those_of_a_rank_that_is_sharded_and_divided(data: int, tensor: int, sequence: bool) -> None:
+    split, shard = tensor_parallel(sequence=sequence), fully_sharded(lambda module: module.blocks)
+    job = record_rank(
+        lambda: Transformer(GPT),
+        example_batch(GPT, BATCH),
+        mesh={"data": data, "tensor": tensor},
+        wrap=lambda module, mesh: shard(split(module, mesh), mesh),
+        around=loss_parallel,
+    )
+    strategy = Strategy(micro_batch=BATCH, data=data, tensor=tensor, zero=3, sequence_parallel=sequence)
+    book = ledger_of(workload(GPT), strategy, runtime("fsdp2").with_(**EXACT))
     assert book.moments[book.peak].sum() == pytest.approx(job.peak_bytes, rel=0.005)
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from simtrain.core.precision import Precision
 from simtrain.core.workload import Layer, Operator, OperatorKind, Workload
-from simtrain.step.specialize import NORMS
 
 EXTERNAL = -1
 
@@ -17,8 +16,8 @@ class Moment:
 
 
 def unfuse(operators: tuple[Operator, ...]) -> tuple[Operator, ...]:
-    """Puts the replacement of every fused operator in its place; norms stay, which PyTorch runs as one kernel."""
-    return tuple(inner for op in operators for inner in ((op,) if op.kind in NORMS else op.unfused or (op,)))
+    """Puts the replacement of every fused operator in its place."""
+    return tuple(inner for op in operators for inner in (op.unfused or (op,)))
 
 
 class Replay:

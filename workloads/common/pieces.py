@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from simtrain.core.polynomial import ONE, Polynomial, as_polynomial
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor, TensorKind, gemm_flops
-from workloads.common.rms_norm import RmsNorm
+from workloads.common.composed_norm import composed_rms_norm, composed_rms_norm_backward
 from workloads.common.tape import Tape
 
 LOW, HIGH, FP32, MASK = DTypeRole.LOW, DTypeRole.HIGH, DTypeRole.FP32, DTypeRole.MASK
@@ -98,7 +98,7 @@ def linear(
 def norm(tape: Tape, x: str, name: str, out: str, *, tokens: Polynomial, width: int, rms: bool, holds: Iterable[str] = ()) -> str:
     """A layer norm (mean and reciprocal deviation kept in fp32) or an RMS norm (the latter only), each as the fused CUDA operator.
 
-    On the CPU, and on CUDA before version 2.8, PyTorch composes RMS norm from small operators (`RmsNorm`), which allocates more.
+    On the CPU, and on CUDA before version 2.8, PyTorch composes an RMS norm of small operators, which it carries.
     """
     parameters = [tape.parameter(f"{name}.weight", width)]
     if not rms:
@@ -106,16 +106,15 @@ def norm(tape: Tape, x: str, name: str, out: str, *, tokens: Polynomial, width: 
     statistics = [Tensor(f"{out}.{s}", tokens, FP32) for s in (("rstd",) if rms else ("mean", "rstd"))]
     written = (Tensor(out, tokens * width, HIGH), *statistics)
     dims = (ONCE, Dim(Role.TOKENS, tokens), ONCE, Dim(Role.HIDDEN, as_polynomial(width)))
-    composed = RmsNorm(x, parameters[0], out, tokens, tokens * width) if rms else None
-    unfused = composed.forward() if composed else ()
-    tape.run(Operator(name, OperatorKind.NORM, (x, *parameters), written, dims=dims, unfused=unfused), holds=holds)
+    composed = composed_rms_norm(x, parameters[0], *written) if rms else ()
+    tape.run(Operator(name, OperatorKind.NORM, (x, *parameters), written, dims=dims, unfused=composed), holds=holds)
 
     def node() -> None:
         gradients = [tape.gradient_tensor(n) for n in (x, *parameters)]
         dout = tape.gradient(out)
         reads = (dout, x, *(t.name for t in statistics), *parameters)
-        unfused = composed.backward(dout, *gradients) if composed else ()
-        tape.run_backward(Operator(f"{name}.backward", OperatorKind.NORM_BACKWARD, reads, tuple(gradients), dims=dims, unfused=unfused))
+        undone = composed_rms_norm_backward(parameters[0], *written, dout, (gradients[0], gradients[1])) if rms else ()
+        tape.run_backward(Operator(f"{name}.backward", OperatorKind.NORM_BACKWARD, reads, tuple(gradients), dims=dims, unfused=undone))
         for name_of, gradient in zip((x, *parameters), gradients, strict=True):
             tape.give(name_of, gradient.name)
 

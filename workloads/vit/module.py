@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (the usual name)
 from torch import Tensor, nn
 
-from workloads.transformer.module import AttentionForm, PreNormBlock
+from workloads.transformer.attention_module import AttentionForm
+from workloads.transformer.module import PreNormBlock
 from workloads.vit.spec import VitSpec
 
 

@@ -122,14 +122,14 @@ def plan(
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def _emit(found: Plan, launcher: str, per_node: int) -> None:
+def _emit(found: Plan, launcher: str, job: Job) -> None:
     """Writes the best strategy in a launcher's own form on standard output, what that cannot say on standard error."""
     from simtrain.planner.launchers import emit
 
     if found.best is None:
         note("nothing fits, so that there is nothing to emit; the same command without --emit says why")
         return
-    written = emit(launcher, Strategy.parse(found.best.strategy), per_node=per_node)
+    written = emit(launcher, Strategy.parse(found.best.strategy), job)
     sys.stdout.write(written.text)
     if not found.complete:
         note(f"NOT COMPLETE: {found.unread} strategies were not looked at, a better one may be among them")

@@ -245,8 +245,7 @@ def feasible(workload: Workload, cluster: Cluster, global_batch: int, limits: Li
 def _frugal(workload: Workload, cluster: Cluster, global_batch: int, margin: float) -> tuple[Candidate | None, float | None]:
     """The first strategy that fits among the most frugal of each way of dividing the model, and else the least excess."""
     wishes = Wishes(None, None, None, "adamw", cluster.size, {"micro_batch": workload.at_least, "checkpoint": "full"})
-    on_cpu = default_runtimes(cluster)[0].run_ahead_launches == 0
-    runtimes = default_runtimes(cluster) if on_cpu else tuple(find_runtime(n) for n in ("megatron", "fsdp2", "torch-eager"))
+    runtimes = default_runtimes(cluster, workload)
     screen, least = Screen(workload, cluster, margin), None
     listed = [c for c in candidates(workload, cluster, global_batch, runtimes, wishes)[0] if c.strategy.schedule == "1f1b"]
     for candidate in sorted(listed, key=lambda c: (c.strategy.tensor, c.strategy.pipeline, -c.strategy.zero)):

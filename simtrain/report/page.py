@@ -123,7 +123,8 @@ def plan_page(plan: Plan) -> Page:
         return Page(title, question, "", (), sentences, warnings, tuple(s for s in rest if s))
     sections = [_time(best), _memory(best), _alternatives(plan), _why(plan), *rest, _assumptions(best)]
     kept = tuple(s for s in sections if s)
-    return Page(title, question, best.strategy, _tiles(best), _answer(best, words.second_best(plan)), (*warnings, *_doubts(plan)), kept)
+    answer = _answer(best, words.runtimes_in_words(plan), words.second_best(plan))
+    return Page(title, question, best.strategy, _tiles(best), answer, (*warnings, *_doubts(plan)), kept)
 
 
 def result_page(result: Result) -> Page:
@@ -156,9 +157,9 @@ def comparison_page(found: Comparison) -> Page:
     return Page(f"{title}: A and B", str(found).splitlines()[2] + ".", "", tiles, sentences, warnings, sections)
 
 
-def _answer(r: Result, last: str = "") -> tuple[str, ...]:
+def _answer(r: Result, *more: str) -> tuple[str, ...]:
     """The answer in words: how, then what comes of it."""
-    paragraphs = (" ".join(words.strategy_in_words(r)), f"{words.verdict(r)} {words.money(r)}".strip(), last)
+    paragraphs = (" ".join(words.strategy_in_words(r)), f"{words.verdict(r)} {words.money(r)}".strip(), *more)
     return tuple(p for p in paragraphs if p)
 
 

@@ -11,10 +11,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
 from simtrain.core.errors import UnknownNameError, UnsupportedError
+from simtrain.core.runtime import Runtime
+from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.planner.launchers.form import Job, Written
 
@@ -43,6 +46,11 @@ def check_launcher(name: str, option: str = "launcher") -> None:
 def launchers_of(runtime: str) -> tuple[str, ...]:
     """The launchers whose programs behave like a runtime."""
     return tuple(name for name, runtimes in CARRIED.items() if runtime in runtimes)
+
+
+def runtimes_of(launcher: str, usual: Sequence[Runtime]) -> list[Runtime]:
+    """What a plan for a launcher is made with: those of the usual runtimes that it carries out, or else its own first."""
+    return [r for r in usual if r.name in CARRIED[launcher]] or [find_runtime(CARRIED[launcher][0])]
 
 
 def emit(launcher: str, strategy: Strategy, job: Job | None = None) -> Written:
@@ -92,4 +100,4 @@ def _module(launcher: str) -> ModuleType:
     return import_module(f"simtrain.planner.launchers.{launcher}")
 
 
-__all__ = ["CARRIED", "LAUNCHERS", "Job", "Written", "check_launcher", "emit", "launchers_of", "read"]
+__all__ = ["CARRIED", "LAUNCHERS", "Job", "Written", "check_launcher", "emit", "launchers_of", "read", "runtimes_of"]

@@ -51,7 +51,10 @@ def plan(
     checkpoint: Annotated[list[str] | None, typer.Option("--checkpoint", help="Allowed; repeat for several.")] = None,
     zero: Annotated[list[int] | None, typer.Option("--zero", help="Allowed ZeRO stages; repeat for several.")] = None,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd, sgd-momentum, adamw-8bit or muon.")] = "adamw",
-    runtime: Annotated[list[str] | None, typer.Option("--runtime", help="The framework, such as megatron; repeat to choose from.")] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option("--runtime", help="The framework, such as megatron; repeat to choose from. What makes sense by default."),
+    ] = None,
     fixed: Annotated[str, typer.Option("--fixed", help="Choices that are settled: 'tensor=8,micro_batch=1'.")] = "",
     devices: Annotated[int | None, typer.Option("--devices", min=1, help="How many to use; all by default.")] = None,
     memory_risk: Annotated[float, typer.Option("--memory-risk", help="Highest probability of running out of memory, such as 0.05.")] = 0.0,

@@ -29,7 +29,7 @@ def test_it_compares_runtimes_and_says_what_each_is_started_with(run):
 
 
 def test_a_launcher_is_planned_for_with_its_own_runtime(run):
-    code, out, err = run("plan", "gpt2-small", "--cluster", "4x rtx-3090", "--global-batch", 16, "--emit", "megatron", "--fixed", "tensor=4")
+    code, out, err = run(*ALL[:4], "--global-batch", 16, "--emit", "megatron", "--fixed", "tensor=4")
     assert (code, err) == (0, "")
     assert "--tensor-model-parallel-size 4" in out
     code, _, err = run(*PLAN, "--emit", "megatron")

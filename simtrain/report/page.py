@@ -70,6 +70,7 @@ class Page:
         sentences: The answer in words, a paragraph each.
         warnings: What a reader must not miss.
         sections: The rest.
+        runtime: What carries the answer out.
     """
 
     title: str
@@ -79,6 +80,7 @@ class Page:
     sentences: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     sections: tuple[Section, ...] = field(default=())
+    runtime: str = ""
 
 
 def write_page(subject: Result | Plan | Comparison, path: Path | str) -> None:
@@ -124,7 +126,7 @@ def plan_page(plan: Plan) -> Page:
     sections = [_time(best), _memory(best), _alternatives(plan), _why(plan), *rest, _assumptions(best)]
     kept = tuple(s for s in sections if s)
     answer = _answer(best, words.runtimes_in_words(plan), words.second_best(plan))
-    return Page(title, question, best.strategy, _tiles(best), answer, (*warnings, *_doubts(plan)), kept)
+    return Page(title, question, best.strategy, _tiles(best), answer, (*warnings, *_doubts(plan)), kept, best.runtime)
 
 
 def result_page(result: Result) -> Page:
@@ -133,7 +135,8 @@ def result_page(result: Result) -> Page:
     when = words.moment_in_words(result.memory.peak_moment)
     warnings = () if result.fits else (f"It does not fit: over by {format_bytes(result.memory.over_bytes)} {when}.",)
     sections = tuple(s for s in (_time(result), _memory(result), _assumptions(result)) if s)
-    return Page(f"{result.workload} on {result.cluster}", question, result.strategy, _tiles(result), _answer(result), warnings, sections)
+    title = f"{result.workload} on {result.cluster}"
+    return Page(title, question, result.strategy, _tiles(result), _answer(result), warnings, sections, result.runtime)
 
 
 def comparison_page(found: Comparison) -> Page:
@@ -253,8 +256,8 @@ def _assumptions(r: Result) -> Section | None:
 
 
 def command_of(page: Page) -> str:
-    """The strategy, quoted for a command line."""
-    return f"--strategy {shlex.quote(page.strategy)}"
+    """The strategy and what carries it out, quoted for a command line."""
+    return f"--strategy {shlex.quote(page.strategy)} --runtime {shlex.quote(page.runtime)}"
 
 
 __all__ = ["Page", "Section", "page_html", "write_page"]

@@ -293,7 +293,7 @@ class _Part:
         own, issued = _passes(quantities) @ shares, _passes(host) @ shares
         profile, accumulation = self.profile[rows], self.accumulation[rows]
         found = self._longest(quantities, v, profile, accumulation, steps)
-        whole = np.flatnonzero(self.sharded[profile]) if self.stages == 1 else []
+        whole = np.flatnonzero(self.sharded[profile] & (self.stages == 1))
         if len(whole):
             found[whole] = self._replicas_s(profile[whole], accumulation[whole])
         found = np.maximum(found, accumulation * issued.max(axis=1)[profile])
@@ -327,7 +327,7 @@ class _Part:
                 self.block.runtime.overlap_communication,
             )
             found[own] = replicas.step_s(place[self.forms[profile[own], 0]], accumulation[own])
-        return found + start
+        return np.asarray(found + start)
 
     def _ahead(self, profile: IntArray) -> FloatArray:
         """How far a host may be ahead of its device when a step begins: not at all where it waits for the loss scale."""

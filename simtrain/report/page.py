@@ -121,7 +121,7 @@ def plan_page(plan: Plan) -> Page:
     best = plan.best
     title = f"{plan.workload} on {plan.cluster}"
     if best is None:
-        sentences = ("Nothing fits.", *plan.advice)
+        sentences = ("Nothing fits." if plan.complete else "Nothing fits of what was looked at.", *plan.advice)
         return Page(title, question, "", (), sentences, warnings, tuple(s for s in rest if s))
     sections = [_time(best), _memory(best), _alternatives(plan), _why(plan), *rest, _assumptions(best)]
     kept = tuple(s for s in sections if s)

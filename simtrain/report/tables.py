@@ -122,7 +122,7 @@ def plan_table(plan: Plan, top: int = 10) -> RenderableType:
         if len(plan.by_runtime) > 1:
             parts.append(_runtimes(plan.by_runtime))
     else:
-        parts.append("Nothing fits.")
+        parts.append("Nothing fits." if plan.complete else "Nothing fits of what was looked at.")
         parts.append(advice_list(plan.advice))
     if plan.outlooks:
         parts.append(outlook_table(plan.outlooks))

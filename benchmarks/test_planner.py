@@ -16,7 +16,7 @@ EVERY = 200
 def question() -> tuple[Workload, Cluster, tuple[Candidate, ...]]:
     workload, cluster = st.workload("llama3-8b"), st.cluster("64x h100-sxm")
     wishes = Wishes(None, None, None, "adamw", cluster.size, {})
-    return workload, cluster, candidates(workload, cluster, 512, default_runtimes(cluster), wishes)[0][::EVERY]
+    return workload, cluster, candidates(workload, cluster, 512, default_runtimes(cluster, workload), wishes)[0][::EVERY]
 
 
 @pytest.mark.benchmark(group="the same candidates, Llama 3 8B on 64 H100")

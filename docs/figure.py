@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 import simtrain as st
 
-best = st.plan("gpt2-small", "4x rtx-3090", 256).best
+best = st.plan("gpt2-small", "4x rtx-3090", 256, runtime="torch-eager").best
 if best is None:
     raise SystemExit("nothing fits")
 figure = Figure(figsize=(11, 7), layout="constrained")

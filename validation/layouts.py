@@ -66,6 +66,7 @@ class LayoutSet:
         memory_reading: Which memory the source prints: "allocated", "reserved" or "device".
         memory_rank: Whose: "worst" or "last" (the last pipeline stage).
         memory_unit_bytes: What one unit of the memory column is.
+        timed: Whether step times say what the hardware can do; not those of functional tests in deterministic mode, whose hosts set them.
         group_by: Fields whose rows err together (for intervals and held-out nulls).
         fit_group_by: Fields that are held out together when constants are fitted.
         variants_looked_at: Ways of predicting these rows that were tried with their errors in sight.
@@ -97,6 +98,7 @@ class LayoutSet:
     memory_reading: Literal["allocated", "reserved", "device"] = "allocated"
     memory_rank: Literal["worst", "last"] = "worst"
     memory_unit_bytes: float = float(2**30)
+    timed: bool = True
 
     def label(self, row: LayoutRow) -> str:
         """Returns a short name of a row for reports."""

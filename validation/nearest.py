@@ -36,10 +36,10 @@ def nearest_layouts(asked: Traits, count: int) -> tuple[Nearby, ...]:
 
 @cache
 def _measured() -> tuple[tuple[LayoutSet, LayoutRow, Traits], ...]:
-    """Rows with a measured time whose model, machines and strategy can be stated."""
+    """Rows with a step time that was measured for its own sake, whose model, machines and strategy can be stated."""
     found = []
     for dataset in (load_layouts(name) for name in LAYOUT_SETS):
-        if dataset.evidence != "measured":
+        if dataset.evidence != "measured" or not dataset.timed:
             continue
         for row in dataset.rows:
             if row.outcome == "oom":

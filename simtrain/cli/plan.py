@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Self
 
@@ -31,6 +32,7 @@ from simtrain.core.units import parse_quantity
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from simtrain.planner.launchers import Job
     from simtrain.planner.search import Plan
 
 DEFAULT_TOP = 10
@@ -49,7 +51,10 @@ def plan(
     checkpoint: Annotated[list[str] | None, typer.Option("--checkpoint", help="Allowed; repeat for several.")] = None,
     zero: Annotated[list[int] | None, typer.Option("--zero", help="Allowed ZeRO stages; repeat for several.")] = None,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd, sgd-momentum, adamw-8bit or muon.")] = "adamw",
-    runtime: Annotated[list[str] | None, typer.Option("--runtime", help="The framework, such as megatron; repeat to choose from.")] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option("--runtime", help="The framework, such as megatron; repeat to choose from. What makes sense by default."),
+    ] = None,
     fixed: Annotated[str, typer.Option("--fixed", help="Choices that are settled: 'tensor=8,micro_batch=1'.")] = "",
     devices: Annotated[int | None, typer.Option("--devices", min=1, help="How many to use; all by default.")] = None,
     memory_risk: Annotated[float, typer.Option("--memory-risk", help="Highest probability of running out of memory, such as 0.05.")] = 0.0,
@@ -73,14 +78,18 @@ def plan(
 ) -> None:
     """Search the strategies for a global batch and rank them."""
     from simtrain.planner import search
-    from simtrain.planner.launchers import check_launcher
+    from simtrain.planner.launchers import Job, check_launcher, runtimes_of
     from simtrain.planner.objectives import Limits
+    from simtrain.planner.space import blocks_of, default_runtimes
     from simtrain.step.predict import schedule
 
-    check_path("--timeline", timeline, PICTURES)
-    check_path("--memory-plot", memory_plot, PICTURES)
-    check_path("--trace", trace, TRACES)
-    check_path("--report", report, PAGES)
+    for option, path, kinds in (
+        ("--timeline", timeline, PICTURES),
+        ("--memory-plot", memory_plot, PICTURES),
+        ("--trace", trace, TRACES),
+        ("--report", report, PAGES),
+    ):
+        check_path(option, path, kinds)
     if emit is not None:
         check_launcher(emit, "--emit")
     what, where = catalog.workload(workload, seq_len=seq_len), catalog.cluster(cluster)
@@ -94,7 +103,7 @@ def plan(
             checkpoints=checkpoint or None,
             zeros=tuple(zero) if zero else None,
             optimizer=optimizer,
-            runtime=runtime or None,
+            runtime=runtime or (runtimes_of(emit, default_runtimes(where, what)) if emit else None),
             fixed=read_pairs(fixed, "--fixed"),
             devices=devices,
             limits=Limits(memory_margin, power, budget, tokens, parse_quantity(deadline, "s") if deadline else 0.0, memory_risk),
@@ -105,14 +114,9 @@ def plan(
             explain=explain and emit is None,
         )
     if emit is not None:
-        _emit(found, emit, min(len(node.devices) for node in where.nodes))
-    elif json:
-        data = found.to_dict()
-        write_json(data | {"ranked": data["ranked"][:top]})
+        _emit(found, emit, Job(min(len(node.devices) for node in where.nodes), blocks_of(what)))
     else:
-        from simtrain.report import plan_table
-
-        write_table(plan_table(found, top=top or DEFAULT_TOP))
+        _print(found, top, json=json)
     if found.ranked and (timeline or memory_plot or trace):
         best = found.ranked[0]
         full = best if best.events else schedule(what, where, best.strategy, runtime=best.runtime)
@@ -122,17 +126,31 @@ def plan(
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
-def _emit(found: Plan, launcher: str, per_node: int) -> None:
+def _print(found: Plan, top: int | None, *, json: bool) -> None:
+    if json:
+        data = found.to_dict()
+        write_json(data | {"ranked": data["ranked"][:top]})
+        return
+    from simtrain.report import plan_table
+
+    write_table(plan_table(found, top=top or DEFAULT_TOP))
+
+
+def _emit(found: Plan, launcher: str, job: Job) -> None:
     """Writes the best strategy in a launcher's own form on standard output, what that cannot say on standard error."""
-    from simtrain.planner.launchers import emit
+    from simtrain.core.runtime import runtime
+    from simtrain.planner.launchers import CARRIED, emit
 
     if found.best is None:
         note("nothing fits, so that there is nothing to emit; the same command without --emit says why")
         return
-    written = emit(launcher, Strategy.parse(found.best.strategy), per_node=per_node)
+    planned = found.best.runtime
+    written = emit(launcher, Strategy.parse(found.best.strategy), replace(job, runtime=runtime(planned)))
     sys.stdout.write(written.text)
     if not found.complete:
         note(f"NOT COMPLETE: {found.unread} strategies were not looked at, a better one may be among them")
+    if planned not in CARRIED[launcher]:
+        note(f"planned under {planned}, which is not what {launcher} starts: the step will take another time than predicted")
     for line in written.left_out:
         note(f"not said in it: {line}")
 

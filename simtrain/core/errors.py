@@ -68,6 +68,12 @@ class StrategyError(InputError):
     """A way of training that contradicts itself, the model or the machines."""
 
 
+class NothingFitsError(InputError):
+    """A well-formed question whose answer is that nothing fits: no defect of the input, so that the exit code is another."""
+
+    exit_code = 1
+
+
 class UnsupportedError(SimtrainError):
     """Well-formed, but not modelled. Raised instead of giving a number that leaves something out."""
 

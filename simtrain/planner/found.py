@@ -88,6 +88,14 @@ class Plan:
         return self.ranked[0] if self.ranked else None
 
     @property
+    def by_runtime(self) -> dict[str, Result]:
+        """The best under each runtime that something was read under, in the order of the ranking."""
+        found: dict[str, Result] = {}
+        for result in self.ranked:
+            found.setdefault(result.runtime, result)
+        return found
+
+    @property
     def complete(self) -> bool:
         """Whether every combination was accounted for."""
         return self.unread == 0

@@ -201,13 +201,13 @@ class Screen:
         return self._memory[key]
 
     def projected_s(self, candidate: Candidate) -> float:
-        """Step time as `estimate` has it, projected from shorter steps.
+        """Step time as `estimate` has it, projected from shorter steps; at least the bound, as hosts may fall behind in longer ones alone.
 
         Raises:
             StrategyError: The model does not divide so.
             UnsupportedError: It is not modelled.
         """
-        return projected_s(estimate, self.workload, self.cluster, candidate)
+        return max(projected_s(estimate, self.workload, self.cluster, candidate), self.bound_s(candidate))
 
 
 def projected_s(reader: Reader, workload: Workload, cluster: Cluster, candidate: Candidate) -> float:

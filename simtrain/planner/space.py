@@ -16,14 +16,11 @@ from simtrain.core.program import IntArray
 from simtrain.core.runtime import Runtime
 from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
-from simtrain.core.workload import Workload
+from simtrain.core.workload import OperatorKind, Workload
 from simtrain.step.setting import resolve
 from simtrain.step.shard import rank_form
 
 AMP = ("fp32", "tf32", "fp16-amp", "bf16-amp")
-DIVIDING = ("megatron", "fsdp2")
-"""Runtimes that divide a model over devices."""
-
 LONGEST_SEQUENCE = 8192
 """Tokens above which a sequence is worth dividing (a choice of the search, not a limit of the engine)."""
 
@@ -175,6 +172,7 @@ class Wishes:
         optimizer: Which one.
         devices: How many of the cluster's devices to use.
         fixed: Fields of the strategy with the only value they may take.
+        customary: Whether a choice goes with those runtimes alone for which it is customary, where there are such.
     """
 
     precisions: tuple[str, ...] | None
@@ -183,21 +181,32 @@ class Wishes:
     optimizer: str
     devices: int
     fixed: Mapping[str, Any]
+    customary: bool = False
+
+    def under(self, runtime: Runtime, runtimes: Sequence[Runtime]) -> Wishes | None:
+        """What is left of them for one of several runtimes; `None` where what is asked for belongs to others."""
+        own = self
+        if not self.customary:
+            return own
+        for name, many in (("precision", "precisions"), ("checkpoint", "checkpoints"), ("zero", "zeros")):
+            asked = (self.fixed[name],) if name in self.fixed else getattr(self, many)
+            usual = [getattr(HABITS.get(r.name, HABITS["megatron"]), many) for r in runtimes]
+            if not asked or not any(set(asked) & set(u) for u in usual):
+                continue
+            kept = tuple(a for a in asked if a in usual[list(runtimes).index(runtime)])
+            if not kept:
+                return None
+            own = own if name in self.fixed else replace(own, **{many: kept})  # type: ignore[arg-type]
+        return own
 
 
-def default_runtimes(cluster: Cluster) -> tuple[Runtime, ...]:
-    """Eager PyTorch on one machine; on several those that divide models too."""
+def default_runtimes(cluster: Cluster, workload: Workload) -> tuple[Runtime, ...]:
+    """What may carry a workload out: PyTorch, with shards where there is somebody to share with, and Megatron-LM what has attention."""
     if all(d.device_class == "cpu" for d in cluster.devices):
         return (find_runtime("torch-eager-cpu"),)
-    names = ("torch-eager",) if len(cluster.nodes) == 1 else ("megatron", "fsdp2")
+    attends = any(op.kind is OperatorKind.ATTENTION for layer in workload.layers for op in layer.forward)
+    names = ["torch-eager"] + ["fsdp2"] * (cluster.size > 1) + ["megatron"] * (attends and workload.reform is not None)
     return tuple(find_runtime(n) for n in names)
-
-
-def dividing(cluster: Cluster, tried: Sequence[Runtime]) -> tuple[Runtime, ...]:
-    """Runtimes that divide a model over the devices, where that is possible, without those that are tried anyway."""
-    if cluster.size == 1 or any(d.device_class == "cpu" for d in cluster.devices):
-        return ()
-    return tuple(find_runtime(n) for n in DIVIDING if n not in {r.name for r in tried})
 
 
 def check_fixed(fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,7 +259,8 @@ def blocks(
     found: list[Block] = []
     undivided: list[int] = []
     for runtime in runtimes:
-        for degrees in _degrees(workload, cluster, runtime, wishes):
+        own = wishes.under(runtime, runtimes)
+        for degrees in _degrees(workload, cluster, runtime, own) if own else ():
             reason = _impossible(workload, cluster, runtime, degrees)
             if reason:
                 left_out[reason] = left_out.get(reason, 0) + 1
@@ -259,7 +269,7 @@ def blocks(
             if global_batch % degrees["data"]:
                 undivided.append(degrees["data"])
                 continue
-            block = _block(cluster, runtime, degrees, per_replica, wishes, workload)
+            block = _block(cluster, runtime, degrees, per_replica, own or wishes, workload)
             found += [block] if len(block) else []
     if not found:
         _complain(global_batch, undivided, left_out, wishes)

@@ -1,4 +1,10 @@
-"""Why a strategy takes what it takes: what bounds it, what more of a resource or one other choice is worth, what would make it feasible."""
+"""Why a strategy takes what it takes: what bounds it, what more of a resource or one other choice is worth, what would make it feasible.
+
+Every change is priced anew by `schedule` rather than read off the counts of the critical path. These counts are derivatives in what terms
+take; but 10 % more bandwidth also moves operators from memory-bound to compute-bound, changes which algorithm the library chooses, what
+overlaps, and which path is critical, and each of these is a kink that a derivative does not see. A repriced step costs a fraction of a
+second and has them all.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,6 @@ from simtrain.core.errors import InputError, UnsupportedError
 from simtrain.core.hardware import Cluster
 from simtrain.core.result import Result
 from simtrain.core.runtime import Runtime
-from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.units import format_bytes, format_time
 from simtrain.core.workload import Workload
@@ -21,7 +26,9 @@ from simtrain.planner.objectives import Limits
 from simtrain.planner.resources import scaled
 from simtrain.planner.screen import ALWAYS_HOLDING, REFUSALS, Screen, projected_s
 from simtrain.planner.space import HABITS, Candidate, Wishes, candidates, default_runtimes
+from simtrain.step.offload_hint import offload_hint
 from simtrain.step.predict import schedule
+from simtrain.step.setting import resolve
 
 if TYPE_CHECKING:
     from simtrain.planner.found import Failure
@@ -92,9 +99,8 @@ def why(
         UnsupportedError: See `simtrain.schedule`.
     """
     work = catalog.workload(workload) if isinstance(workload, str) else workload
-    machines = catalog.cluster(cluster) if isinstance(cluster, str) else cluster
-    how = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
-    framework = _runtime(runtime, machines)
+    setting = resolve(work, cluster, strategy, runtime)
+    machines, how, framework = setting.cluster, setting.strategy, setting.runtime
     candidate = Candidate(how, framework)
     now_s = projected_s(schedule, work, machines, candidate)
     resources = [
@@ -131,13 +137,6 @@ def _breakdown_s(workload: Workload, cluster: Cluster, candidate: Candidate) -> 
     shorter, longer = (schedule(workload, cluster, strategy.with_(accumulation=n), runtime=framework).breakdown_s for n in (few, more))
     further = (strategy.accumulation - few) / (more - few)
     return {name: time_s + (longer[name] - time_s) * further for name, time_s in shorter.items()}
-
-
-def _runtime(given: Runtime | str | None, cluster: Cluster) -> Runtime:
-    if isinstance(given, Runtime):
-        return given
-    on_cpu = all(d.device_class == "cpu" for d in cluster.devices)
-    return find_runtime(given or ("torch-eager-cpu" if on_cpu else "torch-eager"))
 
 
 def _worth(change: str, before_s: float, after_s: float) -> Worth:
@@ -227,7 +226,10 @@ def feasible(workload: Workload, cluster: Cluster, global_batch: int, limits: Li
         lines.append(f"on these devices it fits with {here.strategy} under runtime {here.runtime.name}")
         return tuple(lines)
     if over is not None:
-        lines.append(f"the most frugal way tried is over by {format_bytes(over)}: it would fit devices with that much more memory")
+        least, excess = over
+        lines.append(f"the most frugal way tried is over by {format_bytes(excess)}: it would fit devices with that much more memory")
+        if not margin and (hint := offload_hint(workload, cluster, least.strategy, runtime=least.runtime)):
+            lines.append(f"on these devices, {least.strategy} under {least.runtime.name} with {hint}")
     copies = 2
     while copies <= MOST_COPIES:
         try:
@@ -242,12 +244,14 @@ def feasible(workload: Workload, cluster: Cluster, global_batch: int, limits: Li
     return tuple(lines)
 
 
-def _frugal(workload: Workload, cluster: Cluster, global_batch: int, margin: float) -> tuple[Candidate | None, float | None]:
-    """The first strategy that fits among the most frugal of each way of dividing the model, and else the least excess."""
+def _frugal(
+    workload: Workload, cluster: Cluster, global_batch: int, margin: float
+) -> tuple[Candidate | None, tuple[Candidate, float] | None]:
+    """The first strategy that fits among the most frugal of each way of dividing the model, and else the least excess and whose it is."""
     wishes = Wishes(None, None, None, "adamw", cluster.size, {"micro_batch": workload.at_least, "checkpoint": "full"})
-    on_cpu = default_runtimes(cluster)[0].run_ahead_launches == 0
-    runtimes = default_runtimes(cluster) if on_cpu else tuple(find_runtime(n) for n in ("megatron", "fsdp2", "torch-eager"))
-    screen, least = Screen(workload, cluster, margin), None
+    runtimes = default_runtimes(cluster, workload)
+    screen = Screen(workload, cluster, margin)
+    least: tuple[Candidate, float] | None = None
     listed = [c for c in candidates(workload, cluster, global_batch, runtimes, wishes)[0] if c.strategy.schedule == "1f1b"]
     for candidate in sorted(listed, key=lambda c: (c.strategy.tensor, c.strategy.pipeline, -c.strategy.zero)):
         try:
@@ -257,7 +261,7 @@ def _frugal(workload: Workload, cluster: Cluster, global_batch: int, margin: flo
         if screen.fits(memory):
             return candidate, None
         excess = memory.device_bytes - memory.capacity_bytes * (1 - margin)
-        least = excess if least is None else min(least, excess)
+        least = (candidate, excess) if least is None or excess < least[1] else least
     return None, least
 
 

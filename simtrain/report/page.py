@@ -70,6 +70,7 @@ class Page:
         sentences: The answer in words, a paragraph each.
         warnings: What a reader must not miss.
         sections: The rest.
+        runtime: What carries the answer out.
     """
 
     title: str
@@ -79,6 +80,7 @@ class Page:
     sentences: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     sections: tuple[Section, ...] = field(default=())
+    runtime: str = ""
 
 
 def write_page(subject: Result | Plan | Comparison, path: Path | str) -> None:
@@ -119,11 +121,12 @@ def plan_page(plan: Plan) -> Page:
     best = plan.best
     title = f"{plan.workload} on {plan.cluster}"
     if best is None:
-        sentences = ("Nothing fits.", *plan.advice)
+        sentences = ("Nothing fits." if plan.complete else "Nothing fits of what was looked at.", *plan.advice)
         return Page(title, question, "", (), sentences, warnings, tuple(s for s in rest if s))
     sections = [_time(best), _memory(best), _alternatives(plan), _why(plan), *rest, _assumptions(best)]
     kept = tuple(s for s in sections if s)
-    return Page(title, question, best.strategy, _tiles(best), _answer(best, words.second_best(plan)), (*warnings, *_doubts(plan)), kept)
+    answer = _answer(best, words.runtimes_in_words(plan), words.second_best(plan))
+    return Page(title, question, best.strategy, _tiles(best), answer, (*warnings, *_doubts(plan)), kept, best.runtime)
 
 
 def result_page(result: Result) -> Page:
@@ -132,7 +135,8 @@ def result_page(result: Result) -> Page:
     when = words.moment_in_words(result.memory.peak_moment)
     warnings = () if result.fits else (f"It does not fit: over by {format_bytes(result.memory.over_bytes)} {when}.",)
     sections = tuple(s for s in (_time(result), _memory(result), _assumptions(result)) if s)
-    return Page(f"{result.workload} on {result.cluster}", question, result.strategy, _tiles(result), _answer(result), warnings, sections)
+    title = f"{result.workload} on {result.cluster}"
+    return Page(title, question, result.strategy, _tiles(result), _answer(result), warnings, sections, result.runtime)
 
 
 def comparison_page(found: Comparison) -> Page:
@@ -156,9 +160,9 @@ def comparison_page(found: Comparison) -> Page:
     return Page(f"{title}: A and B", str(found).splitlines()[2] + ".", "", tiles, sentences, warnings, sections)
 
 
-def _answer(r: Result, last: str = "") -> tuple[str, ...]:
+def _answer(r: Result, *more: str) -> tuple[str, ...]:
     """The answer in words: how, then what comes of it."""
-    paragraphs = (" ".join(words.strategy_in_words(r)), f"{words.verdict(r)} {words.money(r)}".strip(), last)
+    paragraphs = (" ".join(words.strategy_in_words(r)), f"{words.verdict(r)} {words.money(r)}".strip(), *more)
     return tuple(p for p in paragraphs if p)
 
 
@@ -252,8 +256,8 @@ def _assumptions(r: Result) -> Section | None:
 
 
 def command_of(page: Page) -> str:
-    """The strategy, quoted for a command line."""
-    return f"--strategy {shlex.quote(page.strategy)}"
+    """The strategy and what carries it out, quoted for a command line."""
+    return f"--strategy {shlex.quote(page.strategy)} --runtime {shlex.quote(page.runtime)}"
 
 
 __all__ = ["Page", "Section", "page_html", "write_page"]

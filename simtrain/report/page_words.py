@@ -9,6 +9,7 @@ from simtrain.core.result import Result
 from simtrain.core.strategy import Strategy
 from simtrain.core.units import format_bytes, format_time
 from simtrain.planner.found import Plan
+from simtrain.planner.launchers import launchers_of
 
 ZERO = {1: "the optimizer's states", 2: "the optimizer's states and gradients", 3: "parameters, gradients and the optimizer's states"}
 PRECISIONS = {
@@ -111,6 +112,27 @@ def second_best(plan: Plan) -> str:
     behind = best.samples_per_s / second.samples_per_s - 1
     close = ", less than predictions can tell apart" if behind < 0.03 else ""
     return f"The runner-up, {second.strategy.replace(',', ', ')}, is {behind:.1%} slower{close}."
+
+
+def runtimes_in_words(plan: Plan) -> str:
+    """Says what carries the best out, and what is lost with anything else."""
+    if len(plan.by_runtime) < 2:
+        return ""
+    (best, *others) = plan.by_runtime.values()
+    said = f"That takes {_carried(best.runtime)}"
+    if others and plan.objective in ("throughput", "step_time"):
+        parts = [
+            f"under {_carried(r.runtime)} the best is {best.samples_per_s / r.samples_per_s - 1:.0%} slower "
+            f"({r.strategy.replace(',', ', ')}, {format_time(r.step_time_s)} a step)"
+            for r in others
+        ]
+        said += "; " + "; ".join(parts)
+    return said + "."
+
+
+def _carried(runtime: str) -> str:
+    launchers = " or ".join(launchers_of(runtime))
+    return f"the runtime {runtime}" + (f" (--emit {launchers})" if launchers else "")
 
 
 def search_in_words(plan: Plan) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from simtrain.core.errors import StrategyError
@@ -11,6 +11,7 @@ from simtrain.core.result import MemoryKind, Result
 from simtrain.core.strategy import Strategy
 from simtrain.core.units import format_bytes, format_flops, format_time
 from simtrain.planner.evidence import in_words
+from simtrain.planner.launchers import launchers_of
 from simtrain.report.sweeps import advice_list, outlook_table, why_table
 from simtrain.report.text import ROUND_OFF, bullets, facts, memory_verdict, part_time, plain_table, share
 
@@ -118,8 +119,10 @@ def plan_table(plan: Plan, top: int = 10) -> RenderableType:
         shown = plan.ranked[:top]
         title = f"Best {len(shown)} by {plan.objective}" + (f" (of {len(plan.ranked)})" if len(plan.ranked) > len(shown) else "")
         parts.append(_ranking(shown, title))
+        if len(plan.by_runtime) > 1:
+            parts.append(_runtimes(plan.by_runtime))
     else:
-        parts.append("Nothing fits.")
+        parts.append("Nothing fits." if plan.complete else "Nothing fits of what was looked at.")
         parts.append(advice_list(plan.advice))
     if plan.outlooks:
         parts.append(outlook_table(plan.outlooks))
@@ -155,6 +158,24 @@ def _ranking(shown: Sequence[Result], title: str) -> Table:
         # The comma breaks a line only where a space follows; long strategies then wrap between choices.
         strategy = r.strategy.replace(",", ", ") + (f" [{r.runtime}]" if several else "")
         table.add_row(str(i), strategy.replace("[", "\\["), *numbers, memory, _number(r.energy_j), _money(r.cost_usd), r.bound_by)
+    return table
+
+
+def _runtimes(found: Mapping[str, Result]) -> Table:
+    """The best under each runtime, and what starts it: they are different programs, so that the choice is not free."""
+    table = plain_table(
+        "Best under each runtime",
+        "runtime",
+        "written for it by --emit",
+        "strategy",
+        "samples/s",
+        "of the best",
+        numeric=("samples/s", "of the best"),
+    )
+    best = next(iter(found.values()))
+    for name, r in found.items():
+        row = (name, ", ".join(launchers_of(name)) or "-", r.strategy.replace(",", ", "), _number(r.samples_per_s))
+        table.add_row(*row, f"{r.samples_per_s / best.samples_per_s:.0%}")
     return table
 
 

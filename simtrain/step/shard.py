@@ -163,17 +163,21 @@ def even_cuts(workload: Workload, positions: int, per_rank: int = 1) -> tuple[tu
     if blocks < positions:
         fix = f"use pipeline={blocks // per_rank} or fewer" if blocks >= per_rank else f"use chunks={blocks} or fewer"
         raise StrategyError(f"{workload.name} has {blocks} blocks, fewer than {positions} pipeline chunks: {fix}")
-    share, more = divmod(blocks, positions)
-    middle_first = sorted(range(positions), key=lambda i: (i in (0, positions - 1), i == positions - 1, i))
-    counts = [share + (i in middle_first[:more]) for i in range(positions)]
     ends, index, taken = [], 0, 0
-    for count in counts:
+    for count in even_counts(blocks, positions):
         taken += count
         while sum(flags[:index]) < taken:
             index += 1
         ends.append(index)
     ends[-1] = len(flags)
     return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def even_counts(blocks: int, positions: int) -> tuple[int, ...]:
+    """So many blocks in so many chunks, as evenly as they go; where they do not divide, the ends get fewer."""
+    share, more = divmod(blocks, positions)
+    middle_first = sorted(range(positions), key=lambda i: (i in (0, positions - 1), i == positions - 1, i))
+    return tuple(share + (i in middle_first[:more]) for i in range(positions))
 
 
 def stated_cuts(workload: Workload, counts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

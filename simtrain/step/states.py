@@ -76,7 +76,7 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     for expert, total in trained.items():
         holders = strategy.data * strategy.context // (strategy.expert if expert else 1)
         _add_gradients(row, setting, total, shards(setting, expert=expert), holders)
-    if strategy.zero == 2:
+    if strategy.zero == 2:  # in full from the start, whatever the model: of small ones, stage 2 holds more than stage 1
         whole = sum(trained.values()) * precision.parameter.size_bytes
         row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, whole)
     row[COLUMN[MemoryKind.COMMUNICATION]] += held_bytes(setting, lane)

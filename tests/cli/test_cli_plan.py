@@ -6,7 +6,8 @@ from simtrain.cli import plan as plan_command
 from simtrain.core.result import Result
 from simtrain.planner.search import Failure, Plan
 
-PLAN = ("plan", "gpt2-small", "--cluster", "4x rtx-3090", "--global-batch", 64, "--precision", "fp16-amp", "--checkpoint", "none")
+ALL = ("plan", "gpt2-small", "--cluster", "4x rtx-3090", "--global-batch", 64, "--precision", "fp16-amp", "--checkpoint", "none")
+PLAN = (*ALL, "--runtime", "torch-eager")
 
 
 def test_it_ranks_and_says_why_the_rest_fails(run):
@@ -17,13 +18,24 @@ def test_it_ranks_and_says_why_the_rest_fails(run):
     assert "out of memory, mostly" in out
 
 
-def test_it_says_which_runtime_and_how_it_searched(run):
-    _, out, _ = run(*PLAN)
-    assert "runtime" in out
-    assert "torch-eager" in out
-    assert "megatron and fsdp2, which divide models over devices, were not searched" in " ".join(out.split())
-    _, out, _ = run(*PLAN, "--runtime", "torch-eager")
-    assert "were not searched" not in " ".join(out.split())
+def test_it_compares_runtimes_and_says_what_each_is_started_with(run):
+    _, out, _ = run(*ALL)
+    (named,) = [line for line in out.splitlines() if line.startswith("runtime ")]
+    assert set(named.replace(",", " ").split()) == {"runtime", "torch-eager", "fsdp2"}, "Megatron-LM has no autocast"
+    table = out.partition("Best under each runtime")[2].partition("What would change it")[0]
+    assert "torchrun" in table
+    assert "torchtitan, fsdp2" in table
+    assert "100%" in table
+    assert "Best under each runtime" not in run(*PLAN)[1]
+
+
+def test_a_launcher_is_planned_for_with_its_own_runtime(run):
+    code, out, err = run(*ALL[:4], "--global-batch", 16, "--emit", "megatron", "--fixed", "tensor=4")
+    assert (code, err) == (0, "")
+    assert "--tensor-model-parallel-size 4" in out
+    code, _, err = run(*PLAN, "--emit", "megatron")
+    assert code == 0
+    assert "planned under torch-eager, which is not what megatron starts" in err
 
 
 def test_json_is_the_plan_with_its_own_field_names(run_json):

@@ -5,12 +5,13 @@ import json
 from dataclasses import fields
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from simtrain.core.errors import InputError, UnknownNameError
+from simtrain.core.runtime import runtime
 from simtrain.core.strategy import Strategy
-from simtrain.planner.launchers import LAUNCHERS, emit, read
+from simtrain.planner.launchers import CARRIED, LAUNCHERS, Job, emit, launchers_of, read
 
 POWERS = some.sampled_from([1, 2, 4, 8])
 
@@ -32,15 +33,16 @@ STRATEGIES = some.builds(
     precision=some.sampled_from(
         ["fp32", "tf32", "bf16-amp", "fp16-amp", "bf16-master", "fp16-master", "bf16", "fp8", "fp8-params", "fp8-current", "mxfp8"]
     ),
-    optimizer=some.sampled_from(["adamw", "adam", "sgd", "sgd-momentum"]),
+    optimizer=some.sampled_from(["adamw", "adam", "sgd", "sgd-momentum", "muon"]),
     context_style=some.sampled_from(["ring", "ulysses", "ring-contiguous"]),
 )
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@given(strategy=STRATEGIES)
-def test_round_trip_but_for_what_is_named(launcher, strategy):
-    written = emit(launcher, strategy)
+@settings(deadline=None)
+@given(strategy=STRATEGIES, blocks=some.sampled_from([0, 24, 126]))
+def test_round_trip_but_for_what_is_named(launcher, strategy, blocks):
+    written = emit(launcher, strategy, Job(blocks=blocks))
     back = read(launcher, written.text, ranks=strategy.ranks)
     changed = {f.name for f in fields(Strategy) if getattr(back, f.name) != getattr(strategy, f.name)}
     assert changed <= set(written.unsaid), (written.text, str(strategy), str(back))
@@ -48,9 +50,62 @@ def test_round_trip_but_for_what_is_named(launcher, strategy):
 
 @pytest.mark.parametrize("precision", ["fp8", "fp8-params", "fp8-current", "mxfp8"])
 def test_megatron_is_told_of_fp8(precision):
-    written = emit("megatron", Strategy(precision=precision))
+    written = emit("megatron", Strategy(data=2, zero=1, precision=precision))
     assert "precision" not in written.unsaid
-    assert read("megatron", written.text, ranks=1).precision == precision
+    assert read("megatron", written.text, ranks=2).precision == precision
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("data=2,precision=fp8-params", "precision"),
+        ("data=2,expert=2,precision=fp16-master", "precision"),
+        ("data=2,zero=1,precision=bf16-master,optimizer=muon", "optimizer"),
+    ],
+)
+def test_what_megatron_refuses_is_named(text, field):
+    """`validate_args` of Megatron-LM at 000c4ac24f."""
+    assert "refuses" in emit("megatron", Strategy.parse(text)).unsaid[field]
+
+
+def test_uneven_pipelines_are_written_out_for_megatron():
+    """Its layout has E for the embedding, t for a block and L for the loss, stages cut by |; 126 blocks are Llama 3 405B's."""
+    strategy = Strategy.parse("data=2,accumulation=32,tensor=8,pipeline=16,precision=bf16-master")
+    written = emit("megatron", strategy, Job(blocks=126))
+    assert "--pipeline-model-parallel-layout 'Et*7|t*8|t*8|t*8|t*8|t*8|t*8|t*8|t*8|t*8|t*8|t*8|t*8|t*8|t*8|t*7L'" in written.text
+    assert set(written.unsaid) == {"cuts"}
+    assert read("megatron", written.text).blocks_per_chunk == (7, *(8,) * 14, 7)
+    assert "layout" not in emit("megatron", strategy, Job(blocks=128)).text
+    stated = strategy.with_(cuts="7" + "-8" * 14 + "-7")
+    assert read("megatron", emit("megatron", stated).text) == stated
+
+
+def test_megatron_layouts_of_others_are_read():
+    words = "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout 'Et,(t|)*2,tt|tL' --global-batch-size 4"
+    found = read("megatron", words, ranks=2)
+    assert (found.chunks, found.cuts) == (2, "2-1-2-1")
+    with pytest.raises(InputError, match="can be read"):
+        read("megatron", words.replace("tL", "tmL"), ranks=2)
+
+
+def test_layers_of_a_virtual_stage_are_read():
+    words = "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 2 --global-batch-size 8"
+    assert read("megatron", words + " --num-layers 24", ranks=4).chunks == 3
+    with pytest.raises(InputError, match="needs --num-layers"):
+        read("megatron", words, ranks=4)
+
+
+def test_overlap_is_asked_for_where_it_was_planned():
+    strategy = Strategy(data=4, zero=1, precision="bf16-master")
+    slow = runtime("megatron").with_(overlap_communication=False)
+    assert "--overlap-grad-reduce" in emit("megatron", strategy).text
+    assert "--overlap-grad-reduce" not in emit("megatron", strategy, Job(runtime=slow)).text
+    assert "--overlap-param-gather" in emit("megatron", strategy, Job(runtime=slow.with_(overlap_gather=True))).text
+
+
+def test_every_launcher_has_a_runtime():
+    assert all(runtime(name) for names in CARRIED.values() for name in names)
+    assert launchers_of("fsdp2") == ("torchtitan", "fsdp2")
 
 
 EXPRESSIBLE = {

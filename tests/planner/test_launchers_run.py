@@ -11,29 +11,34 @@ import pytest
 from simtrain.core.strategy import Strategy
 from simtrain.planner.launchers import emit
 
-# Name, kind and choices as declared in NVIDIA/Megatron-LM at 000c4ac24f, megatron/training/arguments.py (facts, looked up there), but for
-# those marked: their names are from Megatron Core's guide.
+# Name, kind and choices as declared in NVIDIA/Megatron-LM at 000c4ac24f, megatron/training/arguments.py (facts, looked up there).
 WHOLE, WORD, WORDS, FLAG = "whole", "word", "words", "flag"
 MEGATRON = {
     "--tensor-model-parallel-size": (WHOLE, None),
     "--pipeline-model-parallel-size": (WHOLE, None),
+    "--pipeline-model-parallel-layout": (WORD, None),
     "--num-virtual-stages-per-pipeline-rank": (WHOLE, None),
     "--context-parallel-size": (WHOLE, None),
     "--cp-comm-type": (WORDS, None),
     "--use-distributed-optimizer": (FLAG, None),
     "--use-megatron-fsdp": (FLAG, None),
     "--data-parallel-sharding-strategy": (WORD, ["no_shard", "optim", "optim_grads", "optim_grads_params"]),
+    "--overlap-grad-reduce": (FLAG, None),
+    "--overlap-param-gather": (FLAG, None),
     "--micro-batch-size": (WHOLE, None),
     "--global-batch-size": (WHOLE, None),
     "--recompute-granularity": (WORD, ["full", "selective"]),
     "--recompute-method": (WORD, ["uniform", "block"]),
     "--recompute-num-layers": (WHOLE, None),
-    "--ckpt-format": (WORD, None),
-    "--expert-model-parallel-size": (WHOLE, None),  # guide
-    "--sequence-parallel": (FLAG, None),  # guide
-    "--bf16": (FLAG, None),  # guide
-    "--fp16": (FLAG, None),  # guide
-    "--optimizer": (WORD, None),  # guide
+    "--ckpt-format": (WORD, ["torch", "torch_dist", "torch_dcp", "fsdp_dtensor"]),
+    "--expert-model-parallel-size": (WHOLE, None),
+    "--sequence-parallel": (FLAG, None),
+    "--bf16": (FLAG, None),
+    "--fp16": (FLAG, None),
+    "--fp8-format": (WORD, ["e4m3", "hybrid"]),
+    "--fp8-recipe": (WORD, ["tensorwise", "delayed", "mxfp8", "blockwise", "custom"]),
+    "--fp8-param-gather": (FLAG, None),
+    "--optimizer": (WORD, ["adam", "sgd", "muon", "dist_muon"]),
 }
 
 STRATEGIES = (
@@ -41,6 +46,9 @@ STRATEGIES = (
     "schedule=interleaved,chunks=4",
     "data=8,precision=fp16-master,zero=3,checkpoint=every:4,context=2,context_style=ulysses",
     "data=8,precision=bf16-master,zero=2,checkpoint=selective,expert=4",
+    "data=2,zero=1,precision=fp8-params,pipeline=4,cuts=3-4-4-3",
+    "data=2,zero=1,precision=mxfp8,pipeline=2,schedule=interleaved",
+    "data=2,precision=bf16-master,optimizer=muon",
 )
 
 
@@ -59,6 +67,10 @@ def test_megatron_arguments_are_those_it_declares(text):
     if args.use_megatron_fsdp:
         assert args.ckpt_format == "fsdp_dtensor", "validate_args refuses any other format"
     assert not (args.bf16 and args.fp16)
+    assert not (args.pipeline_model_parallel_layout and args.num_virtual_stages_per_pipeline_rank), "one of them at most"
+    assert not args.fp8_param_gather or args.use_distributed_optimizer or args.use_megatron_fsdp
+    assert args.optimizer != "muon" or (args.ckpt_format == "torch" and not args.use_distributed_optimizer)
+    assert args.overlap_grad_reduce == (strategy.data * strategy.context > 1), "as it is predicted"
 
 
 def test_deepspeed_is_told_which_adam():

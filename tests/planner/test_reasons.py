@@ -65,6 +65,16 @@ def test_fixed_fields_that_contradict(fixed, devices, batch, match):
         check_degrees(fixed, devices, (batch,))
 
 
-def test_fixed_fields_that_go_together():
-    check_degrees({"tensor": 2, "data": 2, "micro_batch": 8, "accumulation": 4}, 4, (64,))
-    check_degrees({"zero": 1, "checkpoint": "full"}, 4, (7,))
+@pytest.mark.parametrize(
+    ("fixed", "batch"), [({"tensor": 2, "data": 2, "micro_batch": 8, "accumulation": 4}, 64), ({"zero": 1, "checkpoint": "full"}, 8)]
+)
+def test_fixed_fields_that_go_together_are_found(fixed, batch):
+    check_degrees(fixed, 4, (batch,))
+    small = st.workload("gpt", layers=2, hidden=128, heads=4, vocabulary=512, seq_len=128)
+    found = st.plan(small, BOX, batch, fixed=fixed, runtime="megatron")
+    assert found.ranked
+    for result in found.ranked:
+        kept = Strategy.parse(result.strategy)
+        assert {name: getattr(kept, name) for name in fixed} == fixed
+        assert kept.global_batch == batch
+        assert kept.ranks == 4

@@ -7,9 +7,9 @@ import pytest
 import simtrain as st
 from simtrain.core.errors import InputError, StrategyError, UnknownNameError
 from simtrain.core.runtime import runtime as find_runtime
-from simtrain.planner import search
+from simtrain.planner import rounds
 from simtrain.planner.objectives import Judge, Weights
-from simtrain.planner.screen import REFUSALS, Screen, projected_s, shortened
+from simtrain.planner.screen import REFUSALS, Screen, shortened
 from simtrain.planner.space import Wishes, candidates, default_runtimes
 
 NODES = "16x a100-sxm-80g"
@@ -24,7 +24,7 @@ def small():
 @pytest.fixture(scope="module")
 def space(small):
     cluster = st.cluster(NODES)
-    return cluster, candidates(small, cluster, 64, default_runtimes(cluster), Wishes(None, None, None, "adamw", 16, {}))[0]
+    return cluster, candidates(small, cluster, 64, default_runtimes(cluster, small), Wishes(None, None, None, "adamw", 16, {}))[0]
 
 
 def test_the_space_has_every_degree_once(space):
@@ -33,7 +33,7 @@ def test_the_space_has_every_degree_once(space):
     assert {c.strategy.tensor for c in found} == {1, 2, 4, 8}, "tensor parallelism stays in a node"
     assert {c.strategy.pipeline for c in found} == {1, 2, 4, 8}, "as many stages as there are blocks"
     assert all(c.strategy.ranks == 16 and c.strategy.global_batch == 64 for c in found)
-    assert {c.runtime.name for c in found} == {"megatron", "fsdp2"}
+    assert {c.runtime.name for c in found} == {"torch-eager", "megatron", "fsdp2"}
 
 
 def test_the_bound_lies_below_the_schedule(small, space):
@@ -53,7 +53,9 @@ def test_projections_and_quick_memory_agree_with_the_whole(small, space):
     long = [c for c in found if c.strategy.pipeline > 1 and c.strategy.accumulation > 4 * c.strategy.pipeline]
     for candidate in long[:: max(len(long) // 8, 1)]:
         whole = st.estimate(small, cluster, candidate.strategy, runtime=candidate.runtime)
-        assert projected_s(st.estimate, small, cluster, candidate) == pytest.approx(whole.step_time_s, rel=0.02)
+        slow_hosts = whole.breakdown_s["host"] > 0.02 * whole.step_time_s  # they fall behind in long steps, not in the shorter ones
+        assert screen.projected_s(candidate) == pytest.approx(whole.step_time_s, rel=0.1 if slow_hosts else 0.02)
+        assert screen.projected_s(candidate) >= screen.bound_s(candidate)
         assert screen.memory(candidate).device_bytes <= whole.memory.device_bytes * (1 + 1e-9)
         short = st.estimate(small, cluster, shortened(candidate.strategy), runtime=candidate.runtime)
         assert short.memory.device_bytes == pytest.approx(whole.memory.device_bytes, rel=1e-9)
@@ -61,13 +63,13 @@ def test_projections_and_quick_memory_agree_with_the_whole(small, space):
 
 def test_nothing_that_was_passed_over_is_better(small, space, monkeypatch):
     cluster, _ = space
-    monkeypatch.setattr(search, "EXHAUSTIVE", 0)
+    monkeypatch.setattr(rounds, "EXHAUSTIVE", 0)
     quick = st.plan(small, cluster, 64, runtime="megatron", fixed={"tensor": 2, "zero": 1})
     assert quick.complete
     assert quick.passed_over
     assert quick.considered == len(quick.ranked) + len(quick.failed) + quick.passed_over
-    monkeypatch.setattr(search, "EXHAUSTIVE", 10**6)
-    monkeypatch.setattr(search, "SHORT_STEPS", 10**9)
+    monkeypatch.setattr(rounds, "EXHAUSTIVE", 10**6)
+    monkeypatch.setattr(rounds, "SHORT_STEPS", 10**9)
     every = st.plan(small, cluster, 64, runtime="megatron", fixed={"tensor": 2, "zero": 1})
     assert not every.passed_over
     assert quick.best.strategy == every.best.strategy
@@ -86,20 +88,21 @@ def test_devices_can_be_left_unused(small):
 
 
 def test_limits_hold_and_are_counted(small):
-    free = st.plan(small, "4x rtx-3090", 16, precisions=["fp32"])
+    question = {"precisions": ["fp32"], "runtime": "torch-eager"}
+    free = st.plan(small, "4x rtx-3090", 16, **question)
     margin = 1 - free.best.memory.device_bytes / free.best.memory.capacity_bytes + 0.01
-    tight = st.plan(small, "4x rtx-3090", 16, precisions=["fp32"], limits=st.Limits(memory_margin=margin))
+    tight = st.plan(small, "4x rtx-3090", 16, **question, limits=st.Limits(memory_margin=margin))
     assert tight.best.strategy != free.best.strategy
     assert all(r.memory.device_bytes <= r.memory.capacity_bytes * (1 - margin) for r in tight.ranked)
-    dear = st.plan(small, "4x rtx-3090", 16, precisions=["fp32"], limits=st.Limits(budget_usd=1e-9, tokens=1e12))
+    dear = st.plan(small, "4x rtx-3090", 16, **question, limits=st.Limits(budget_usd=1e-9, tokens=1e12))
     assert not dear.ranked
     assert any("costs more than" in f.reason for f in dear.failed)
-    weak = st.plan(small, "4x rtx-3090", 16, precisions=["fp32"], limits=st.Limits(power_w=1.0))
+    weak = st.plan(small, "4x rtx-3090", 16, **question, limits=st.Limits(power_w=1.0))
     assert any("draws more than" in f.reason for f in weak.failed)
 
 
 def test_a_front_holds_what_nothing_beats(small):
-    found = st.plan(small, "4x rtx-3090", 16, objective=["throughput", "memory"])
+    found = st.plan(small, "4x rtx-3090", 16, objective=["throughput", "memory"], runtime="torch-eager")
     assert len(found.front) > 1
     for a, b in itertools.permutations(found.front, 2):
         assert a.samples_per_s > b.samples_per_s or a.memory.device_bytes < b.memory.device_bytes
@@ -108,25 +111,10 @@ def test_a_front_holds_what_nothing_beats(small):
 
 
 def test_the_balanced_score_weighs_its_parts(small):
-    found = st.plan(
-        small,
-        "4x rtx-3090",
-        [8, 16],
-        precisions=["fp32"],
-        zeros=[0],
-        objective="balanced",
-        weights={"throughput": 0, "memory": 1, "convergence": 0},
-    )
-    assert found.best.memory.device_bytes == min(r.memory.device_bytes for r in found.ranked)
-    found = st.plan(
-        small,
-        "4x rtx-3090",
-        [8, 16],
-        precisions=["fp32"],
-        zeros=[0],
-        objective="balanced",
-        weights={"throughput": 0, "memory": 0, "convergence": 1},
-    )
+    question = {"precisions": ["fp32"], "zeros": [0], "objective": "balanced", "runtime": "torch-eager"}
+    least = st.plan(small, "4x rtx-3090", [8, 16], **question, weights={"throughput": 0, "memory": 1, "convergence": 0})
+    assert least.best.memory.device_bytes == min(r.memory.device_bytes for r in least.ranked)
+    found = st.plan(small, "4x rtx-3090", [8, 16], **question, weights={"throughput": 0, "memory": 0, "convergence": 1})
     assert found.best.global_batch == 8, "smaller batches need fewer samples"
     scores = Judge(("balanced",), Weights()).scores(found.ranked)
     assert all(0 < s <= 1 for s in scores)

@@ -113,7 +113,7 @@ def norm(tape: Tape, x: str, name: str, out: str, *, tokens: Polynomial, width: 
         gradients = [tape.gradient_tensor(n) for n in (x, *parameters)]
         dout = tape.gradient(out)
         reads = (dout, x, *(t.name for t in statistics), *parameters)
-        undone = composed_rms_norm_backward(parameters[0], *written, dout, (gradients[0], gradients[1])) if rms else ()
+        undone = composed_rms_norm_backward(parameters[0], written[0], statistics[0], dout, (gradients[0], gradients[1])) if rms else ()
         tape.run_backward(Operator(f"{name}.backward", OperatorKind.NORM_BACKWARD, reads, tuple(gradients), dims=dims, unfused=undone))
         for name_of, gradient in zip((x, *parameters), gradients, strict=True):
             tape.give(name_of, gradient.name)

@@ -12,7 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
-from simtrain.core.errors import InputError
+from simtrain.core.errors import InputError, NothingFitsError
 from simtrain.core.polynomial import FloatArray
 from simtrain.planner.allocation.bound import layer_bound_s
 from simtrain.planner.allocation.counts import least_time, shares
@@ -72,12 +72,12 @@ def search(market: Market, templates: Family | None = None) -> Found:
         templates: Of this market or of one with more devices; made anew by default.
 
     Raises:
-        InputError: Nothing fits; the message says which layer is in the way, if one is.
+        NothingFitsError: The message says which layer is in the way, if one is.
     """
     known = family(market) if templates is None else templates
     known = known.chosen([all(t.devices(k) <= market.counts.get(k, 0) for k in t.kinds) for t in known.templates])
     if not known.templates:
-        raise InputError(nothing_fits(market))
+        raise NothingFitsError(nothing_fits(market))
     bound = layer_bound_s(market)
     proposals: list[Proposal] = []
     present = [k for k, n in market.counts.items() if n > 0]

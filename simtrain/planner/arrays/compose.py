@@ -13,8 +13,9 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import precision
 from simtrain.core.program import IntArray
 from simtrain.planner.arrays.holding import Held, Placed, alike
-from simtrain.planner.arrays.layers import PASSES, ROLES
+from simtrain.planner.arrays.layers import PASSES, ROLES, LayerRow
 from simtrain.planner.arrays.paths import WIDTH, Part, find_paths, projected_micro_batches, walk
+from simtrain.planner.arrays.sharded import Replicas, gather_pipeline
 from simtrain.planner.arrays.stages import Division
 from simtrain.planner.arrays.tables import Tables
 from simtrain.planner.space import Block
@@ -23,6 +24,10 @@ from simtrain.step.schedules import plan
 
 SCHEDULES = ("1f1b", "interleaved")
 CHECKPOINTS = ("none", "full", "selective")
+
+CLOSE, LOOSE, ROUGH = 0.01, 0.05, 0.25
+"""Shares of the step time by which it may be off: even stages; stages with unequal blocks, and pipelines that gather parameters; where
+hosts hold up their devices, or gathers a pipeline."""
 
 REPEATS = 2
 """Times that overlaps of reductions and passes are found anew."""
@@ -37,8 +42,7 @@ class Estimates:
 
     Attributes:
         covered: Whether the arrays know a candidate; the rest is zero or false otherwise.
-        sure: Whether times are close. They are rough (25 % off at worst) where hosts hold up their devices, and where gathers of full
-            sharding hold up a pipeline.
+        within: Share of the step time by which it may be off: `CLOSE`, `LOOSE` or `ROUGH`.
         step_time_s: Period of the steady state.
         device_bytes: What the fullest device needs.
         energy_j: Energy of all devices and hosts in a step.
@@ -46,7 +50,7 @@ class Estimates:
     """
 
     covered: np.ndarray
-    sure: np.ndarray
+    within: FloatArray
     step_time_s: FloatArray
     device_bytes: FloatArray
     energy_j: FloatArray
@@ -65,7 +69,7 @@ def estimate_block(tables: Tables, block: Block) -> Estimates:
         UnsupportedError: It is not modelled.
     """
     known = tables.covers(block)
-    covered, sure = np.zeros(len(block), dtype=bool), np.zeros(len(block), dtype=bool)
+    covered, within = np.zeros(len(block), dtype=bool), np.zeros(len(block))
     if known:
         covered = (
             _allowed(block.checkpoints, CHECKPOINTS)[block.codes[:, 2]]
@@ -81,8 +85,8 @@ def estimate_block(tables: Tables, block: Block) -> Estimates:
     if covered.any():
         part = _Part(tables, block, np.flatnonzero(covered))
         times[covered], device[covered], energy[covered], kinds[covered] = part.evaluate()
-        sure[covered] = part.sure & ~part.lags[part.profile]
-    return Estimates(covered, sure, times, device, energy, kinds)
+        within[covered] = part.within
+    return Estimates(covered, within, times, device, energy, kinds)
 
 
 def _exposed(q: FloatArray, tails: FloatArray) -> FloatArray:
@@ -131,7 +135,7 @@ class _Part:
         forms: For each profile the index of its samples in a micro-batch and of the other choices (`Block.codes`).
         profile: The profile of each candidate.
         accumulation: Its micro-batches.
-        sure: Whether its time is close.
+        within: Share by which its time may be off.
     """
 
     def __init__(self, tables: Tables, block: Block, chosen: IntArray) -> None:
@@ -147,10 +151,12 @@ class _Part:
         self.profile = (np.cumsum(present) - 1)[flat]
         self.forms = np.stack(np.unravel_index(np.flatnonzero(present), shape), axis=1)
         self.accumulation = listed[codes[:, 0], 1]
-        self.sure = np.ones(len(chosen), dtype=bool)
-        self.lags = np.zeros(len(self.forms), dtype=bool)
         self.stages = block.degrees["pipeline"]
+        self.sharded = self._reduces & (np.array(block.zeros)[self.forms[:, 3]] == 3)
         self._price()
+        uneven = np.array([v in self.used[5] and len(set(self._division(v).counts)) > 1 for v in range(len(block.schedules))])
+        loose = (self.stages > 1) & self.sharded | uneven[self.forms[:, 5]]
+        self.within = np.where(loose, LOOSE, CLOSE)[self.profile]
 
     def _price(self) -> None:
         block, tables, codes = self.block, self.tables, self.forms
@@ -171,6 +177,7 @@ class _Part:
         self.device = np.zeros((*shape, WIDTH))
         self.host = np.zeros((*shape, WIDTH))
         self.copies = np.zeros((*shape, 3))
+        self.passes: dict[tuple[int, int, int], dict[int, LayerRow]] = {}
         self.crossing = np.zeros(shape)
         memory = (2, len(ROLES), len(PASSES), len(self.lengths), len(KINDS))
         self.peaks, self.nets = np.zeros((*shape, *memory)), np.zeros((*shape, *memory))
@@ -180,6 +187,7 @@ class _Part:
             changes = {"micro_batch": 1, "accumulation": 1, "schedule": "1f1b", "chunks": 0, "zero": 0}
             strategy = block.strategy_of([0, r, c, 0, s, 0]).with_(**changes)
             rows = tables.layers_of(strategy, block.runtime, wire, sizes)
+            self.passes[r, c, s] = dict(zip(own.tolist(), rows, strict=True))
             self.device[own, r, c, s] = [row.device_s for row in rows]
             self.host[own, r, c, s] = [row.host_s for row in rows]
             self.copies[own, r, c, s] = [row.copies_s for row in rows]
@@ -254,8 +262,9 @@ class _Part:
         exposed[:, [0, -1]] += self._gather("tied_s")[:, None]
         q[:, Part.TAIL_FIRST : Part.TAIL_LAST + 1] = exposed[:, ends]
         start = self._gather("start_s")
-        if np.any(zeros == 3):
-            self._shard(q, exposed, start, zeros == 3)
+        if self.stages > 1 and self.sharded.any():
+            lags = gather_pipeline(q, exposed, start, self._gather("moved_s"), self.sharded, runtime.communication_share)
+            self.within[lags[self.profile]] = ROUGH
             q[:, Part.TAIL_FIRST : Part.TAIL_LAST + 1] = exposed[:, ends]
         q[:, Part.START_FIRST : Part.START_LAST + 1] = start[:, ends]
         send = self._gather("send_s")
@@ -263,40 +272,6 @@ class _Part:
         q[:, Part.SEND_INSIDE] = send[:, 0] + send[:, 2] * crossing
         q[:, Part.SEND_ACROSS] = send[:, 1] + send[:, 3] * crossing
         return q, host
-
-    def _shard(self, q: FloatArray, exposed: FloatArray, start: FloatArray, chosen: np.ndarray) -> None:
-        """Adds what gathers and scatters of full sharding take beyond what passes hide (`simtrain.step.fully_sharded`).
-
-        They go in order on one stream, one layer ahead. A block's pass takes at least as long as what moves beside it. Between two
-        micro-batches what is no block is scattered and gathered anew, and the first block after it.
-        """
-        share = self.block.runtime.communication_share
-        moved = np.where(chosen[:, None, None], self._gather("moved_s"), 0.0)
-        gather, scatter = moved[:, 0, 0], moved[:, 0, 1]
-        copied, last = moved[:, 0, 4:], moved[:, -1, 4:] if self.stages > 1 else np.zeros((len(q), 4))
-        q[:, Part.FORWARD] += copied[:, 0]
-        q[:, Part.BACKWARD] += copied[:, 0] + copied[:, 1]
-        q[:, Part.FORWARD_BEFORE] += copied[:, 2]
-        q[:, Part.BACKWARD_BEFORE] += copied[:, 3]
-        q[:, Part.FORWARD_BEHIND] += last[:, 2]
-        q[:, Part.BACKWARD_BEHIND] += last[:, 3]
-        forward, backward = q[:, Part.FORWARD].copy(), q[:, Part.BACKWARD].copy()
-        if self.stages > 1:  # how far what moves lags behind the passes differs from one micro-batch to the next
-            self.lags = (gather > forward) | (gather + scatter > backward)
-        q[:, Part.FORWARD] = np.maximum(forward + share * np.minimum(gather, forward), gather)
-        both = gather + scatter
-        q[:, Part.BACKWARD] = np.maximum(backward + share * np.minimum(both, backward), both)
-        rest_gather, rest_scatter = moved[:, 0, 2], moved[:, 0, 3]
-        embed, back = q[:, Part.FORWARD_BEFORE], q[:, Part.BACKWARD_BEFORE]
-        between = np.maximum(back, scatter + rest_gather) + np.maximum(embed, rest_scatter + gather) - back - embed
-        begins = rest_gather + np.maximum(embed, gather) - embed
-        q[:, Part.BACKWARD_BEFORE] += np.where(chosen, between, 0.0)
-        q[:, Part.LAST_BEFORE] -= np.where(chosen, between, 0.0)
-        # the first stage ends with what stands before the blocks and begins with it, others with blocks
-        exposed[chosen] += moved[chosen, :, 1]
-        exposed[:, 0] += np.where(chosen, np.maximum(scatter - back, 0.0) - scatter + rest_scatter, 0.0)
-        start[chosen] += moved[chosen, :, 0]
-        start[:, 0] += np.where(chosen, begins - gather, 0.0)
 
     def _times(self, rows: IntArray, quantities: FloatArray, host: FloatArray, v: int, steps: Mapping[int, tuple[int, int]]) -> FloatArray:
         """Step times of candidates with one schedule.
@@ -318,15 +293,41 @@ class _Part:
         own, issued = _passes(quantities) @ shares, _passes(host) @ shares
         profile, accumulation = self.profile[rows], self.accumulation[rows]
         found = self._longest(quantities, v, profile, accumulation, steps)
+        whole = np.flatnonzero(self.sharded[profile] & (self.stages == 1))
+        if len(whole):
+            found[whole] = self._replicas_s(profile[whole], accumulation[whole])
         found = np.maximum(found, accumulation * issued.max(axis=1)[profile])
         held_up = (issued > own).any(axis=1)
         slow = np.flatnonzero(held_up[profile])
-        self.sure[rows[slow]] = False
+        self.within[rows[slow]] = ROUGH
         if len(slow) and self.stages > 1:  # where hosts are slower than devices, what they may be ahead is all that helps
             paced = _paced(quantities, host, own, issued, counts)
             longest = self._longest(paced, v, profile[slow], accumulation[slow], steps) - self._ahead(profile[slow])
             found[slow] = np.maximum(found[slow], longest)
         return np.asarray(found)
+
+    def _replicas_s(self, profile: IntArray, accumulation: IntArray) -> FloatArray:
+        """Steps of replicas of one stage that shard everything."""
+        moved, start = self._gather("moved_s")[profile, 0], self._gather("start_s")[profile, 0]
+        choices, group = np.unique(self.forms[profile][:, [1, 2, 3, 4]], axis=0, return_inverse=True)
+        found = np.zeros(len(profile))
+        for i, (r, c, _, s) in enumerate(choices.tolist()):
+            own = np.flatnonzero(group.ravel() == i)
+            rows = self.passes[r, c, s]
+            place = np.full(len(self.sizes), -1)
+            place[list(rows)] = np.arange(len(rows))
+            any_row = next(iter(rows.values()))
+            replicas = Replicas(
+                any_row.order,
+                self.tables.pattern.blocks if self.tables.pattern else 0,
+                np.array([row.passes_s for row in rows.values()]),
+                moved[own[0], [2, 0]],
+                moved[own[0], [3, 1]],
+                self.block.runtime.communication_share,
+                self.block.runtime.overlap_communication,
+            )
+            found[own] = replicas.step_s(place[self.forms[profile[own], 0]], accumulation[own])
+        return np.asarray(found + start)
 
     def _ahead(self, profile: IntArray) -> FloatArray:
         """How far a host may be ahead of its device when a step begins: not at all where it waits for the loss scale."""

@@ -11,7 +11,7 @@ from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.workload import Workload
-from simtrain.planner.arrays.compose import Estimates, estimate_block
+from simtrain.planner.arrays.compose import LOOSE, Estimates, estimate_block
 from simtrain.planner.arrays.tables import Tables
 from simtrain.planner.failures import refusal
 from simtrain.planner.found import Failure
@@ -22,11 +22,11 @@ from simtrain.step.occupancy import KINDS
 FINALISTS = 40
 """Candidates that are kept for each quality that an objective may ask for."""
 
+OF_EACH = 5
+"""Of the fastest of each runtime, how many are kept whatever others reach."""
+
 LISTED = 1000
 """Candidates that are listed as too large for memory, those nearest to fitting."""
-
-ROUGH = 1.5
-"""What is estimated roughly (`Estimates.sure`) decides less: one by one unless this many times slower than the best."""
 
 MEMORY_ERROR = 0.01
 """Share by which arrays may have too much memory: what is over by less is read in full."""
@@ -59,7 +59,7 @@ class _Columns:
 
     block: np.ndarray
     index: np.ndarray
-    sure: np.ndarray
+    within: FloatArray
     seconds: FloatArray
     memory: FloatArray
     energy: FloatArray
@@ -105,17 +105,18 @@ def screen_blocks(
         rest += [block.candidate(i) for i in np.flatnonzero(~found.covered).tolist()]
         columns.append(_column(number, block, found))
         terms[number] = found.kinds_bytes.argmax(axis=1).astype(np.int8)
-        tick(int(found.sure.sum()))
+        tick(int((found.covered & (found.within <= LOOSE)).sum()))
     every = _joined(columns)
     capacity = min(d.memory.capacity_bytes for d in cluster.devices) * (1 - limits.memory_margin)
-    over = every.memory > capacity * (1 + MEMORY_ERROR)
-    large, fits = every.where(over), every.where(~over & every.sure)
-    rough = every.where(~over & ~every.sure)
-    close = rough.seconds <= ROUGH * fits.seconds.min(initial=np.inf)
-    for b, i in zip(rough.block[close].tolist(), rough.index[close].tolist(), strict=True):
-        rest.append(blocks[b].candidate(i))
-    chosen = fits.where(_best(fits, objectives, limits))
-    tick(int((~every.sure).sum() - close.sum()))
+    over, sure = every.memory > capacity * (1 + MEMORY_ERROR), every.within <= LOOSE
+    carried = np.array([block.runtime.name for block in blocks])[every.block]
+    close = ~over & ~sure & _may_be_fastest(every, ~over, carried)
+    timed = all(o in TIMED for o in objectives)
+    fitting = ~over & ~close & (sure | (not timed))  # of the rough, memory is known all the same
+    large, fits = every.where(over), every.where(fitting)
+    rest += [blocks[b].candidate(i) for b, i in zip(every.block[close].tolist(), every.index[close].tolist(), strict=True)]
+    chosen = fits.where(_best(fits, carried[fitting], objectives, limits))
+    tick(int((~sure & ~close).sum()))
     nearest = large.where(np.argsort(large.memory, kind="stable")[:LISTED])
     for b, i, memory in zip(nearest.block.tolist(), nearest.index.tolist(), nearest.memory.tolist(), strict=True):
         candidate = blocks[b].candidate(i)
@@ -129,7 +130,7 @@ def screen_blocks(
         ],
         failed=failed,
         unlisted=len(large.block) - len(nearest.block),
-        passed_over=len(fits.block) - len(chosen.block) + int((~close).sum()),
+        passed_over=int((~over & ~close).sum()) - len(chosen.block),
         rest=tuple(rest),
         known=len(every.block) - int(close.sum()),
     )
@@ -141,7 +142,7 @@ def _column(number: int, block: Block, found: Estimates) -> _Columns:
     return _Columns(
         np.full(len(known), number),
         known,
-        found.sure[known],
+        found.within[known],
         found.step_time_s[known] / batch,
         found.device_bytes[known],
         found.energy_j[known] / batch,
@@ -149,20 +150,31 @@ def _column(number: int, block: Block, found: Estimates) -> _Columns:
 
 
 def _joined(columns: Sequence[_Columns]) -> _Columns:
-    empty = _Columns(
-        np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool), np.zeros(0), np.zeros(0), np.zeros(0)
-    )
+    empty = _Columns(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0), np.zeros(0), np.zeros(0))
     every = [empty, *columns]
     return _Columns(*(np.concatenate([getattr(c, name) for c in every]) for name in _Columns.__slots__))
 
 
-def _best(fits: _Columns, objectives: Sequence[str], limits: Limits) -> np.ndarray:
+def _may_be_fastest(every: _Columns, fitting: np.ndarray, carried: np.ndarray) -> np.ndarray:
+    """Which candidates can be the fastest that fits of their runtime, given how far off their times may be."""
+    found = np.zeros(len(fitting), dtype=bool)
+    slowest, fastest = every.seconds * (1 + every.within), every.seconds * (1 - every.within)
+    for name in np.unique(carried):
+        own = carried == name
+        found[own] = fastest[own] <= slowest[own & fitting].min(initial=np.inf)
+    return found
+
+
+def _best(fits: _Columns, carried: np.ndarray, objectives: Sequence[str], limits: Limits) -> np.ndarray:
     """Indices of the candidates that may be best, the fastest first."""
     qualities = [fits.seconds]
     if limits.power_w or any(o not in TIMED for o in objectives):
         # one quality alone, and two at a time: what is fastest within every tenth of the memory or the energy that others need
         qualities += [fits.memory, fits.energy]
     kept = {i for quality in qualities for i in np.argsort(quality, kind="stable")[:FINALISTS].tolist()}
+    for name in np.unique(carried):
+        own = np.flatnonzero(carried == name)
+        kept |= set(own[np.argsort(fits.seconds[own], kind="stable")[:OF_EACH]].tolist())
     for quality in qualities[1:]:
         order = np.argsort(fits.seconds, kind="stable")
         lowest = np.minimum.accumulate(quality[order]) if len(order) else quality

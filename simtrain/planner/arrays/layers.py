@@ -21,6 +21,7 @@ from simtrain.core.program import RankClass
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Workload
 from simtrain.planner.arrays.paths import WIDTH, Part
+from simtrain.planner.arrays.sharded import Sequence as Passes
 from simtrain.step.costs import Place
 from simtrain.step.instructions import ChunkCosts
 from simtrain.step.layout import Lane
@@ -78,12 +79,16 @@ class LayerRow:
         host_s: The same of the host.
         copies_s: What the last micro-batch takes more where gradients are copied into buckets: a block, what stands before and behind.
         crossing_bytes: What a stage sends to the next.
+        order: Passes of a micro-batch.
+        passes_s: Device time of each of them under full sharding: forward, backward that adds to gradients, backward that makes them.
     """
 
     device_s: FloatArray
     host_s: FloatArray
     copies_s: FloatArray
     crossing_bytes: float
+    order: Passes
+    passes_s: FloatArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +156,12 @@ class Probe:
         block = self.concrete[pattern.kind]
         size = setting.precision.dtype(block.layer.cut_role).size_bytes
         crossing = block.layer.cut(setting.strategy.micro_batch, self.local.sequence) * size
-        return LayerRow(found[0], found[1], copies, float(crossing))
+        sharded = replace(priced, shards=setting.runtime.copies_shards)
+        forward = sharded.listed(Action.FORWARD, adding=False, last=False)
+        adds, makes = (sharded.listed(Action.BACKWARD, adding=adding, last=False) for adding in (True, False))
+        flags = (tuple(chunk.is_block(step.which.layer) for step in steps) for steps in (forward, adds))
+        every = np.array([step.cost.device_s for steps in (forward, adds, makes) for step in steps])
+        return LayerRow(found[0], found[1], copies, float(crossing), Passes(*flags), every)
 
     def moments(self) -> list[Moments]:
         """Memory of instructions over a few blocks, for every role and pass (`PASSES`), roles first."""

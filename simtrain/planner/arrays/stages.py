@@ -39,6 +39,9 @@ from simtrain.step.synchronise import chunk_buckets, tie_cost, updates_cost
 ENVELOPE = 6
 """Buckets that are kept of an upper envelope."""
 
+ROUND_OFF = 1e-9
+"""Relative difference of slopes below which they are equal: buckets of equal blocks lie on one line."""
+
 SEND_SIZES = (2.0**20, 2.0**24)
 """Messages whose times give latency and rate between stages."""
 
@@ -336,7 +339,7 @@ def _envelope(points: list[tuple[float, float]], takes: list[float], copies: lis
         if kept and row[1:] == kept[-1][1:]:
             continue
         # upper envelope: slopes fall with the blocks that follow
-        while len(kept) > 1 and _slope(kept[-2], kept[-1]) <= _slope(kept[-2], row):
+        while len(kept) > 1 and _slope(kept[-2], kept[-1]) <= _slope(kept[-2], row) * (1 + ROUND_OFF):
             kept.pop()
         kept.append(row)
     if len(kept) > ENVELOPE:

@@ -11,14 +11,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
 from simtrain.core.errors import UnknownNameError, UnsupportedError
+from simtrain.core.runtime import Runtime
+from simtrain.core.runtime import runtime as find_runtime
 from simtrain.core.strategy import Strategy
-from simtrain.planner.launchers.form import Written
+from simtrain.planner.launchers.form import Job, Written
 
-LAUNCHERS = ("megatron", "torchtitan", "deepspeed", "fsdp2", "torchrun")
+CARRIED: dict[str, tuple[str, ...]] = {
+    "megatron": ("megatron", "megatron-local", "megatron-2021"),
+    "torchtitan": ("fsdp2",),
+    "deepspeed": ("deepspeed",),
+    "fsdp2": ("fsdp2",),
+    "torchrun": ("torch-eager", "torch-eager-cpu"),
+}
+"""Runtimes whose behaviour each launcher's program has; the first is what it is planned with unless another is named."""
+
+LAUNCHERS = tuple(CARRIED)
 
 
 def check_launcher(name: str, option: str = "launcher") -> None:
@@ -31,13 +43,23 @@ def check_launcher(name: str, option: str = "launcher") -> None:
         raise UnknownNameError(option, name, LAUNCHERS)
 
 
-def emit(launcher: str, strategy: Strategy, *, per_node: int = 8) -> Written:
+def launchers_of(runtime: str) -> tuple[str, ...]:
+    """The launchers whose programs behave like a runtime."""
+    return tuple(name for name, runtimes in CARRIED.items() if runtime in runtimes)
+
+
+def runtimes_of(launcher: str, usual: Sequence[Runtime]) -> list[Runtime]:
+    """What a plan for a launcher is made with: those of the usual runtimes that it carries out, or else its own first."""
+    return [r for r in usual if r.name in CARRIED[launcher]] or [find_runtime(CARRIED[launcher][0])]
+
+
+def emit(launcher: str, strategy: Strategy, job: Job | None = None) -> Written:
     """Writes a strategy for a launcher.
 
     Args:
         launcher: One of `LAUNCHERS`.
         strategy: What to carry out.
-        per_node: Devices of a node, where the launcher must know.
+        job: Nodes, model and runtime, where the launcher must know.
 
     Raises:
         UnknownNameError: No such launcher.
@@ -48,7 +70,7 @@ def emit(launcher: str, strategy: Strategy, *, per_node: int = 8) -> Written:
         raise UnsupportedError(
             "launchers know equal replicas only; a strategy with an explicit plan of replicas cannot be written for them"
         )
-    written: Written = module.write(strategy, per_node)
+    written: Written = module.write(strategy, job or Job())
     back: Strategy = module.read(written.text, strategy.ranks)
     unsaid = dict(written.unsaid)
     for name in Strategy.__dataclass_fields__:
@@ -76,3 +98,6 @@ def read(launcher: str, text: str, *, ranks: int | None = None) -> Strategy:
 def _module(launcher: str) -> ModuleType:
     check_launcher(launcher)
     return import_module(f"simtrain.planner.launchers.{launcher}")
+
+
+__all__ = ["CARRIED", "LAUNCHERS", "Job", "Written", "check_launcher", "emit", "launchers_of", "read", "runtimes_of"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from simtrain.core.errors import InputError
 from simtrain.core.strategy import Strategy
-from simtrain.planner.launchers.form import Written, beyond, whole
+from simtrain.planner.launchers.form import Job, Written, beyond, whole
 
 NAME = "DeepSpeed"
 ELSEWHERE = ("tensor", "sequence_parallel", "pipeline", "schedule", "chunks", "context", "context_style", "expert", "checkpoint", "shard")
@@ -24,9 +24,9 @@ PLACES = {"host": "cpu", "nvme": "nvme"}
 PRECISIONS = {"bf16-master": "bf16", "fp16-master": "fp16", "fp32": ""}
 
 
-def write(strategy: Strategy, per_node: int) -> Written:
+def write(strategy: Strategy, job: Job) -> Written:
     """Writes the configuration."""
-    del per_node
+    del job
     s = strategy
     unsaid = beyond(s, ELSEWHERE, "DeepSpeed's file")
     config: dict[str, Any] = {

@@ -8,7 +8,23 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from simtrain.core.errors import InputError
+from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a launcher must know beside the strategy.
+
+    Attributes:
+        per_node: Devices of a node.
+        blocks: Blocks of the model that a pipeline cuts; 0 if that is not known, and then they are taken to divide evenly.
+        runtime: What the strategy was planned with, where its behaviour is a choice of the launcher; `None` for the launcher's own.
+    """
+
+    per_node: int = 8
+    blocks: int = 0
+    runtime: Runtime | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from simtrain.core.errors import InputError
 from simtrain.core.strategy import Strategy
-from simtrain.planner.launchers.form import Written, beyond, whole
+from simtrain.planner.launchers.form import Job, Written, beyond, whole
 
 NAME = "fsdp2"
 ELSEWHERE = ("tensor", "sequence_parallel", "pipeline", "schedule", "chunks", "context", "context_style", "expert")
@@ -41,9 +41,9 @@ def optimizer(model, **options):
 '''
 
 
-def write(strategy: Strategy, per_node: int) -> Written:
+def write(strategy: Strategy, job: Job) -> Written:
     """Writes a module with the numbers as constants."""
-    del per_node
+    del job
     s = strategy
     unsaid = beyond(s, ELSEWHERE, "this module")
     if s.zero not in (2, 3):

@@ -12,21 +12,21 @@ from dataclasses import fields
 
 from simtrain.core.errors import InputError
 from simtrain.core.strategy import Strategy
-from simtrain.planner.launchers.form import Written, beyond
+from simtrain.planner.launchers.form import Job, Written, beyond
 
 NAME = "torchrun"
 
 
-def write(strategy: Strategy, per_node: int) -> Written:
+def write(strategy: Strategy, job: Job) -> Written:
     """Writes the command; the program is `train.py`.
 
     Raises:
         InputError: The ranks do not fill nodes.
     """
     ranks = strategy.ranks
-    on_node = min(per_node, ranks)
+    on_node = min(job.per_node, ranks)
     if ranks % on_node:
-        raise InputError(f"{NAME}: {ranks} ranks do not fill nodes of {per_node} devices")
+        raise InputError(f"{NAME}: {ranks} ranks do not fill nodes of {job.per_node} devices")
     nodes = ranks // on_node
     meeting = " --rdzv-backend=c10d --rdzv-endpoint=$HEAD_NODE:29500" if nodes > 1 else " --standalone"
     unsaid = beyond(strategy, tuple(f.name for f in fields(Strategy) if f.name not in ("data", "plan")), NAME)

@@ -13,16 +13,16 @@ from typing import Any
 
 from simtrain.core.errors import InputError
 from simtrain.core.strategy import Strategy
-from simtrain.planner.launchers.form import Written, accumulation_of, beyond, ranks_of, replicas, whole
+from simtrain.planner.launchers.form import Job, Written, accumulation_of, beyond, ranks_of, replicas, whole
 
 NAME = "torchtitan"
 SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "Interleaved1F1B"}
 PRECISIONS = {"bf16-amp": "bfloat16", "fp32": "float32"}
 
 
-def write(strategy: Strategy, per_node: int) -> Written:
+def write(strategy: Strategy, job: Job) -> Written:
     """Writes the sections that a strategy decides."""
-    del per_node
+    del job
     s = strategy
     unsaid = beyond(s, ("expert",), NAME) if s.expert == 1 else {}
     sharded = s.zero >= 2

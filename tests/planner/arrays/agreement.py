@@ -34,17 +34,19 @@ class Gap:
     time: float
     memory: float
     kinds: float
+    within: float
 
 
 def gaps(question: Question, count: int, seed: int, longest: int) -> list[Gap]:
-    """Draws strategies that the arrays are sure of, with steps of at most so many instructions, and reads them both ways."""
+    """Draws strategies that the arrays know, with steps of at most so many instructions, and reads them both ways."""
     workload, cluster = st.workload(question.workload, **dict(question.sizes)), st.cluster(question.cluster)
     wishes = Wishes(question.precisions, None, None, "adamw", cluster.size, {})
     space = blocks(workload, cluster, question.global_batch, [runtime(n) for n in question.runtimes], wishes)[0]
     tables = Tables(workload, cluster)
     chooser = np.random.default_rng(seed)
     few = [space[i] for i in chooser.permutation(len(space))[: max(count // 4, 4)].tolist()]
-    known = [(block, found, i) for block in few for found in [estimate_block(tables, block)] for i in np.flatnonzero(found.sure).tolist()]
+    estimated = [(block, estimate_block(tables, block)) for block in few]
+    known = [(block, found, i) for block, found in estimated for i in np.flatnonzero(found.covered).tolist()]
     result: list[Gap] = []
     for j in chooser.permutation(len(known)).tolist():
         block, found, i = known[j]
@@ -62,6 +64,7 @@ def gaps(question: Question, count: int, seed: int, longest: int) -> list[Gap]:
                 float(found.step_time_s[i] / exact.step_time_s - 1),
                 float(found.device_bytes[i] / exact.memory.device_bytes - 1),
                 float(found.kinds_bytes[i].sum() / exact.memory.allocated_bytes - 1),
+                float(found.within[i]),
             )
         )
         if len(result) == count:
@@ -69,18 +72,21 @@ def gaps(question: Question, count: int, seed: int, longest: int) -> list[Gap]:
     return result
 
 
+def worst(found: Sequence[Gap]) -> dict[float, float]:
+    """The largest difference of step times for each promise of `Estimates.within`."""
+    return {within: max(abs(g.time) for g in found if g.within == within) for within in sorted({g.within for g in found})}
+
+
 def summary(found: Sequence[Gap]) -> str:
     """The worst of them, for people."""
     lines = []
-    for even in (True, False):
-        own = [g for g in found if g.even is even]
-        if own:
-            worst = max(own, key=lambda g: abs(g.time))
-            median = np.median([abs(g.time) for g in own])
-            name = "even" if even else "uneven"
-            lines.append(
-                f"{name}: {len(own)} strategies, time median {median:.3%}, worst {worst.time:+.2%} ({worst.runtime} {worst.strategy})"
-            )
+    for within in sorted({g.within for g in found}):
+        own = sorted((g for g in found if g.within == within), key=lambda g: -abs(g.time))
+        median = np.median([abs(g.time) for g in own])
+        lines.append(
+            f"within {within:.0%}: {len(own)} strategies, {sum(g.even for g in own)} of them even, time median {median:.3%}, worst:"
+        )
+        lines += [f"  {g.time:+.2%} {g.runtime} {g.strategy}" for g in own[:3]]
     least, most = min(found, key=lambda g: g.memory), max(found, key=lambda g: g.memory)
     lines.append(f"memory: lowest {least.memory:+.3%} ({least.strategy}), highest {most.memory:+.3%} ({most.strategy})")
     return "\n".join(lines)

@@ -5,21 +5,44 @@ import pytest
 
 import simtrain as st
 from simtrain.core.runtime import runtime
-from simtrain.planner.arrays.compose import estimate_block
+from simtrain.core.strategy import Strategy
+from simtrain.planner.arrays.compose import CLOSE, estimate_block
 from simtrain.planner.arrays.tables import Tables
 from simtrain.planner.space import Wishes, blocks
-from tests.planner.arrays.agreement import QUESTIONS, gaps, summary
+from tests.planner.arrays.agreement import QUESTIONS, gaps, summary, worst
 
 
 def test_random_strategies_agree_with_schedule_and_the_ledger():
     found = [gap for seed, question in enumerate(QUESTIONS) for gap in gaps(question, 38, seed, longest=400)]
     print(summary(found))
     assert len(found) > 140
-    even = np.array([abs(g.time) for g in found if g.even])
-    assert np.mean(even > 0.01) < 0.02, summary(found)
-    assert max(abs(g.time) for g in found) < 0.05, summary(found)
+    assert all(gap <= within for within, gap in worst(found).items()), summary(found)
+    assert np.mean([g.within == CLOSE for g in found if g.even]) > 0.5, "few are said to be rough"
     assert min(min(g.memory, g.kinds) for g in found) > -0.01, summary(found)
     assert max(g.memory for g in found) < 0.01, summary(found)
+
+
+@pytest.mark.parametrize(
+    ("runtime_name", "text"),
+    [
+        ("fsdp2", "data=8,accumulation=4,precision=bf16-amp,zero=3"),
+        ("fsdp2", "data=8,accumulation=2,micro_batch=2,precision=bf16-amp,zero=3,checkpoint=full"),
+        ("fsdp2", "data=8,micro_batch=4,precision=fp16-amp,zero=3"),
+        ("megatron", "data=8,micro_batch=4,precision=fp16-amp"),
+    ],
+)
+def test_one_stage_is_walked_as_estimate_walks_it(runtime_name, text):
+    """Gathers and scatters over PCIe take longer than passes hide; of buckets of equal blocks the last before the embedding decides."""
+    question = QUESTIONS[2]
+    workload, cluster = st.workload(question.workload, **dict(question.sizes)), st.cluster(question.cluster)
+    strategy = Strategy.parse(text)
+    wishes = Wishes(
+        (strategy.precision,), (strategy.checkpoint,), (strategy.zero,), "adamw", 8, {"micro_batch": strategy.micro_batch, "data": 8}
+    )
+    (block,) = blocks(workload, cluster, strategy.global_batch, [runtime(runtime_name)], wishes)[0]
+    found = estimate_block(Tables(workload, cluster), block)
+    exact = st.schedule(workload, cluster, strategy, runtime=runtime_name).step_time_s
+    assert found.step_time_s[0] == pytest.approx(exact, rel=CLOSE)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import simtrain as st
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.planner.arrays.compose import estimate_block
 from simtrain.planner.arrays.tables import Tables
 from simtrain.planner.space import Block, Wishes, blocks, merged

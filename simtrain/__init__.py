@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from simtrain.core.catalog import cluster, device, link, workload
     from simtrain.core.hardware import Cluster, Device
     from simtrain.core.result import Result
-    from simtrain.core.runtime import Runtime, runtime
+    from simtrain.core.runtime import Runtime
+    from simtrain.core.runtimes import runtime
     from simtrain.core.strategy import Strategy
     from simtrain.core.workload import Workload
     from simtrain.planner.allocation.allocate import Allocator, allocate

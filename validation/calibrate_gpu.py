@@ -19,7 +19,7 @@ from simtrain.core import catalog
 from simtrain.core.errors import InputError
 from simtrain.core.hardware import Device
 from simtrain.core.precision import DType, precision
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from validation.calibrate import OPTIMIZER, arithmetic, null_rate
 from validation.features import GPU_RUNTIME, workload_of
 from validation.machine_profile import MachineProfile

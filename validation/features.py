@@ -10,7 +10,7 @@ from simtrain.core.hardware import Device
 from simtrain.core.kernels import KernelBatch
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import precision
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.workload import Workload
 from simtrain.step.kernels import layer_kernels, optimizer_kernels
 from simtrain.step.occupancy import Mode

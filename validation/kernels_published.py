@@ -20,7 +20,7 @@ from simtrain.core.hardware import Device
 from simtrain.core.kernels import KernelBatch
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import DType, precision
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.workload import OperatorKind, Window, Workload
 from simtrain.cost.roofline import roofline_s
 from simtrain.step.kernels import layer_kernels

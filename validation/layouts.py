@@ -17,7 +17,8 @@ from simtrain.core import catalog
 from simtrain.core.errors import CatalogError, UnknownNameError
 from simtrain.core.hardware import Cluster, Device
 from simtrain.core.precision import PRECISIONS, DType
-from simtrain.core.runtime import Runtime, runtime
+from simtrain.core.runtime import Runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.workload import Workload
 from validation.layout_rows import LayoutRow, Machine
 

@@ -21,7 +21,7 @@ from hardware_models.gpu_products import bandwidth_bytes_per_s
 from simtrain.core import catalog
 from simtrain.core.hardware import Cluster, Device, Node
 from simtrain.core.polynomial import FloatArray
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.planner.allocation.events import Pipelines, finish_s
 from simtrain.step.predict import estimate

@@ -13,7 +13,7 @@ from hardware_models.operator_table import COLUMNS, coordinates
 from simtrain.core.kernels import KernelBatch
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import precision
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import OperatorKind, Workload
 from simtrain.step.kernels import layer_kernels, optimizer_kernels

@@ -15,7 +15,7 @@ import numpy as np
 
 from simtrain.core import catalog
 from simtrain.core.precision import precision
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.step.predict import schedule

@@ -20,7 +20,7 @@ from simtrain.core import catalog
 from simtrain.core.hardware import Cluster, Device, Node
 from simtrain.core.network import SWITCH, Network
 from simtrain.core.precision import DType
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.step.predict import schedule
 from validation.errors import ErrorSummary, skill, summarise

@@ -11,7 +11,7 @@ from typing import Any
 from simtrain.cli.options import JsonOption
 from simtrain.cli.output import write_json, write_table
 from simtrain.core import catalog
-from simtrain.core.runtime import RUNTIMES
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.core.units import format_bytes
 
 PACKAGES = ("simtrain", "numpy", "scipy", "simpy", "pydantic", "typer", "rich", "matplotlib", "torch", "pandas")

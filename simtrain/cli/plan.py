@@ -138,7 +138,7 @@ def _print(found: Plan, top: int | None, *, json: bool) -> None:
 
 def _emit(found: Plan, launcher: str, job: Job) -> None:
     """Writes the best strategy in a launcher's own form on standard output, what that cannot say on standard error."""
-    from simtrain.core.runtime import runtime
+    from simtrain.core.runtimes import runtime
     from simtrain.planner.launchers import CARRIED, emit
 
     if found.best is None:

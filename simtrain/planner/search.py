@@ -15,7 +15,7 @@ from simtrain.core import catalog
 from simtrain.core.errors import InputError
 from simtrain.core.hardware import Cluster
 from simtrain.core.runtime import Runtime
-from simtrain.core.runtime import runtime as find_runtime
+from simtrain.core.runtimes import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.planner.evidence import nearest

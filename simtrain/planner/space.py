@@ -14,7 +14,7 @@ from simtrain.core.hardware import Cluster
 from simtrain.core.precision import PRECISIONS
 from simtrain.core.program import IntArray
 from simtrain.core.runtime import Runtime
-from simtrain.core.runtime import runtime as find_runtime
+from simtrain.core.runtimes import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import OperatorKind, Workload
 from simtrain.step.setting import resolve

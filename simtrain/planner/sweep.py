@@ -21,7 +21,7 @@ from simtrain.core import catalog
 from simtrain.core.errors import InputError, SimtrainError, StrategyError, UnknownNameError, UnsupportedError
 from simtrain.core.hardware import Cluster
 from simtrain.core.runtime import Runtime
-from simtrain.core.runtime import runtime as find_runtime
+from simtrain.core.runtimes import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.planner.cache import Cache, default_folder, key_of

@@ -10,7 +10,7 @@ from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster, Device
 from simtrain.core.precision import Precision, precision
 from simtrain.core.runtime import Runtime
-from simtrain.core.runtime import runtime as find_runtime
+from simtrain.core.runtimes import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.step.buckets import gradient_bytes

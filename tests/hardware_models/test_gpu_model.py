@@ -15,7 +15,7 @@ from simtrain.core.catalog import device
 from simtrain.core.errors import CatalogError, UnsupportedError
 from simtrain.core.hardware import ValueKind
 from simtrain.core.precision import DType
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.workload import OperatorKind
 from simtrain.cost.roofline import triangle_share
 from tests.hardware_models.kernel_builder import build

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from simtrain.core.errors import InputError, UnknownNameError
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.planner.launchers import CARRIED, LAUNCHERS, Job, emit, launchers_of, read
 

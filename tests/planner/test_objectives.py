@@ -7,7 +7,7 @@ import pytest
 
 import simtrain as st
 from simtrain.core.errors import InputError, UnknownNameError
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.planner.objectives import OBJECTIVES, Judge, Limits, Weights
 from simtrain.planner.robust import ModelError, Outlook, expected_largest, order, outlooks, settled

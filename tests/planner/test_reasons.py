@@ -4,7 +4,7 @@ import pytest
 
 import simtrain as st
 from simtrain.core.errors import StrategyError
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.planner.fitting import smallest_changes
 from simtrain.planner.objectives import check_degrees

@@ -6,7 +6,7 @@ import pytest
 
 import simtrain as st
 from simtrain.core.errors import InputError, StrategyError, UnknownNameError
-from simtrain.core.runtime import runtime as find_runtime
+from simtrain.core.runtimes import runtime as find_runtime
 from simtrain.planner import rounds
 from simtrain.planner.objectives import Judge, Weights
 from simtrain.planner.screen import REFUSALS, Screen, shortened

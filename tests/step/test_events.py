@@ -7,7 +7,7 @@ from hypothesis import strategies as some
 
 import simtrain as st
 from simtrain.core.program import TermKind
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.step.contention import rivals
 from simtrain.step.events import run_program
 from simtrain.step.lower import lower

@@ -8,7 +8,7 @@ import simtrain as st
 from simtrain.core.errors import SimtrainError, StrategyError, UnknownNameError, UnsupportedError
 from simtrain.core.program import TermKind
 from simtrain.core.result import MemoryKind
-from simtrain.core.runtime import RUNTIMES
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.cost.compression import cast, low_communication, one_bit, power_sgd, quantized_bytes, top_k
 from simtrain.step.exchange import Quantized
 from simtrain.step.lower import lower

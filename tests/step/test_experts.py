@@ -6,7 +6,7 @@ import simtrain as st
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.precision import DTypeRole
 from simtrain.core.result import MemoryKind
-from simtrain.core.runtime import RUNTIMES
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.core.workload import Collective, Form, OperatorKind, Tensor, Workload
 from simtrain.step.occupancy import COLUMN
 from simtrain.step.states import persistent

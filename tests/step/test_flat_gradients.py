@@ -4,7 +4,7 @@ import pytest
 
 import simtrain as st
 from simtrain.core.precision import precision
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.step.kernels import FLAT_GRADIENT_BYTES, optimizer_kernels
 
 DEEPSPEED = runtime("deepspeed")

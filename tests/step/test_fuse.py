@@ -7,7 +7,7 @@ import pytest
 import simtrain as st
 from simtrain.core.errors import InputError
 from simtrain.core.precision import precision
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.workload import Form, OperatorKind
 from simtrain.step.fuse import fused_operators
 from simtrain.step.kernels import operator_kernels

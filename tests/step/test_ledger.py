@@ -9,7 +9,7 @@ import simtrain as st
 from simtrain.core.errors import StrategyError
 from simtrain.core.precision import precision
 from simtrain.core.result import MemoryKind
-from simtrain.core.runtime import RUNTIMES
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.step.layout import lay_out
 from simtrain.step.occupancy import COLUMN
 from simtrain.step.remat import segments

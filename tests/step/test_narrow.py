@@ -9,7 +9,7 @@ from simtrain.core import catalog
 from simtrain.core.errors import UnsupportedError
 from simtrain.core.precision import DType, precision
 from simtrain.core.result import MemoryKind
-from simtrain.core.runtime import RUNTIMES
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Collective, OperatorKind
 from simtrain.step.kernels import payload_bytes, tensor_bytes

@@ -11,7 +11,7 @@ import simtrain as st
 from simtrain.core.errors import InputError, UnsupportedError
 from simtrain.core.polynomial import ONE
 from simtrain.core.precision import precision
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.workload import Collective, Dim, Form, Operator, OperatorKind, Role, Tensor
 from simtrain.planner.arrays.compose import estimate_block
 from simtrain.planner.arrays.tables import Tables

@@ -7,7 +7,7 @@ from hypothesis import strategies as some
 import simtrain as st
 from simtrain.core.errors import StrategyError
 from simtrain.core.program import TermKind
-from simtrain.core.runtime import RUNTIMES
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.core.workload import Collective, Form, OperatorKind, Workload
 from simtrain.step.layout import crossing_bytes, lay_out
 from simtrain.step.longest_path import steady_state

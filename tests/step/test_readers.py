@@ -8,7 +8,7 @@ from hypothesis import strategies as some
 
 import simtrain as st
 from simtrain.core.errors import InputError, StrategyError, UnknownNameError, UnsupportedError
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 
 SMALL = {"layers": 4, "hidden": 256, "heads": 4, "vocabulary": 2048, "seq_len": 256}
 BOX = "4x rtx-3090"

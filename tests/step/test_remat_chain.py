@@ -5,7 +5,7 @@ import pytest
 
 import simtrain as st
 from simtrain.core.precision import precision
-from simtrain.core.runtime import RUNTIMES
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.step import ledger, passes
 from simtrain.step.occupancy import BLOCK_BYTES
 from simtrain.step.remat import Segment

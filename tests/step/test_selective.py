@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import simtrain as st
 from simtrain.core.precision import precision
-from simtrain.core.runtime import RUNTIMES
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.planner.launchers import emit, read
 from simtrain.step.kernels import operator_kernels, shard_copy_kernels
 from simtrain.step.selective import AGAIN, kept_operators

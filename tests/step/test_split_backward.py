@@ -7,7 +7,7 @@ import pytest
 import simtrain as st
 from simtrain.core.polynomial import B
 from simtrain.core.precision import precision
-from simtrain.core.runtime import RUNTIMES
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.core.workload import Layer, Operator, OperatorKind, Parameter, Tensor
 from simtrain.step.kernels import operator_kernels
 from simtrain.step.specialize import concrete_layers, specialize

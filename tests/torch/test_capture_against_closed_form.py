@@ -69,7 +69,7 @@ def test_memory_and_time(captured, case: str, precision: str) -> None:
 
 def test_saved_tensors_and_kernels_are_those_of_the_closed_form(captured) -> None:
     from simtrain.core.precision import precision
-    from simtrain.core.runtime import runtime
+    from simtrain.core.runtimes import runtime
     from simtrain.step.kernels import layer_kernels
 
     ours, closed = captured["gpt"]

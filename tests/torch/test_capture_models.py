@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import simtrain as st
 from simtrain.core.errors import StrategyError
 from simtrain.core.result import MemoryKind
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.workload import OperatorKind
 from simtrain.step.occupancy import COLUMN
 from tests.step.books import ledger_of

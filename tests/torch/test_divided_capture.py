@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import simtrain as st
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.precision import precision
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.workload import Form, Workload
 from simtrain.step.specialize import concrete_layers
 from simtrain.torch import record_rank

@@ -10,7 +10,7 @@ from torch import nn
 import simtrain as st
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.precision import precision
-from simtrain.core.runtime import RUNTIMES
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.step.mixed import split_formats
 from simtrain.step.rounding import Exponents, layer_variance
 from simtrain.step.specialize import concrete_layers

@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import simtrain as st
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.workload import Form
 from simtrain.torch import Phase, record_rank
 from simtrain.torch.gpu_forms import gpu_forms

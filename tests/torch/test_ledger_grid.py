@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor, nn
 from torch.distributed.tensor.parallel import loss_parallel
 
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.torch import record_rank

@@ -4,7 +4,7 @@ import pytest
 from torch.distributed.tensor.parallel import loss_parallel
 
 import simtrain as st
-from simtrain.core.runtime import RUNTIMES
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.step.ledger import ledger
 from simtrain.torch import RankRecording, record_rank
 from simtrain.torch.wraps import fully_sharded, replicated

@@ -3,7 +3,7 @@
 import pytest
 
 from simtrain.core import catalog
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.step.workspace import ONEDNN_PRODUCT_BYTES
 from tests.step.books import ledger_of

@@ -17,7 +17,7 @@ from simtrain.cli.main import main
 from simtrain.core import catalog
 from simtrain.core.errors import CatalogError, InputError, UnsupportedError
 from simtrain.core.precision import DType, precision
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from validation import compare, machine_profile, probe
 from validation.backend import CudaBackend, backend
 from validation.calibrate_gpu import data_sheet_of, describe, launches, profile_from_gpu, step_operators

@@ -8,7 +8,7 @@ import pytest
 from simtrain.core import catalog
 from simtrain.core.errors import InputError
 from simtrain.core.polynomial import FloatArray
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from validation.fit_published import Constant, Values, Variant, compare_variants, fit_constants, hold_out, with_constants
 
 WORK = np.array([1.0, 2.0, 4.0, 8.0, 1.0, 2.0, 4.0, 8.0, 16.0])

@@ -3,7 +3,7 @@
 import pytest
 
 from simtrain.core import catalog
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.step.predict import estimate, schedule
 from validation import tpu_slices

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from tests.step.books import ledger_of
 from tests.workloads.image_models import image_model

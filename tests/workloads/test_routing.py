@@ -9,7 +9,7 @@ from hypothesis import strategies as some
 
 import simtrain as st
 from simtrain.core.errors import InputError, UnsupportedError
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.workload import Collective, Form, OperatorKind, Workload
 from workloads.transformer.routing import dropped_share, expert_shares, fullest_over_mean
 

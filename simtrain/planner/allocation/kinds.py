@@ -9,7 +9,7 @@ from simtrain.core.errors import UnsupportedError
 from simtrain.core.hardware import Cluster, Device
 from simtrain.core.precision import DType, precision
 from simtrain.core.runtime import Runtime
-from simtrain.core.runtime import runtime as find_runtime
+from simtrain.core.runtimes import runtime as find_runtime
 from simtrain.step.narrow_check import check_format
 
 SIXTEEN_BIT = (("bf16-amp", DType.BF16), ("fp16-amp", DType.FP16))

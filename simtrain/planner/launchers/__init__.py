@@ -17,7 +17,7 @@ from types import ModuleType
 
 from simtrain.core.errors import UnknownNameError, UnsupportedError
 from simtrain.core.runtime import Runtime
-from simtrain.core.runtime import runtime as find_runtime
+from simtrain.core.runtimes import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.planner.launchers.form import Job, Written
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from simtrain.core.errors import InputError
 from simtrain.core.runtime import Runtime
-from simtrain.core.runtime import runtime as find_runtime
+from simtrain.core.runtimes import runtime as find_runtime
 from simtrain.core.strategy import Strategy
 from simtrain.planner.launchers.form import Job, Written, accumulation_of, ranks_of, replicas, whole
 from simtrain.step.shard import even_counts

@@ -11,7 +11,7 @@ from simtrain.core import catalog
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster
 from simtrain.core.network import Network
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.planner.allocation.kinds import carrier, kinds_of
 from simtrain.planner.allocation.place import PlacedShare, place_shares
 from simtrain.planner.allocation.prices import Share, StageUse, Template, Unit

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import simtrain as st
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.planner.arrays.compose import estimate_block
 from simtrain.planner.arrays.tables import Tables
 from simtrain.planner.space import Wishes, blocks, blocks_of

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import simtrain as st
-from simtrain.core.runtime import runtime
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.planner.arrays.compose import CLOSE, estimate_block
 from simtrain.planner.arrays.tables import Tables

@@ -1,0 +1,267 @@
+"""Presets of runtimes, each with what its constants rest on."""
+
+from __future__ import annotations
+
+from simtrain.core.errors import UnknownNameError
+from simtrain.core.runtime import Runtime
+
+MIB = 2**20
+
+COMMUNICATOR_BYTES = 24 * 4 * 5 * MIB
+COMMUNICATOR_SOURCE = (
+    "assumption: a communicator of NCCL holds 480 MiB: 24 channels with 4 connections each (ring, and a tree's parent and children), 5 MiB "
+    "of buffers each. Read: 4 MiB for the simple protocol (NCCL, src/init.cc, DEFAULT_BUFFSIZE); the counts and the fifth MiB "
+    "are recalled (not looked up), and set with the errors of BLOOM's memory in sight"
+)
+
+COMMUNICATION_SHARE_SOURCE = (
+    "communication occupies 15 % of the multiprocessors: 20 of 132 on an H800 (DeepSeek-V3 technical report, section 3.2.1); "
+    + "taken for all GPUs (assumption)"
+)
+
+BLACKWELL_ATTENTION = 3.6
+BLACKWELL_ATTENTION_SOURCE = (
+    "attention on Blackwell: cuDNN takes 1/3.6 of FlashAttention-2's time on a GB200, median of forward and backward at 2,048 to 16,384 "
+    "tokens (2.4 to 3.9; NVIDIA/cudnn-frontend, benchmark/sdpa_benchmark_training/artifacts, bf16, causal, 128 heads of 128)"
+)
+
+RUNTIMES: dict[str, Runtime] = {
+    r.name: r
+    for r in (
+        Runtime(
+            name="torch-eager",
+            launch_s=6e-6,
+            run_ahead_launches=1000,
+            fused_attention=True,
+            optimizer_style="foreach",
+            communication_share=0.15,
+            context_bytes=450 * MIB,
+            reserved_factor=1.05,
+            blas_handles=2,
+            sources=(
+                "PyTorch 2.13 documentation: DistributedDataParallel (bucket sizes), optim (foreach default on CUDA), CUDA semantics",
+                "recomputation: 60 us of host time per saved tensor, measured on one server core with PyTorch 2.13 on the CPU",
+                COMMUNICATION_SHARE_SOURCE,
+                "assumption: 6 us of host time per launched kernel in eager PyTorch, 450 MiB of driver context, reserved 1.05 x allocated",
+            ),
+        ),
+        Runtime(
+            name="fsdp2",
+            launch_s=6e-6,
+            run_ahead_launches=1000,
+            fused_attention=True,
+            optimizer_style="foreach",
+            scatter_gradients=True,
+            copies_shards=True,
+            global_norm=True,
+            communication_share=0.15,
+            context_bytes=450 * MIB,
+            reserved_factor=1.05,
+            blas_handles=2,
+            sources=(
+                "PyTorch 2.13, torch/distributed/fsdp/_fully_shard: one layer prefetched, gradients scattered after every backward pass",
+                "copies out of and into the buffers of collectives on the stream that computes: its _fsdp_collectives.py "
+                "(foreach_all_gather_copy_out, foreach_reduce)",
+                COMMUNICATION_SHARE_SOURCE,
+                "assumption: 6 us of host time per launched kernel in eager PyTorch, 450 MiB of driver context, reserved 1.05 x allocated",
+            ),
+        ),
+        Runtime(
+            name="megatron",
+            launch_s=6e-6,
+            run_ahead_launches=1000,
+            fused_attention=True,
+            optimizer_style="fused",
+            fused_elementwise=True,
+            recompute_stops_early=False,
+            first_bucket_bytes=160_000_000,
+            bucket_bytes=160_000_000,
+            gradient_as_bucket_view=True,
+            loss="in-place",
+            regather=True,
+            overlap_tensor=True,
+            hidden_share=0.15,
+            joined_products=True,
+            vocabulary_multiple=128,
+            blackwell_attention=BLACKWELL_ATTENTION,
+            expert_weights="fused",
+            main_gradients=True,
+            scatter_gradients=True,
+            global_norm=True,
+            communication_share=0.15,
+            context_bytes=450 * MIB,
+            reserved_factor=1.05,
+            workspace_bytes=68 * MIB,
+            hopper_workspace_bytes=96 * MIB,
+            fused_softmax=True,
+            fused_gate=True,
+            copies_attention=True,
+            mask_input=True,
+            boundary_tensors=2,
+            interleaved_boundary_tensors=3,
+            communicator_bytes=COMMUNICATOR_BYTES,
+            sources=(
+                "fused elementwise kernels and reentrant checkpoints: Megatron-LM, core/fusions, core/tensor_parallel/random.py (recalled)",
+                "Megatron-LM, core/distributed (fp32 gradient buffer, buckets of 40 million elements), core/tensor_parallel (vocabulary "
+                "padded to 128 rows per rank, in-place cross-entropy, gradients reduced beside the weight's product)",
+                "one product for queries, keys and values, and one for gate and up: linear_qkv and linear_fc1 (core/transformer)",
+                COMMUNICATION_SHARE_SOURCE + "; inside layers too",
+                "library workspaces: cuBLAS 2 x 32 MiB as CUBLAS_WORKSPACE_CONFIG=:4096:8 asks for, Transformer Engine 4 MiB, 32 MiB since "
+                "Hopper (its get_cublas_workspace_size_bytes)",
+                BLACKWELL_ATTENTION_SOURCE,
+                "2 boundary tensors, 3 when interleaved, and a second copy of FlashAttention-2's output: integers that fit the peaks of "
+                "Megatron-LM's functional tests, from which they were chosen",
+                COMMUNICATOR_SOURCE,
+                "assumption: 6 us of host time per launched kernel, 450 MiB of driver context, reserved 1.05 x allocated",
+            ),
+        ),
+        Runtime(
+            name="deepspeed",
+            launch_s=60e-6,
+            run_ahead_launches=1000,
+            fused_attention=False,
+            optimizer_style="fused",
+            flat_gradients=True,
+            fused_elementwise=True,
+            recompute_stops_early=False,
+            first_bucket_bytes=500_000_000,
+            bucket_bytes=500_000_000,
+            gradient_as_bucket_view=True,
+            overlap_communication=False,
+            loss="in-place",
+            vocabulary_multiple=128,
+            scatter_gradients=True,
+            reduce_every=True,
+            blocking_sends=True,
+            global_norm=True,
+            communication_share=0.15,
+            context_bytes=450 * MIB,
+            reserved_factor=1.05,
+            blas_handles=2,
+            communicator_bytes=COMMUNICATOR_BYTES,
+            sources=(
+                "fused elementwise kernels and reentrant checkpoints: as Megatron-LM (recalled)",
+                "Megatron-DeepSpeed with DeepSpeed's ZeRO: buckets of 500 million bytes reduced after backward, unfused attention "
+                "(configurations of the BLOOM and vTrain runs)",
+                "sends that the stage waits for: DeepSpeed, runtime/pipe/p2p.py at 077e674",
+                "passes over fp16 gradients around the update: DeepSpeed, runtime/fp16/fused_optimizer.py at 023f361",
+                COMMUNICATION_SHARE_SOURCE,
+                COMMUNICATOR_SOURCE,
+                "host time: 60 us per launched kernel, about what kernel traces of vTrain's single-node rows show (50 kernels in 3 ms "
+                "a layer, under tracing); not told apart from hooks and RNG states of checkpoints",
+                "assumption: 450 MiB of driver context, reserved 1.05 x allocated",
+            ),
+        ),
+        Runtime(
+            name="xla",
+            launch_s=0.0,
+            recompute_s=0.0,
+            run_ahead_launches=1000,
+            fused_attention=True,
+            optimizer_style="fused",
+            fused_elementwise=True,
+            fused_gate=True,
+            recompute_stops_early=False,
+            overlap_communication=False,
+            scatter_gradients=True,
+            global_norm=True,
+            allocator="exact",
+            sources=(
+                "one compiled program a step: no launches of the host; elementwise chains are fused",
+                "gathers run beside computation, reductions are waited for: options of libtpu in MaxText's scripts for TPU v4, v5e, v5p "
+                "(looked up) make all-gathers asynchronous and name no reduce-scatter; sums between slices come behind all layers "
+                "(assumption)",
+                "clipping by the common norm: MaxText's default (recalled)",
+            ),
+        ),
+        Runtime(
+            name="torch-eager-cpu",
+            launch_s=0.0,
+            run_ahead_launches=0,
+            fused_attention=True,
+            optimizer_style="single",
+            allocator="exact",
+            library="onednn",
+            fused_norms=False,
+            sources=("PyTorch 2.13 on the CPU: the host computes, its cost per operator is part of the calibrated kernel times",),
+        ),
+    )
+}
+"""Presets by name."""
+
+RUNTIMES["fsdp2-compiled"] = RUNTIMES["fsdp2"].with_(
+    name="fsdp2-compiled",
+    fused_elementwise=True,
+    fused_loss=False,
+    fused_gate=True,
+    sources=(
+        *RUNTIMES["fsdp2"].sources,
+        "blocks compiled by torch.compile: chains of elementwise operators are one kernel each, gate and activation too; the loss is not "
+        "compiled (pytorch/torchtitan, torchtitan/parallelisms/parallelize_llama.py, apply_compile)",
+    ),
+)
+RUNTIMES["fsdp2-2024"] = RUNTIMES["fsdp2"].with_(
+    name="fsdp2-2024",
+    fused_norms=False,
+    sources=(
+        *RUNTIMES["fsdp2"].sources,
+        "RMS norm in eager PyTorch before version 2.8 is composed of elementwise operators in fp32 (pytorch/pytorch pull request 153666)",
+    ),
+)
+RUNTIMES["megatron-2021"] = RUNTIMES["megatron"].with_(
+    name="megatron-2021",
+    fused_attention=False,
+    overlap_tensor=False,
+    sources=(
+        *RUNTIMES["megatron"].sources,
+        "Megatron-LM as of 2021: backward reduces over tensor-parallel ranks after the product of the weight's gradient, not beside it "
+        "(its fork bigscience-workshop/Megatron-DeepSpeed, megatron/mpu/layers.py at 119a0d2)",
+    ),
+)
+RUNTIMES["nemo"] = RUNTIMES["megatron"].with_(
+    name="nemo",
+    overlap_gather=True,
+    hidden_share=0.045,
+    split_gathers=True,
+    scatter_pieces=4,
+    scatter_share=0.14,
+    workspace_bytes=76 * MIB,
+    hopper_workspace_bytes=160 * MIB,
+    sources=(
+        *RUNTIMES["megatron"].sources,
+        "Megatron-LM with tp_comm_overlap, as NeMo's recipes for performance set it: Transformer Engine's userbuffers gather and scatter "
+        "in pieces beside products (pytorch/module/base.py: ring exchanges for gathers, 4 splits for scatters behind forward products, 3 "
+        "workspaces of products; buffers of the size of each gathered tensor are outside PyTorch's allocator and not counted)",
+        "multiprocessors of 132: 6 for collectives beside products (2 to 24), 19 that products behind which sums are scattered leave free "
+        "(8 to 24, set_sm_margin): means of the recipes of GPT-3 175B and Llama 3.1 405B in bf16 on H100, NVIDIA/dgxc-benchmarking at "
+        "35a9aec and NeMo's tp_overlap_configs/userbuffers.py",
+        "updated parameters gathered beside the forward pass: overlap_param_sync of the same recipes",
+    ),
+)
+RUNTIMES["megatron-local"] = RUNTIMES["megatron"].with_(
+    name="megatron-local",
+    fused_attention=False,
+    score_buffer=True,
+    workspace_bytes=64 * MIB,
+    hopper_workspace_bytes=64 * MIB,
+    sources=(
+        *RUNTIMES["megatron"].sources,
+        "Megatron-LM's own layers instead of Transformer Engine's: no workspace of the latter; core/transformer/dot_product_attention.py "
+        "takes a buffer of the scores' size from the global memory buffer",
+    ),
+)
+
+
+def runtime(name: str) -> Runtime:
+    """Looks a preset up.
+
+    Raises:
+        UnknownNameError: With the nearest names.
+    """
+    try:
+        return RUNTIMES[name]
+    except KeyError:
+        raise UnknownNameError("runtime", name, RUNTIMES) from None
+
+
+__all__ = ["RUNTIMES", "runtime"]

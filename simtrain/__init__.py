@@ -88,7 +88,7 @@ _HOME = {
     "plan": "simtrain.planner.search",
     "read_trace": "simtrain.run.faults",
     "report": "simtrain",
-    "runtime": "simtrain.core.runtime",
+    "runtime": "simtrain.core.runtimes",
     "schedule": "simtrain.step.predict",
     "simulate": "simtrain.step.predict",
     "simulate_run": "simtrain.run.predict_run",

@@ -130,9 +130,9 @@ def test_arrays_know_the_overlap():
     (block, *_), *_ = blocks(work, cluster, 32, [framework], Wishes(None, None, None, "adamw", 16, fixed))
     found = estimate_block(Tables(work, cluster), block)
     compared = 0
-    for i in np.flatnonzero(found.sure)[:4].tolist():
+    for i in np.flatnonzero(found.covered)[:4].tolist():
         exact = st.schedule(work, cluster, block.candidate(i).strategy, runtime=framework)
-        assert found.step_time_s[i] == pytest.approx(exact.step_time_s, rel=0.02)
+        assert found.step_time_s[i] == pytest.approx(exact.step_time_s, rel=found.within[i])
         compared += 1
     assert compared
 

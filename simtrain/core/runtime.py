@@ -14,7 +14,7 @@ class Runtime:
 
     Attributes:
         name: As in `RUNTIMES`.
-        launch_s: Host time to issue one kernel in forward or backward (assumption; hosts differ by 2x).
+        launch_s: Host time to issue one kernel in forward or backward (hosts, and the Python code of models, differ by 2x and more).
         recompute_s: Host time that recomputation costs for every saved tensor (hooks around saving and restoring it).
         run_ahead_launches: How far the host may be ahead of the device; 0 means the host computes itself (CPU).
         fused_attention: Whether attention is one kernel that does not store the score matrix.

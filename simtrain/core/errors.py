@@ -6,7 +6,8 @@ SimtrainError
 │   ├── UnknownNameError       a name that no catalog holds (nearest matches are suggested)
 │   ├── QuantityError          a number without a unit, with the wrong unit, or out of range
 │   ├── CatalogError           a data file that does not follow its schema (file, line, field)
-│   └── StrategyError          a way of training that contradicts itself, the model or the machines
+│   ├── StrategyError          a way of training that contradicts itself, the model or the machines
+│   └── NothingFitsError       a well-formed question whose answer is that nothing fits     exit code 1
 ├── UnsupportedError           well-formed, but not modelled: never silently ignored   exit code 3
 └── InternalError              simtrain contradicts itself: please report              exit code 4
 ```

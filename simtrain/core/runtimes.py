@@ -20,9 +20,9 @@ COMMUNICATION_SHARE_SOURCE = (
 )
 
 EAGER_LAUNCH_SOURCE = (
-    "host time: 16 us per launched kernel in eager PyTorch. Measured: 11 us in fp32 and 13 us under autocast, forward and backward of a GPT "
-    "with 12 layers so small that the host is all there is (PyTorch 2.13, Python 3.11, one quiet core of an Intel Xeon); 4 us for the driver's "
-    "call are recalled (not looked up). Between hosts and models' own Python code it differs by 2x and more"
+    "host time: 16 us per launched kernel in eager PyTorch. Measured: 11 us in fp32 and 13 us under autocast, forward and backward of "
+    "a GPT with 12 layers so small that the host is all there is (PyTorch 2.13, Python 3.11, one quiet core of an Intel Xeon); 4 us for "
+    "the driver's call are recalled (not looked up). Between hosts and models' own Python code it differs by 2x and more"
 )
 
 BLACKWELL_ATTENTION = 3.6

@@ -26,7 +26,7 @@ def test_json_holds_plan_bound_and_worth(capsys):
 
 
 def test_bad_input_says_what_to_do(capsys):
-    assert main(["allocate", "llama3-70b", "--cluster", "2x v100-sxm2-16gb", "--global-batch", "4", *QUICK[2:], "--micro-batch", "1"]) == 2
+    assert main(["allocate", "llama3-70b", "--cluster", "2x v100-sxm2-16gb", "--global-batch", "4", *QUICK[2:], "--micro-batch", "1"]) == 1
     assert "fits on no device" in capsys.readouterr().err
     assert main([*ASK, "--micro-batch", "3", *QUICK[2:]]) == 2
     assert "use a multiple of 3" in capsys.readouterr().err

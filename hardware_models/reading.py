@@ -82,6 +82,7 @@ def read_device(path: Path | Traversable) -> Device:
         price_usd_per_hour=value["price_usd_per_hour"],
         host_link=file.host_link,
         peer_link=file.peer_link,
+        node_size=file.node_size,
         compute_model=file.compute_model,
         architecture={key: number.value for key, number in architecture.items()},
         profile={key: number.value for key, number in profile.items()},

@@ -176,6 +176,7 @@ class DeviceFile(_File):
     memory_technology: str
     host_link: str
     peer_link: str
+    node_size: int = Field(default=8, ge=1)
     numbers: _table("DeviceNumbers", DEVICE_NUMBERS)  # type: ignore[valid-type]
     architecture: dict[str, Any] = {}
     profile: dict[str, Any] = {}

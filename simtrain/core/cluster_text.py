@@ -9,7 +9,6 @@ from simtrain.core import catalog
 from simtrain.core.errors import InputError, UnknownNameError, nearest
 from simtrain.core.hardware import Cluster, Device, Node
 
-DEVICES_PER_NODE = 8
 DEFAULT_NIC = "infiniband-hdr"
 MAX_DEVICES = 1_000_000
 
@@ -17,7 +16,7 @@ _GROUP = re.compile(r"^(?:(-?\d+)\s*[x×*]\s*)?(.+)$")
 
 
 def parse_cluster(text: str) -> Cluster:
-    """Builds a cluster from counted device names (eight devices to a node, each kind on nodes of its own) or counted presets.
+    """Builds a cluster from counted presets, or counted devices: as many to a node as is usual for them, each kind on nodes of its own.
 
     What the text does not say (links, hosts, network) is taken from the devices' usual surroundings and listed in `assumptions`.
 
@@ -89,8 +88,9 @@ def _nodes(device: Device, count: int, assumptions: list[str]) -> list[Node]:
     host_link = catalog.link(device.host_link)
     peer_link = catalog.link(device.peer_link) if device.peer_link else None
     group = 2 if device.peer_link and "bridge" in device.peer_link else 0
-    assumptions.append(f"{device.name}: up to {DEVICES_PER_NODE} per node, each on {host_link.name}; host power and price not counted")
+    assumptions.append(f"{device.name}: up to {device.node_size:,} per node, each on {host_link.name}; host power and price not counted")
     if peer_link is None:
         assumptions.append(f"{device.name}: no peer link, traffic between devices goes through host memory")
-    sizes = [DEVICES_PER_NODE] * (count // DEVICES_PER_NODE) + ([count % DEVICES_PER_NODE] if count % DEVICES_PER_NODE else [])
+    whole, rest = divmod(count, device.node_size)
+    sizes = [device.node_size] * whole + [rest] * bool(rest)
     return [Node((device,) * size, None, host_link, peer_link, group) for size in sizes]

@@ -85,6 +85,7 @@ class Device:
         price_usd_per_hour: On demand.
         host_link: Name of the link to its host.
         peer_link: Name of the link to its peers ("" if traffic goes through the host).
+        node_size: How many of them usually share that link: a server, a rack of NVLink, the largest slice of a torus.
         compute_model: Name of the compute model that prices its kernels.
         operator_table: Measured over modelled time of single operators, as the compute model reads it (a calibration); else empty.
         architecture: Numbers that only its compute model knows (edge of a systolic array, blocks of multipliers), by name.
@@ -113,6 +114,7 @@ class Device:
     profile: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Provenance] = field(default_factory=dict, repr=False)
     aliases: tuple[str, ...] = ()
+    node_size: int = 8
     architecture: Mapping[str, float] = field(default_factory=dict)
     operator_table: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     assumptions: tuple[str, ...] = ()

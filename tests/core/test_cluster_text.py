@@ -1,7 +1,7 @@
 import pytest
 
 from simtrain.core import catalog
-from simtrain.core.cluster_text import DEVICES_PER_NODE, parse_cluster
+from simtrain.core.cluster_text import parse_cluster
 from simtrain.core.errors import InputError, UnknownNameError
 
 
@@ -9,8 +9,16 @@ from simtrain.core.errors import InputError, UnknownNameError
 def test_counted_devices_fill_nodes_of_eight(text, size):
     cluster = parse_cluster(text)
     assert cluster.size == size
-    assert len(cluster.nodes) == -(-size // DEVICES_PER_NODE)
-    assert all(len(node.devices) <= DEVICES_PER_NODE for node in cluster.nodes)
+    assert len(cluster.nodes) == -(-size // 8)
+    assert all(len(node.devices) <= 8 for node in cluster.nodes)
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"), [("64x gb200", [64]), ("144x gb200", [72, 72]), ("512x tpu-v5e", [256, 256]), ("16x tpu-v4", [16])]
+)
+def test_racks_and_slices_are_one_node(text, sizes):
+    """What shares one peer link, and the network between, as `gb200-nvl72` and published slices have it."""
+    assert [len(node.devices) for node in parse_cluster(text).nodes] == sizes
 
 
 def test_a_lone_node_needs_no_network_and_several_get_one_that_is_said():

@@ -37,6 +37,9 @@ UNSEEN = (
     "transformers_guide",
     "deepspeed_squad",
     "trainium_bert",
+    "community_gpt2",
+    "rented_gpt2",
+    "book_gpt2",
 )
 """Sources that were predicted blind: nothing is fitted to them."""
 

@@ -44,6 +44,9 @@ LAYOUT_SETS = (
     "deepspeed_squad",
     "trainium_bert",
     "megatron_reference",
+    "community_gpt2",
+    "rented_gpt2",
+    "book_gpt2",
 )
 """Shipped sources, by file name."""
 

@@ -211,6 +211,16 @@ RUNTIMES["fsdp2-compiled"] = RUNTIMES["fsdp2"].with_(
         "compiled (pytorch/torchtitan, torchtitan/parallelisms/parallelize_llama.py, apply_compile)",
     ),
 )
+RUNTIMES["torch-compiled"] = RUNTIMES["torch-eager"].with_(
+    name="torch-compiled",
+    fused_elementwise=True,
+    fused_gate=True,
+    sources=(
+        *RUNTIMES["torch-eager"].sources,
+        "a whole model, its loss included, compiled by torch.compile: chains of elementwise operators are one kernel each, a softmax takes "
+        "in the chain before it (karpathy/build-nanogpt, train_gpt2.py); the update is not compiled",
+    ),
+)
 RUNTIMES["fsdp2-2024"] = RUNTIMES["fsdp2"].with_(
     name="fsdp2-2024",
     fused_norms=False,

@@ -30,6 +30,9 @@ ROWS = {
     "deepspeed_squad": 8,
     "trainium_bert": 12,
     "megatron_reference": 162,
+    "community_gpt2": 31,
+    "rented_gpt2": 27,
+    "book_gpt2": 6,
 }
 
 

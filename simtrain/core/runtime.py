@@ -25,6 +25,7 @@ class Runtime:
         fused_elementwise: Whether chains of elementwise operators run as one kernel each (`simtrain.step.fuse`).
         fused_loss: Whether that holds outside of blocks too (torch.compile of blocks alone leaves the loss as it is).
         fused_norms: Whether an RMS norm is one kernel (PyTorch since 2.8, Triton, compiled), not some ten operators in fp32.
+        chains_norms: Whether norms are part of such chains (torch.compile), rather than kernels of their own (Megatron-LM).
         joined_products: Whether queries, keys and values are one product, and so gate and up (`simtrain.step.join`).
         recompute_stops_early: Whether recomputation ends with the last tensor that backward needs (PyTorch's non-reentrant checkpoints)
             rather than at the end of the segment (the reentrant ones of Megatron-LM and DeepSpeed).
@@ -101,6 +102,7 @@ class Runtime:
     hopper_products: float = 1.0
     fused_elementwise: bool = False
     fused_loss: bool = True
+    chains_norms: bool = False
     joined_products: bool = False
     recompute_stops_early: bool = True
     blocking_launches: bool = False
@@ -116,7 +118,7 @@ class Runtime:
     context_bytes: int = 0
     reserved_factor: float = 1.0
     workspace_bytes: int = 0
-    loss: Literal["torch", "in-place", "fused"] = "torch"
+    loss: Literal["torch", "in-place", "fused", "compiled"] = "torch"
     regather: bool = False
     overlap_tensor: bool = False
     hidden_share: float = 0.0
@@ -157,7 +159,7 @@ class Runtime:
         choices = {
             "optimizer_style": ("foreach", "fused", "single"),
             "allocator": ("caching", "exact"),
-            "loss": ("torch", "in-place", "fused"),
+            "loss": ("torch", "in-place", "fused", "compiled"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

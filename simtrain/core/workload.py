@@ -263,7 +263,7 @@ class Form:
         expert: Ranks that share the experts.
         loss: "torch" keeps logarithms of all probabilities beside the logits; "in-place" turns fp32 logits into their gradient where
             they are (Megatron-LM); "fused" reads the logits once, and writes their gradient over them in backward, in their own format
-            (the kernels of Apex, FlashAttention's repository and Transformer Engine).
+            (the kernels of Apex, FlashAttention's repository and Transformer Engine); "compiled" does so beside them (torch.compile).
         regather: Whether what sequence parallelism gathered is dropped and gathered again in backward (Megatron-LM).
         overlap: Whether the reduction of an input's gradient runs beside the product that makes the weight's gradient.
         fused: Whether a gated activation is one kernel that keeps only its two inputs.
@@ -284,7 +284,7 @@ class Form:
     context: int = 1
     context_style: Literal["ring", "ring-contiguous", "ulysses"] = "ring"
     expert: int = 1
-    loss: Literal["torch", "in-place", "fused"] = "torch"
+    loss: Literal["torch", "in-place", "fused", "compiled"] = "torch"
     regather: bool = False
     overlap: bool = False
     fused: bool = False

@@ -132,7 +132,7 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     if place.runtime.joined_products:
         operators = joined_operators(operators)
     if place.runtime.fused_elementwise and (place.runtime.fused_loss or concrete.layer.block):
-        operators = fused_operators(tuple(operators), concrete)
+        operators = fused_operators(tuple(operators), concrete, norms=place.runtime.chains_norms)
     local = [op for op in operators if op.kind is not OperatorKind.COLLECTIVE]
     kernels = operator_kernels(local, concrete, place.batch, place.sequence)
     local_s = _local_times(local, kernels, concrete, place) / _library_speed(local, place)

@@ -40,6 +40,49 @@ def test_scale_and_mask_join_the_softmax_both_ways():
     assert operator_kernels([backward["scaled.backward"]], concrete, 2, 512).bytes_moved[0] == pytest.approx(3 * 2 * square, rel=0.1)
 
 
+def streams(operators, concrete):
+    """Bytes beside products, attention and casts of weights, in 16-bit streams of a block's width."""
+    skipped = {OperatorKind.GEMM, OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD}
+    own = [op for op in operators if op.kind not in skipped and ".weight.low" not in op.name and ".bias.low" not in op.name]
+    return operator_kernels(own, concrete, 2, 1024).bytes_moved.sum() / (2 * 1024 * 768 * 2)
+
+
+def test_compiled_blocks_move_what_inductor_states():
+    """Sizes of buffers in the scheduler of PyTorch 2.13's inductor for a block of GPT-2 with autocast's formats: 21 and 53 streams.
+
+    Its x1 is computed again rather than stored, and its gradients of a norm's weights read the 16-bit gradient before the cast.
+    """
+    work = st.workload("gpt2-small", seq_len=1024)
+    concrete = specialize(work.layers[1], precision("bf16-amp"), True)
+    chains = {
+        norms: [fused_operators(ops, concrete, norms=norms) for ops in (concrete.forward, concrete.backward)] for norms in (False, True)
+    }
+    forward, backward = (streams(ops, concrete) for ops in chains[True])
+    assert forward == pytest.approx(21, abs=1.5)
+    assert backward == pytest.approx(53, abs=2.5)
+    assert [streams(ops, concrete) for ops in chains[False]] > [1.4 * forward, 1.1 * backward]
+    written = [{w.name for op in ops for w in op.writes} for ops in chains[True]]
+    assert "x1" in written[0]  # other operators read it too
+    assert "n1" not in written[0]
+    assert {p.name for p in concrete.layer.parameters} == {
+        name.removeprefix("grad:") for name in written[1] if name in {f"grad:{p.name}" for p in concrete.layer.parameters}
+    }
+
+
+def test_compiled_loss_reads_logits_and_writes_their_gradient_once():
+    """In inductor's scheduler the loss reads the logits for each of two sums per row, and backward moves them twice: 4 passes, not 10."""
+    tokens, classes = 4 * 512, 32000
+    moved = {}
+    for loss in ("torch", "compiled"):
+        work = st.workload("gpt", layers=2, hidden=1024, heads=16, vocabulary=classes, seq_len=512).reform(Form(loss=loss))
+        concrete = specialize(work.layers[-1], precision("bf16-amp"), True)
+        ops = [*fused_operators(concrete.forward, concrete, norms=True), *fused_operators(concrete.backward, concrete, norms=True)]
+        own = [op for op in ops if op.kind is not OperatorKind.GEMM and "linear" not in op.name and "norm." not in op.name]
+        moved[loss] = operator_kernels(own, concrete, 4, 512).bytes_moved.sum() / (2 * tokens * classes)
+    assert moved["compiled"] == pytest.approx(3, rel=0.05)
+    assert moved["torch"] == pytest.approx(10, rel=0.05)
+
+
 def test_fusion_never_adds_bytes_and_keeps_products():
     concrete = block(dropout=0.1)
     for operators in (concrete.forward, concrete.backward):

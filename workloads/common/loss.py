@@ -151,11 +151,15 @@ def cross_entropy_in_place(tape: Tape, x: str, out: str, *, rows: Polynomial, ho
     tape.node(node)
 
 
-def cross_entropy_fused(tape: Tape, x: str, out: str, *, rows: Polynomial, holds: tuple[str, ...], shared: bool) -> None:
+def cross_entropy_fused(
+    tape: Tape, x: str, out: str, *, rows: Polynomial, holds: tuple[str, ...], shared: bool, compiled: bool = False
+) -> None:
     """Cross-entropy as one kernel each way: forward reads the logits and keeps one sum per row, backward writes over the logits.
 
     Source: Dao-AILab/flash-attention, `flash_attn/losses/cross_entropy.py` with `inplace_backward` (the kernel was Apex's
     `xentropy_cuda` first, then one in Triton); rows are longer than what a multiprocessor holds, and their second reading hits its cache.
+    torch.compile makes the same two kernels, but for a gradient of its own: forward reads the logits twice, once for each of two sums per
+    row, backward reads them and writes as much (sizes of buffers in the scheduler of PyTorch 2.13's inductor, on the CPU).
 
     Args:
         tape: Where it is written.
@@ -164,6 +168,7 @@ def cross_entropy_fused(tape: Tape, x: str, out: str, *, rows: Polynomial, holds
         rows: Predictions.
         holds: Tensors that Python names keep alive until it returns.
         shared: Whether ranks hold different classes.
+        compiled: Whether the gradient is a tensor of its own.
     """
     sums = (Tensor("losses", rows, FP32), Tensor("log_sums", rows, FP32))
     tape.run(Operator("cross_entropy", OperatorKind.REDUCTION, (x, "input:targets"), sums))
@@ -174,6 +179,11 @@ def cross_entropy_fused(tape: Tape, x: str, out: str, *, rows: Polynomial, holds
 
     def node() -> None:
         reads = (tape.gradient(out), "log_sums", "input:targets")
+        if compiled:
+            gradient = tape.gradient_tensor(x)
+            tape.run_backward(Operator("cross_entropy.backward", OperatorKind.ELEMENTWISE, (x, *reads), (gradient,)))
+            tape.give(x, gradient.name)
+            return
         tape.run_backward(Operator("cross_entropy.backward", OperatorKind.ELEMENTWISE, reads, updates=(x,)))
         tape.give(x, x)
 

@@ -45,8 +45,9 @@ def _predict_tokens(tape: Tape, x: str, part: Part, *, bias: bool) -> None:
     else:
         scores = Product("linear", "logits", outer, bias=bias, weight=weight, kind=kind)
         column_parallel(tape, x, [scores], tokens=part.tokens, inner=inner, form=form)
-    if form.loss == "fused":
-        cross_entropy_fused(tape, "logits", "y", rows=part.tokens, holds=("logits", "x"), shared=not part.whole)
+    if form.loss in ("fused", "compiled"):
+        own = form.loss == "compiled"
+        cross_entropy_fused(tape, "logits", "y", rows=part.tokens, holds=("logits", "x"), shared=not part.whole, compiled=own)
         start_backward(tape)
         return
     high = tape.cast("logits", FP32)

@@ -70,7 +70,10 @@ def test_compiled_blocks_move_what_inductor_states():
 
 
 def test_compiled_loss_reads_logits_and_writes_their_gradient_once():
-    """In inductor's scheduler the loss reads the logits for each of two sums per row, and backward moves them twice: 4 passes, not 10."""
+    """In inductor's scheduler the loss reads the logits for each of two sums per row, and backward moves them twice: 4 passes, not 10.
+
+    The second reading hits the cache, so 3 are counted.
+    """
     tokens, classes = 4 * 512, 32000
     moved = {}
     for loss in ("torch", "compiled"):

@@ -159,7 +159,8 @@ def cross_entropy_fused(
     Source: Dao-AILab/flash-attention, `flash_attn/losses/cross_entropy.py` with `inplace_backward` (the kernel was Apex's
     `xentropy_cuda` first, then one in Triton); rows are longer than what a multiprocessor holds, and their second reading hits its cache.
     torch.compile makes the same two kernels, but for a gradient of its own: forward reads the logits twice, once for each of two sums per
-    row, backward reads them and writes as much (sizes of buffers in the scheduler of PyTorch 2.13's inductor, on the CPU).
+    row (here too the second reading is taken to hit the cache), backward reads them and writes as much (sizes of buffers in the scheduler
+    of PyTorch 2.13's inductor, on the CPU).
 
     Args:
         tape: Where it is written.

@@ -280,3 +280,27 @@ def test_empty_and_mixed_batches_and_speed():
 def test_a_t4_keeps_the_rate_that_its_board_power_was_measured_to_allow():
     batch = build("gemm", [(1, 4096, 4096, 4096)], DType.FP16)
     assert batch.flops[0] / times("t4", batch)[0] == pytest.approx(24e12, rel=0.03)
+
+
+LLAMA_70B = ((16384, 8192, 1280), (16384, 1024, 8192), (16384, 8192, 7168), (16384, 3584, 8192), (8192, 8192, 8192))
+LAYER_OF_EIGHT = ((4096, 6144, 12288), (4096, 12288, 6144))
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "shapes", "tflops"),
+    [
+        ("h100", DType.BF16, LLAMA_70B, 720),
+        ("h100", DType.FP8, LLAMA_70B, 1280),
+        ("h200", DType.BF16, LLAMA_70B, 720),
+        ("h200", DType.FP8, LLAMA_70B, 1280),
+        ("h800", DType.BF16, LAYER_OF_EIGHT, 743),
+        ("b200", DType.BF16, ((4096,) * 3, (6144,) * 3, (8192,) * 3), 1427),
+        # Nothing was set with this board: its limit of 400 W hardly binds.
+        ("a800", DType.BF16, LAYER_OF_EIGHT, 253),
+    ],
+)
+def test_products_that_last_run_at_the_measured_rates(name, path, shapes, tflops):
+    """Means over shapes; sources stand in the devices' files (A800: that of H800)."""
+    batch = build("gemm", [(1, *shape) for shape in shapes], path)
+    rates = batch.flops / times(name, batch)
+    assert rates.mean() == pytest.approx(tflops * 1e12, rel=0.025)

@@ -112,10 +112,10 @@ def build(step: TrainingStep, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...]
     samples = step.parsed().micro_batch
     if step.workload.startswith(CAPTURE):
         return user_model(step.workload.removeprefix(CAPTURE), samples, step.sequence)
-    if step.workload in convnets.factories():
+    if step.workload in convnets.FAMILY.presets:
         network = convnets.spec(step.workload, **step.options)
         return convnet.ResNet(network), convnet.example_batch(network, samples, seed=seed)
-    if step.workload in vits.factories():
+    if step.workload in vits.FAMILY.presets:
         images = vits.spec(step.workload, **step.options)
         return vit.VisionTransformer(images), vit.example_batch(images, samples, seed=seed)
     text = transformers.spec(step.workload, **step.options)

@@ -169,12 +169,12 @@ class Judge:
             return self.ranked(results)[:1]
         columns = [self.values(results, o) for o in self.objectives]
         points = list(zip(*columns, strict=True))
-        best = [i for i in range(len(points)) if not any(dominates(points[j], points[i]) for j in range(len(points)) if j != i)]
+        best = [i for i in range(len(points)) if not any(_dominates(points[j], points[i]) for j in range(len(points)) if j != i)]
         chosen = set(best)
         return [r for r in self.ranked(results) if any(r is results[i] for i in chosen)]
 
 
-def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether `a` is nowhere worse than `b` and somewhere better."""
     return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
 

@@ -77,7 +77,7 @@ def search(market: Market, templates: Family | None = None) -> Found:
     known = family(market) if templates is None else templates
     known = known.chosen([all(t.devices(k) <= market.counts.get(k, 0) for k in t.kinds) for t in known.templates])
     if not known.templates:
-        raise NothingFitsError(nothing_fits(market))
+        raise NothingFitsError(_nothing_fits(market))
     bound = layer_bound_s(market)
     proposals: list[Proposal] = []
     present = [k for k, n in market.counts.items() if n > 0]
@@ -119,10 +119,10 @@ def _searched(market: Market, templates: Family, bound_s: float) -> list[Proposa
 def evaluate(market: Market, plan: Sequence[Share], replica: Callable[..., float] = replica_s) -> Proposal:
     """Prices a plan by events: every replica exactly, then the reduction."""
     passes = max(replica(market, s.template, s.micro_batches) for s in plan)
-    return Proposal(tuple(plan), passes, reduction_s(market, plan))
+    return Proposal(tuple(plan), passes, _reduction_s(market, plan))
 
 
-def reduction_s(market: Market, plan: Sequence[Share]) -> float:
+def _reduction_s(market: Market, plan: Sequence[Share]) -> float:
     """Time to reduce gradients, every layer over the devices that hold it; all of them go on in proportion to their volume.
 
     The device with most to reduce decides. Under links of their own this fluid view is exact.
@@ -157,7 +157,7 @@ def _below(loads: FloatArray, cap: float) -> float:
     return float(lower.max()) if len(lower) else 0.0
 
 
-def nothing_fits(market: Market) -> str:
+def _nothing_fits(market: Market) -> str:
     """Why there is no template at all."""
     names = ", ".join(market.counts)
     for layer in range(market.layers):

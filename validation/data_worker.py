@@ -99,7 +99,7 @@ def receive(batch: Tensor) -> None:
     batch.view(-1)[::1024].sum()
 
 
-def _run_loader(data: Dataset[Tensor], batch: int, workers: int, step: Step, lasts_s: float, attempts: int = 1) -> dict[str, float]:
+def run_loader(data: Dataset[Tensor], batch: int, workers: int, step: Step, lasts_s: float, attempts: int = 1) -> dict[str, float]:
     """Measures wall time, CPU time of the main process and of the workers per batch, once the loader has settled.
 
     Args:
@@ -206,7 +206,7 @@ def calibrate(sizes: list[int], lasts_s: float) -> list[dict[str, float]]:
     rows = []
     for size in sizes:
         data, nothing = Ready(size // 4 // 16), Step(0)
-        worker, own = (_run_loader(data, 16, workers, nothing, lasts_s) for workers in (1, 0))
+        worker, own = (run_loader(data, 16, workers, nothing, lasts_s) for workers in (1, 0))
         rows.append(
             {"batch_bytes": size, "send_s": worker["workers_cpu_s"], "receive_s": worker["main_cpu_s"], "collate_s": own["main_cpu_s"]}
         )
@@ -219,7 +219,7 @@ def _measure_case(case: dict[str, Any], folder: Path, lasts_s: float) -> dict[st
     parts = alone(data, case["batch"], step, lasts_s)
     parts["worker_sample_s"] = waiting(data, case["batch"], parts["step_s"], lasts_s)
     batch_bytes = data[0].numel() * 4 * case["batch"]
-    runs = {str(workers): _run_loader(data, case["batch"], workers, step, lasts_s, ATTEMPTS) for workers in case["workers"]}
+    runs = {str(workers): run_loader(data, case["batch"], workers, step, lasts_s, ATTEMPTS) for workers in case["workers"]}
     return {"name": case["name"], "batch_bytes": batch_bytes, **parts, "runs": runs}
 
 

@@ -87,7 +87,7 @@ def sharing(layout: Layout, stage: int) -> list[tuple[bool, Placed]]:
     return [(expert, place(layout.fabric, among)) for expert, among in groups.items() if len(among[0]) > 1]
 
 
-def _shared_parameters(layer: Layer, *, expert: bool) -> int:
+def shared_parameters(layer: Layer, *, expert: bool) -> int:
     """Trained parameters of a layer that belong to experts, or all others."""
     return sum(p.elements for p in layer.trained if p.expert is expert)
 
@@ -95,7 +95,7 @@ def _shared_parameters(layer: Layer, *, expert: bool) -> int:
 def updated_bytes(layer: Layer, setting: Setting, *, expert: bool) -> float:
     """Bytes of a layer's updated parameters as ranks that share the optimizer gather them: narrow where that is all that is kept."""
     size, form = setting.precision.parameter.size_bytes, setting.precision.narrow
-    whole = float(size * _shared_parameters(layer, expert=expert))
+    whole = float(size * shared_parameters(layer, expert=expert))
     if form is None or not form.primary or expert or not layer.block:
         return whole
     return whole - (size - form.bytes_per_element) * sum(p.elements for p in layer.trained if len(p.shape) == 2)

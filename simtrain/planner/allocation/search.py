@@ -6,7 +6,7 @@ relaxation and reduction together cannot beat what is known is passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -116,9 +116,9 @@ def _searched(market: Market, templates: Family, bound_s: float) -> list[Proposa
     return proposals
 
 
-def evaluate(market: Market, plan: Sequence[Share], replica: Callable[..., float] = replica_s) -> Proposal:
+def evaluate(market: Market, plan: Sequence[Share]) -> Proposal:
     """Prices a plan by events: every replica exactly, then the reduction."""
-    passes = max(replica(market, s.template, s.micro_batches) for s in plan)
+    passes = max(replica_s(market, s.template, s.micro_batches) for s in plan)
     return Proposal(tuple(plan), passes, _reduction_s(market, plan))
 
 

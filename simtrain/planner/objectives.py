@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from simtrain.core.errors import InputError, StrategyError, UnknownNameError
 from simtrain.core.result import Result
-from simtrain.core.units import format_time
+from simtrain.core.units import format_bytes, format_time
 
 Objective = Literal["throughput", "step_time", "memory", "energy", "cost", "tokens_per_dollar", "balanced"]
 
@@ -95,7 +95,7 @@ class Limits:
         if memory.device_bytes > memory.capacity_bytes * (1 - self.memory_margin):
             over = memory.device_bytes - memory.capacity_bytes * (1 - self.memory_margin)
             margin = f" with a margin of {self.memory_margin:.0%}" if self.memory_margin else ""
-            return f"out of memory by {over / 2**30:.2f} GiB{margin} at {memory.peak_moment}"
+            return f"out of memory by {format_bytes(over)}{margin} at {memory.peak_moment}"
         return next((reason for reason, times in self.asked_of(result) if times > 1), "")
 
     def asked_of(self, result: Result) -> list[tuple[str, float]]:

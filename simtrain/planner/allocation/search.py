@@ -14,6 +14,7 @@ import numpy as np
 
 from simtrain.core.errors import InputError, NothingFitsError
 from simtrain.core.polynomial import FloatArray
+from simtrain.core.units import format_bytes
 from simtrain.planner.allocation.bound import layer_bound_s
 from simtrain.planner.allocation.counts import least_time, shares
 from simtrain.planner.allocation.events import replica_s
@@ -169,8 +170,8 @@ def _nothing_fits(market: Market) -> str:
         if all(need > spare for need, spare in needs.values()):
             kind, (need, spare) = max(needs.items(), key=lambda item: item[1][1] - item[1][0])
             return (
-                f"layer {layer} fits on no device ({names}): at the smallest micro-batch it needs {need / 2**30:.2f} GiB, "
-                f"{kind} has {spare / 2**30:.2f} GiB to spare; use checkpointing, a lower precision, or devices with more memory"
+                f"layer {layer} fits on no device ({names}): at the smallest micro-batch it needs {format_bytes(need)}, "
+                f"{kind} has {format_bytes(spare)} to spare; use checkpointing, a lower precision, or devices with more memory"
             )
     return f"no pipeline over {names} holds the model: use checkpointing, a lower precision, or more devices"
 

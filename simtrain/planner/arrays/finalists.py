@@ -10,6 +10,7 @@ import numpy as np
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster
 from simtrain.core.polynomial import FloatArray
+from simtrain.core.units import format_bytes
 from simtrain.core.workload import Workload
 from simtrain.planner.arrays.compose import LOOSE, Estimates, estimate_block
 from simtrain.planner.arrays.tables import Tables
@@ -155,7 +156,7 @@ def _too_large(
     """Candidates that do not fit, by how much, and what they have most of."""
     for b, i, memory in zip(nearest.block.tolist(), nearest.index.tolist(), nearest.memory.tolist(), strict=True):
         candidate = blocks[b].candidate(i)
-        reason = f"out of memory by {(memory - capacity) / 2**30:.2f} GiB"
+        reason = f"out of memory by {format_bytes(memory - capacity)}"
         term = KINDS[int(largest[b][i])].value
         yield candidate, Failure(str(candidate.strategy), reason, memory - capacity, term, runtime=candidate.runtime.name)
 

@@ -48,12 +48,10 @@ class Backend(Protocol):
     Attributes:
         name: "cpu" or "cuda".
         torch_device: As PyTorch names it.
-        fresh_processes: Whether every training step is measured in a process of its own.
     """
 
     name: str
     torch_device: str
-    fresh_processes: bool
 
     def kernel_class(self, kind: OperatorKind, name: str) -> str:
         """Returns the class of an operator."""
@@ -90,7 +88,7 @@ class Backend(Protocol):
 class CpuBackend:
     """One pinned core: process CPU time, operators under a clock, peaks from allocator events."""
 
-    name, torch_device, fresh_processes = "cpu", "cpu", True
+    name, torch_device = "cpu", "cpu"
 
     def kernel_class(self, kind: OperatorKind, name: str) -> str:
         """See `Backend`."""
@@ -152,7 +150,7 @@ class CudaBackend:
         profiled: Runs a function under the profiler and returns its events, and how to read an event's device time in microseconds.
     """
 
-    name, fresh_processes = "cuda", False
+    name = "cuda"
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from simtrain.cli.files import PICTURES, check_path, save_figure
 from simtrain.cli.output import write_json, write_table
 from simtrain.core.errors import InputError, UnknownNameError
 from validation.commands_steps import validate_collectives, validate_kernels, validate_mixed, validate_tpu
-from validation.output import Json, Save, progress, tell, tell_data
+from validation.output import Json, Save, keep, progress, tell, tell_data
 from validation.run_commands import validate_batch, validate_batch_law, validate_energy, validate_proposal, validate_quality
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from validation.measurement import Measurement
 
 PROBED_STRATEGY = "micro_batch=4,optimizer=adamw"
+ProfileOption = Annotated[
+    Path | None, typer.Option("--profile", help="Machine profile to use; by default the one in the user's cache folder.")
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="What is measured: cpu (one core) or cuda (one GPU).")]
 
 
@@ -69,6 +72,7 @@ def calibrate(
     """
     from validation.machine_profile import default_path, probed_path, save
 
+    check_path("--save", raw)
     if probe is not None:
         from validation.probe import probe as run
 
@@ -99,7 +103,7 @@ def validate_torch(
     families: Annotated[bool, typer.Option("--families", help="GPTs, ResNets and ViTs instead of the GPT test steps.")] = False,
     device: DeviceOption = "cpu",
     as_json: Json = False,
-    profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
+    profile: ProfileOption = None,
     save: Annotated[Path | None, typer.Option(help="Folder to write the comparison to, as JSON.")] = None,
 ) -> None:
     """Run real PyTorch training steps and compare time and peak memory with predictions; calibrates first if need be."""
@@ -143,8 +147,7 @@ def validate_published(
     reports = compare_all([name for name in DATASETS if name in (sources or DATASETS)])
     layouts = compare_all_layouts([name for name in LAYOUT_SETS if name in (sources or LAYOUT_SETS)])
     data = {"reports": [r.to_dict() for r in reports], "layouts": [r.to_dict() for r in layouts]}
-    if save:
-        save.write_text(json.dumps(data, indent=1) + "\n")
+    keep(data, save)
     if as_json:
         write_json(data)
         return
@@ -164,10 +167,10 @@ def _fit_published(sources: list[str] | None, by: list[str] | None, workers: int
     if unknown := set(sources or ()) - set(FIT_SOURCES):
         raise UnknownNameError("source to fit to", min(unknown), FIT_SOURCES)
     report = fit_layouts([name for name in FIT_SOURCES if name in (sources or FIT_SOURCES)], workers=workers, progress=progress)
-    if save:
-        save.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    data = report.to_dict()
+    keep(data, save)
     if as_json:
-        write_json(report.to_dict())
+        write_json(data)
     else:
         write_table(*fit_tables(report))
 
@@ -192,7 +195,7 @@ def validate_decisions(
     predictions: Annotated[Path, typer.Option(help="File with the predictions, made before anything is measured.")],
     predict: Annotated[bool, typer.Option("--predict", help="Write the predictions and stop.")] = False,
     as_json: Json = False,
-    profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
+    profile: ProfileOption = None,
     save: Save = None,
 ) -> None:
     """Ask predictions for the fastest of eight ways to train, in ten groups, then measure all of them."""
@@ -214,10 +217,10 @@ def validate_regret(
     from validation import regret
 
     found = regret.groups()
-    if save:
-        save.write_text(json.dumps(regret.to_dict(found), indent=1) + "\n")
+    data = regret.to_dict(found)
+    keep(data, save)
     if as_json:
-        write_json(regret.to_dict(found))
+        write_json(data)
     else:
         write_table(*regret.regret_tables(found))
 
@@ -239,7 +242,7 @@ def validate_memory(
     only: Annotated[list[str] | None, typer.Option("--only", help="Model to measure (again for several); all by default.")] = None,
     device: DeviceOption = "cpu",
     as_json: Json = False,
-    profile: Annotated[Path | None, typer.Option(help="Machine profile to use; by default the one in the user's cache folder.")] = None,
+    profile: ProfileOption = None,
     save: Save = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of time against memory to write (.png, .svg, .pdf).")] = None,
     read: Annotated[
@@ -295,12 +298,11 @@ def _calibrate(device: str = "cpu", *, quick: bool = False, data_sheet: str | No
     if data_sheet is not None and device == "cpu":
         raise InputError("--data-sheet names a GPU: give --device cuda, too")
 
-    def keep(measurements: Sequence[Measurement]) -> None:
-        if raw is not None:
-            raw.write_text(json.dumps({"command": "simtrain calibrate", "measurements": [m.to_dict() for m in measurements]}) + "\n")
+    def keep_raw(measurements: Sequence[Measurement]) -> None:
+        keep({"command": "simtrain calibrate", "measurements": [m.to_dict() for m in measurements]}, raw)
 
     settings = replace(CALIBRATION_SETTINGS, device=device)
-    return run(calibration_list(device, quick=quick), settings, progress, data_sheet=data_sheet, keep=keep)
+    return run(calibration_list(device, quick=quick), settings, progress, data_sheet=data_sheet, keep=keep_raw)
 
 
 def _naming(path: Path) -> str:

@@ -213,7 +213,7 @@ def calibrate(sizes: list[int], lasts_s: float) -> list[dict[str, float]]:
     return rows
 
 
-def measure_case(case: dict[str, Any], folder: Path, lasts_s: float) -> dict[str, Any]:
+def _measure_case(case: dict[str, Any], folder: Path, lasts_s: float) -> dict[str, Any]:
     """Measures a case: its parts alone, then the loader with each number of workers."""
     data, step = ImageFiles(folder, case["side"]), Step(case["products"])
     parts = alone(data, case["batch"], step, lasts_s)
@@ -230,7 +230,7 @@ def main() -> None:
     print(json.dumps({"calibration": calibrate(request["calibrate"], request["lasts_s"])}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for case in request["cases"]:
-            print(json.dumps(measure_case(case, Path(folder), request["lasts_s"])), flush=True)
+            print(json.dumps(_measure_case(case, Path(folder), request["lasts_s"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -56,3 +56,11 @@ def summarise(errors: Sequence[float]) -> ErrorSummary:
 def skill(errors: ErrorSummary, null: ErrorSummary) -> float:
     """Returns 1 - error / null error by mean: 0 is no better than the null model, 1 is perfect."""
     return 1 - errors.mean / null.mean if null.mean else 0.0
+
+
+def percent(summary: ErrorSummary | None, name: str) -> str:
+    """One figure of a summary as text, the bias with its sign; "-" where there is none."""
+    if summary is None:
+        return "-"
+    value: float = getattr(summary, name)
+    return f"{value:+.1%}" if name == "bias" else f"{value:.1%}"

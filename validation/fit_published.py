@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simtrain.core.errors import InputError
 from simtrain.core.hardware import Cluster, Link
@@ -119,7 +118,6 @@ class HeldOut:
         errors: Of these.
         null: Of the best single constant per pool, its group left out: what a constant alone does under the same rule.
         folds: Constants of each fold, by the group left out.
-        variants_looked_at: Forms compared before this one was named, itself included.
     """
 
     fit: Fit
@@ -127,7 +125,6 @@ class HeldOut:
     errors: ErrorSummary
     null: ErrorSummary | None
     folds: Mapping[Hashable, Mapping[str, float]]
-    variants_looked_at: int = 1
 
     def spread(self, name: str) -> tuple[float, float]:
         """Returns the smallest and largest value of a constant over the folds."""
@@ -143,7 +140,6 @@ class HeldOut:
             "skill": 1 - self.errors.mean / self.null.mean if self.null and self.null.mean else None,
             "spread": {name: self.spread(name) for name in self.fit.values},
             "folds": {str(group): dict(values) for group, values in self.folds.items()},
-            "variants_looked_at": self.variants_looked_at,
         }
 
 
@@ -264,59 +260,6 @@ def hold_out(
         found = [scale * ratio - 1 for scale, ratio in zip(scales, null_ratios.tolist(), strict=True) if scale is not None]
         null = summarise(found) if found else None
     return HeldOut(whole, predicted, summarise((predicted / measured - 1).tolist()), null, folds)
-
-
-@dataclass(frozen=True, slots=True)
-class VariantComparison:
-    """Several forms on the same rows.
-
-    Attributes:
-        results: By name, each knowing how many there were.
-        best: The one with the smallest held-out error: an optimistic figure, since it was picked by it.
-        nested: Errors when the form is picked anew inside every fold, on that fold's own groups: what picking is worth on unseen groups.
-        picked: Which form was picked without each group.
-    """
-
-    results: Mapping[str, HeldOut]
-    best: str
-    nested: ErrorSummary
-    picked: Mapping[Hashable, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain data."""
-        return {
-            "results": {name: result.to_dict() for name, result in self.results.items()},
-            "best": self.best,
-            "nested": self.nested.to_dict(),
-            "picked": {str(group): name for group, name in self.picked.items()},
-        }
-
-
-def compare_variants(variants: Mapping[str, Variant], measured: FloatArray, groups: Sequence[Hashable]) -> VariantComparison:
-    """Judges several forms by held-out groups, and the picking itself by groups held out once more.
-
-    Raises:
-        InputError: No variants, or fewer than three groups.
-    """
-    order = list(dict.fromkeys(groups))
-    if not variants or len(order) < 3:
-        raise InputError("comparing forms needs at least one form and three groups")
-    results = {name: replace(hold_out(v, measured, groups), variants_looked_at=len(variants)) for name, v in variants.items()}
-    predicted = np.empty(len(measured))
-    picked: dict[Hashable, str] = {}
-    for group in order:
-        inside = [i for i, g in enumerate(groups) if g == group]
-        outside = np.array([i for i, g in enumerate(groups) if g != group])
-        inner = [g for g in groups if g != group]
-        judged = {name: hold_out(_subset(v, outside), measured[outside], inner).errors.mean for name, v in variants.items()}
-        picked[group] = min(judged, key=lambda name: judged[name])
-        predicted[inside] = variants[picked[group]].predict(results[picked[group]].folds[group], inside)
-    best = min(results, key=lambda name: results[name].errors.mean)
-    return VariantComparison(results, best, summarise((predicted / measured - 1).tolist()), picked)
-
-
-def _subset(variant: Variant, rows: NDArray[np.int64]) -> Variant:
-    return replace(variant, predict=lambda values, chosen: variant.predict(values, [int(rows[i]) for i in chosen]))
 
 
 def with_constants(cluster: Cluster, runtime: Runtime, values: Values) -> tuple[Cluster, Runtime]:

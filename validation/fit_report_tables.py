@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from simtrain.report.text import bullets, plain_table
-from validation.errors import ErrorSummary
+from validation.errors import percent
 from validation.fit_report import FitReport, FittedForm
 
 if TYPE_CHECKING:
@@ -36,18 +36,18 @@ def _errors(form: FittedForm) -> Table:
     table = plain_table(title if form.fit else f"{form.name}: step times, nothing fitted", "source", "left out", *columns, numeric=columns)
     for s in form.sources:
         low_high = f"{s.interval[0]:.1%} to {s.interval[1]:.1%}" if s.interval else "-"
-        cells = [_percent(s.errors, name) for name in ("median", "mean", "p90", "worst", "bias")]
+        cells = [percent(s.errors, name) for name in ("median", "mean", "p90", "worst", "bias")]
         table.add_row(
             s.source,
             " + ".join(s.by),
             str(s.errors.count),
             str(s.groups),
-            _percent(s.null, "mean"),
+            percent(s.null, "mean"),
             "-" if s.skill is None else f"{s.skill:.2f}",
             *cells[:2],
             low_high,
             *cells[2:],
-            _percent(s.in_sample, "mean"),
+            percent(s.in_sample, "mean"),
             str(s.variants_looked_at),
         )
     return table
@@ -82,10 +82,3 @@ def _constants(form: FittedForm) -> Table:
             str(form.limited.get(c.name, 0)),
         )
     return table
-
-
-def _percent(summary: ErrorSummary | None, name: str) -> str:
-    if summary is None:
-        return "-"
-    value: float = getattr(summary, name)
-    return f"{value:+.1%}" if name == "bias" else f"{value:.1%}"

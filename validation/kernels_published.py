@@ -171,10 +171,10 @@ class KernelReport:
 
 def compare_kernels() -> tuple[KernelReport, ...]:
     """Predicts all shipped tables."""
-    return (*matrix_products(), convolutions(), language_models(), image_models(), tpu_chips())
+    return (*_matrix_products(), convolutions(), _language_models(), image_models(), _tpu_chips())
 
 
-def matrix_products() -> tuple[KernelReport, KernelReport, KernelReport]:
+def _matrix_products() -> tuple[KernelReport, KernelReport, KernelReport]:
     """Best shapes of many devices, squares at several board powers, and the shapes of DeepBench."""
     data = load_table("matrix_products")
     best = data["best"][0]
@@ -252,7 +252,7 @@ def _convolution(path: DType, sizes: tuple[float, float, float, float], window: 
     )
 
 
-def language_models() -> KernelReport:
+def _language_models() -> KernelReport:
     """Forward and backward passes of BERT and GPT-2 on single GPUs in fp32: sums over kernels."""
     data = load_table("neusight_models")
     rows = []
@@ -284,7 +284,7 @@ def image_models() -> KernelReport:
     return KernelReport("ResNets and vision transformers on one RTX 3090, in 16 bits", source, (note,), tuple(rows))
 
 
-def tpu_chips() -> KernelReport:
+def _tpu_chips() -> KernelReport:
     """One chip's own time in steps of sharded transformers on TPU slices, where what is recomputed and the chip's share are known."""
     data = load_table("tpu_transformers")
     rows = []

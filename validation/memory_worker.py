@@ -127,14 +127,14 @@ def main() -> None:
     else:
         for trainer in ready.values():
             trainer.step()  # after which nothing is left to be made once
-    held = {way: sum(block_bytes(t) for t in trainer.held() if t.device.type != "cpu") for way, trainer in ready.items()}
+    held = {way: sum(_block_bytes(t) for t in trainer.held() if t.device.type != "cpu") for way, trainer in ready.items()}
     for way, trainer in ready.items():  # after timing, when nothing is left to be made once
         answers[way]["peak_bytes"] = trainer.peak_bytes(others=sum(held.values()) - held[way])
     for way in ways:
         print(json.dumps({"way": way} | answers[way]), flush=True)
 
 
-def block_bytes(tensor: Tensor) -> int:
+def _block_bytes(tensor: Tensor) -> int:
     """Returns what a tensor takes of PyTorch's caching allocator: whole blocks of 512 bytes."""
     return -(-tensor.nbytes // 512) * 512
 

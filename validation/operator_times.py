@@ -77,7 +77,7 @@ class OperatorClock(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def clock_cost_ns(samples: int = 2000) -> float:
+def _clock_cost_ns(samples: int = 2000) -> float:
     """Returns what reading the clock twice in a row shows."""
     readings = [time.process_time_ns() for _ in range(samples)]
     return median(b - a for a, b in pairwise(readings))
@@ -96,7 +96,7 @@ class ClassTimes:
     def __init__(self, kernel_class: Callable[[OperatorKind, str], str]) -> None:
         self.kernel_class = kernel_class
         self.rows: list[dict[str, list[float]]] = []
-        self._cost_ns = clock_cost_ns()
+        self._cost_ns = _clock_cost_ns()
 
     def step(self, passes: Callable[[], None], optimizer: Callable[[], None]) -> None:
         """Runs a training step under the operator clock.
@@ -120,7 +120,7 @@ class ClassTimes:
 
     def seconds(self) -> dict[str, float]:
         """Returns the median over the steps, by class."""
-        return median_by_key([{name: sum(times) for name, times in row.items()} for row in self.rows])
+        return _median_by_key([{name: sum(times) for name, times in row.items()} for row in self.rows])
 
     def calls(self) -> dict[str, int]:
         """Returns how many operators of each class the last step called."""
@@ -136,6 +136,6 @@ class ClassTimes:
         }
 
 
-def median_by_key(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _median_by_key(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Returns the median of each key over rows that share their keys."""
     return {key: median(row[key] for row in rows) for key in rows[0]} if rows else {}

@@ -37,12 +37,17 @@ def tell(report: Report, *, as_json: bool, save: Path | None = None) -> None:
 
 def tell_data(data: Any, text: str, *, as_json: bool, save: Path | None = None) -> None:
     """Writes plain data as JSON or the text that says the same, and the data into a file if one is named."""
-    if save is not None:
-        save.write_text(json.dumps(plain(data), indent=1) + "\n")
+    keep(data, save)
     if as_json:
         write_json(data)
     else:
         sys.stdout.write(text + "\n")
+
+
+def keep(data: Any, path: Path | None) -> None:
+    """Writes plain data into a file as JSON, if one is named."""
+    if path is not None:
+        path.write_text(json.dumps(plain(data), indent=1) + "\n")
 
 
 def progress(line: str) -> None:

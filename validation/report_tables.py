@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from simtrain.report.text import bullets, plain_table
 from validation.consistency import contradictions
+from validation.errors import percent
 from validation.report import LayoutReport
 from validation.residuals import residuals
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from validation.errors import ErrorSummary
 
 WORST_ROWS = 3
 
@@ -40,10 +40,10 @@ def _times(reports: Sequence[LayoutReport]) -> Table:
     table = plain_table("Step times: errors of the rows that were predicted", "source", *columns, numeric=columns)
     for r in reports:
         interval = f"{r.interval[0]:.1%} to {r.interval[1]:.1%}" if r.interval else "-"
-        cells = [_percent(r.errors, name) for name in ("median", "p90", "worst", "bias")]
+        cells = [percent(r.errors, name) for name in ("median", "p90", "worst", "bias")]
         skill = f"{r.skill:.2f}" if r.skill is not None else "-"
         counts = (str(len(r.dataset.rows)), str(len(r.refused)))
-        table.add_row(_name(r), *counts, _percent(r.errors, "mean"), interval, *cells, skill)
+        table.add_row(_name(r), *counts, percent(r.errors, "mean"), interval, *cells, skill)
     return table
 
 
@@ -52,7 +52,7 @@ def _nulls(reports: Sequence[LayoutReport]) -> Table:
     columns = ("on the predicted rows", "its group left out", "on all rows", "repeated runs")
     table = plain_table(title, "source", *columns, numeric=columns)
     for r in reports:
-        table.add_row(_name(r), *(_percent(s, "mean") for s in (r.null, r.null_held_out, r.null_of_source, r.noise)))
+        table.add_row(_name(r), *(percent(s, "mean") for s in (r.null, r.null_held_out, r.null_of_source, r.noise)))
     return table
 
 
@@ -66,7 +66,7 @@ def slice_table(reports: Sequence[LayoutReport], by: str) -> Table:
     table = plain_table(f"Step times by {by}", "source", by, *columns, numeric=(by, *columns))
     for r in reports:
         for key, summary in r.slices(by).items():
-            table.add_row(_name(r), str(key), str(summary.count), *(_percent(summary, name) for name in columns[1:]))
+            table.add_row(_name(r), str(key), str(summary.count), *(percent(summary, name) for name in columns[1:]))
     return table
 
 
@@ -91,7 +91,7 @@ def _memory(reports: Sequence[LayoutReport]) -> Table:
         lines = [(r.dataset.name, reading, r.memory, str(r.fits or "-")), ("", "  where the source says all", r.memory_without_doubt, "")]
         for name, kind, summary, verdict in lines:
             if summary or (verdict and r.fits):
-                cells = [_percent(summary, column) for column in columns[1:]]
+                cells = [percent(summary, column) for column in columns[1:]]
                 table.add_row(name, kind, str(summary.count if summary else 0), *cells, verdict)
     return table
 
@@ -144,10 +144,3 @@ def _source(r: LayoutReport) -> str:
     d = r.dataset
     evidence = "another simulator's output, not measured; " if d.evidence == "simulator" else ""
     return f"{d.name}: {d.title}; {evidence}{d.source}; variants looked at: {d.variants_looked_at}"
-
-
-def _percent(summary: ErrorSummary | None, name: str) -> str:
-    if summary is None:
-        return "-"
-    value: float = getattr(summary, name)
-    return f"{value:+.1%}" if name == "bias" else f"{value:.1%}"

@@ -111,11 +111,11 @@ def build(step: TrainingStep, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...]
     """
     samples = step.parsed().micro_batch
     if step.workload.startswith(CAPTURE):
-        return user_model(step.workload.removeprefix(CAPTURE), samples, step.sequence)
-    if step.workload in convnets.factories():
+        return _user_model(step.workload.removeprefix(CAPTURE), samples, step.sequence)
+    if step.workload in convnets.FAMILY.presets:
         network = convnets.spec(step.workload, **step.options)
         return convnet.ResNet(network), convnet.example_batch(network, samples, seed=seed)
-    if step.workload in vits.factories():
+    if step.workload in vits.FAMILY.presets:
         images = vits.spec(step.workload, **step.options)
         return vit.VisionTransformer(images), vit.example_batch(images, samples, seed=seed)
     text = transformers.spec(step.workload, **step.options)
@@ -141,7 +141,7 @@ class UserModel(nn.Module):
         return self.loss(output, batch) if self.loss is not None else find_loss(output)
 
 
-def user_model(text: str, samples: int, sequence: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
+def _user_model(text: str, samples: int, sequence: int = 0) -> tuple[nn.Module, tuple[Any, ...]]:
     """Builds what `FILE.py:FUNCTION` returns for real, its example batch cut or repeated to a size.
 
     Args:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from simtrain.core.catalog import WorkloadFactory
-from workloads.convnet.presets import factories as convnets
-from workloads.transformer.presets import factories as transformers
-from workloads.vit.presets import factories as vision_transformers
+from workloads.convnet.presets import FAMILY as CONVNETS
+from workloads.transformer.presets import FAMILY as TRANSFORMERS
+from workloads.vit.presets import FAMILY as VISION_TRANSFORMERS
 
 
 def workloads() -> dict[str, WorkloadFactory]:
     """Returns every workload factory by name."""
-    return {**transformers(), **convnets(), **vision_transformers()}
+    return {**TRANSFORMERS.presets, **CONVNETS.presets, **VISION_TRANSFORMERS.presets}

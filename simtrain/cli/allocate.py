@@ -8,11 +8,17 @@ from typing import Annotated
 import typer
 
 from simtrain.cli.files import PICTURES, check_path, save_picture
-from simtrain.cli.options import ClusterOption, JsonOption, RuntimeOption, SeqLenOption, WorkloadArgument
+from simtrain.cli.options import (
+    ClusterOption,
+    JsonOption,
+    MemoryMarginOption,
+    OptimizerOption,
+    RuntimeOption,
+    SeqLenOption,
+    WorkloadArgument,
+)
 from simtrain.cli.output import write_json, write_table
 from simtrain.core import catalog
-
-GanttOption = Annotated[Path | None, typer.Option("--gantt", help="Write what runs when as a picture (.png, .svg, .pdf).")]
 
 
 def allocate(
@@ -23,17 +29,19 @@ def allocate(
     precision: Annotated[
         str | None, typer.Option("--precision", help="Of all devices; by default the 16-bit type that they share.")
     ] = None,
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd, sgd-momentum, adamw-8bit or muon.")] = "adamw",
+    optimizer: OptimizerOption = "adamw",
     runtime: RuntimeOption = None,
     micro_batch: Annotated[list[int] | None, typer.Option("--micro-batch", min=1, help="Allowed sizes; repeat for several.")] = None,
     tensor: Annotated[list[int] | None, typer.Option("--tensor", min=1, help="Allowed tensor widths; repeat for several.")] = None,
     checkpoint: Annotated[
         list[str] | None, typer.Option("--checkpoint", help="Allowed: none, full, selective; repeat for several.")
     ] = None,
-    memory_margin: Annotated[float, typer.Option("--memory-margin", help="Share of memory that stays free, such as 0.1.")] = 0.0,
+    memory_margin: MemoryMarginOption = 0.0,
     worth: Annotated[bool, typer.Option("--worth/--no-worth", help="What each kind of device adds: plans anew without it.")] = True,
     seq_len: SeqLenOption = None,
-    gantt: GanttOption = None,
+    timeline: Annotated[
+        Path | None, typer.Option("--timeline", "--gantt", help="Write what runs when as a picture (.png, .svg, .pdf).")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Allocate layers and shares of each batch to devices that differ."""
@@ -41,7 +49,7 @@ def allocate(
     from simtrain.planner.allocation.allocate import allocate as find
     from simtrain.report.allocation import allocation_table, plot_allocation
 
-    check_path("--gantt", gantt, PICTURES)
+    check_path("--timeline", timeline, PICTURES)
     found = find(
         catalog.workload(workload, seq_len=seq_len),
         catalog.cluster(cluster),
@@ -59,5 +67,5 @@ def allocate(
         write_json(found.to_dict())
     else:
         write_table(allocation_table(found))
-    if gantt is not None:
-        save_picture(gantt, lambda ax: plot_allocation(found, ax), height_inch=1.5 + 0.55 * len(found.memory))
+    if timeline is not None:
+        save_picture(timeline, lambda ax: plot_allocation(found, ax), height_inch=1.5 + 0.55 * len(found.memory))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simtrain.cli.options import ClusterOption, JsonOption, RuntimeOption, SeqLenOption, WorkloadArgument, read_strategy
+from simtrain.cli.options import ClusterOption, JsonOption, RuntimeOption, SeqLenOption, StrategyOption, WorkloadArgument, read_strategy
 from simtrain.cli.output import write_json
 from simtrain.core import catalog
 from simtrain.core.errors import UnsupportedError
@@ -17,16 +17,18 @@ def data(
     workload: WorkloadArgument,
     *,
     cluster: ClusterOption,
-    strategy: Annotated[str, typer.Option("--strategy", help="How: 'data=4,micro_batch=32', or a .toml file.")],
-    sample_cpu_s: Annotated[float, typer.Option("--sample-cpu-s", help="CPU seconds of decoding and augmenting a sample, on one core.")],
+    strategy: StrategyOption,
+    sample_cpu_s: Annotated[
+        float, typer.Option("--sample-cpu-s", min=0.0, help="CPU seconds of decoding and augmenting a sample, on one core.")
+    ],
     workers: Annotated[int, typer.Option("--workers", min=0, help="Processes per rank; 0 prepares between steps.")] = 0,
     prefetch: Annotated[int, typer.Option("--prefetch", min=1, help="Batches under way per worker.")] = 2,
     cores: Annotated[float | None, typer.Option("--cores", help="Of a node; without limit by default.")] = None,
-    sample_bytes: Annotated[float, typer.Option("--sample-bytes", help="Of a sample, as stored.")] = 0.0,
+    sample_bytes: Annotated[float, typer.Option("--sample-bytes", min=0.0, help="Of a sample, as stored.")] = 0.0,
     storage_bytes_per_s: Annotated[float | None, typer.Option("--storage-bytes-per-s", help="To all readers together.")] = None,
     storage_nodes: Annotated[int, typer.Option("--storage-nodes", min=1, help="Nodes that read at the same time.")] = 1,
-    hit_rate: Annotated[float, typer.Option("--hit-rate", help="Share of samples that a cache holds.")] = 0.0,
-    variation: Annotated[float, typer.Option("--variation", help="Relative standard deviation of preparation times.")] = 0.0,
+    hit_rate: Annotated[float, typer.Option("--hit-rate", min=0.0, max=1.0, help="Share of samples that a cache holds.")] = 0.0,
+    variation: Annotated[float, typer.Option("--variation", min=0.0, help="Relative standard deviation of preparation times.")] = 0.0,
     runtime: RuntimeOption = None,
     seq_len: SeqLenOption = None,
     json: JsonOption = False,

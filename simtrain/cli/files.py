@@ -22,18 +22,35 @@ TRACES = (".json",)
 PAGES = (".html", ".htm")
 
 
-def check_path(option: str, path: Path | None, suffixes: tuple[str, ...]) -> None:
+def check_path(option: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
     """Refuses a path that cannot be written.
+
+    Args:
+        option: As typed.
+        path: What was given for it.
+        suffixes: What it may end in; anything by default.
 
     Raises:
         InputError: Another suffix, or a folder that does not exist.
     """
     if path is None:
         return
-    if path.suffix.lower() not in suffixes:
+    if suffixes and path.suffix.lower() not in suffixes:
         raise InputError(f"{option} {path}: the file must end in {' or '.join(suffixes)}")
     if not path.parent.is_dir():
         raise InputError(f"{option} {path}: there is no folder {path.parent}")
+
+
+def check_outputs(*, timeline: Path | None, memory_plot: Path | None, trace: Path | None, report: Path | None) -> None:
+    """Refuses paths of `write_files` and `write_report` that cannot be written.
+
+    Raises:
+        InputError: Another suffix, or a folder that does not exist.
+    """
+    check_path("--timeline", timeline, PICTURES)
+    check_path("--memory-plot", memory_plot, PICTURES)
+    check_path("--trace", trace, TRACES)
+    check_path("--report", report, PAGES)
 
 
 def write_files(result: Result, *, timeline: Path | None = None, memory: Path | None = None, trace: Path | None = None) -> None:

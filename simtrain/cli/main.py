@@ -123,7 +123,7 @@ def _add_plugins(app: typer.Typer) -> None:
 
 
 def _usage(error: Exception) -> str:
-    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    message = (error.format_message() if hasattr(error, "format_message") else str(error)).replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     return f"{message.rstrip('.')} (see {context.command_path} --help)" if context is not None else message
 

@@ -43,6 +43,11 @@ ClusterOption = Annotated[
         "'simtrain calibrate' measured: profile:machine, profile:probed or profile:FILE.",
     ),
 ]
+StrategyOption = Annotated[
+    str, typer.Option("--strategy", help="How: 'data=4,micro_batch=4,precision=fp16-amp', or a .toml file with the same fields.")
+]
+OptimizerOption = Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd, sgd-momentum, adamw-8bit or muon.")]
+MemoryMarginOption = Annotated[float, typer.Option("--memory-margin", help="Share of memory that stays free, such as 0.1.")]
 RuntimeOption = Annotated[str | None, typer.Option("--runtime", help="The framework's behaviour, such as torch-eager.")]
 SeqLenOption = Annotated[int | None, typer.Option("--seq-len", min=1, help="Sequence length; the workload's own by default.")]
 TimelineOption = Annotated[Path | None, typer.Option("--timeline", help="Write what runs when as a picture (.png, .svg, .pdf).")]
@@ -65,6 +70,21 @@ def read_strategy(text: str) -> Strategy:
         return Strategy.from_toml(Path(text).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the strategy file {text}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read_pairs(text: str, option: str) -> dict[str, str]:
+    """Reads `a=1,b=2`.
+
+    Raises:
+        InputError: A part without `=`.
+    """
+    pairs = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"{option}: {part!r} is not of the form name=value")
+        pairs[name.strip()] = value.strip()
+    return pairs
 
 
 def read_stragglers(pairs: Sequence[str], ranks: int) -> dict[int, float]:

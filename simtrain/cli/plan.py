@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simtrain.cli.files import PAGES, PICTURES, TRACES, check_path, write_files, write_report
+from simtrain.cli.files import check_outputs, write_files, write_report
 from simtrain.cli.options import (
     ClusterOption,
     JsonOption,
+    MemoryMarginOption,
     MemoryPlotOption,
     Objective,
+    OptimizerOption,
     ReportOption,
     SeqLenOption,
     TimelineOption,
     TraceOption,
     WorkloadArgument,
+    read_pairs,
 )
 from simtrain.cli.output import note, write_json, write_table
 from simtrain.cli.predict import EXIT_DOES_NOT_FIT
+from simtrain.cli.progress import SlowProgress
 from simtrain.core import catalog
 from simtrain.core.errors import InputError
 from simtrain.core.strategy import Strategy
 from simtrain.core.units import parse_quantity
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from simtrain.planner.launchers import Job
     from simtrain.planner.search import Plan
 
 DEFAULT_TOP = 10
-PATIENCE_S = 2.0
 
 
 def plan(
@@ -50,7 +49,7 @@ def plan(
     ] = None,
     checkpoint: Annotated[list[str] | None, typer.Option("--checkpoint", help="Allowed; repeat for several.")] = None,
     zero: Annotated[list[int] | None, typer.Option("--zero", help="Allowed ZeRO stages; repeat for several.")] = None,
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, adam, sgd, sgd-momentum, adamw-8bit or muon.")] = "adamw",
+    optimizer: OptimizerOption = "adamw",
     runtime: Annotated[
         list[str] | None,
         typer.Option("--runtime", help="The framework, such as megatron; repeat to choose from. What makes sense by default."),
@@ -58,7 +57,7 @@ def plan(
     fixed: Annotated[str, typer.Option("--fixed", help="Choices that are settled: 'tensor=8,micro_batch=1'.")] = "",
     devices: Annotated[int | None, typer.Option("--devices", min=1, help="How many to use; all by default.")] = None,
     memory_risk: Annotated[float, typer.Option("--memory-risk", help="Highest probability of running out of memory, such as 0.05.")] = 0.0,
-    memory_margin: Annotated[float, typer.Option("--memory-margin", help="Share of memory that stays free, such as 0.1.")] = 0.0,
+    memory_margin: MemoryMarginOption = 0.0,
     power: Annotated[float, typer.Option("--power", help="Most average power, in W.")] = 0.0,
     budget: Annotated[float, typer.Option("--budget", help="Most money, in USD, for --tokens.")] = 0.0,
     tokens: Annotated[float, typer.Option("--tokens", help="Length of the training, for --budget and --deadline.")] = 0.0,
@@ -83,13 +82,7 @@ def plan(
     from simtrain.planner.space import blocks_of, default_runtimes
     from simtrain.step.predict import schedule
 
-    for option, path, kinds in (
-        ("--timeline", timeline, PICTURES),
-        ("--memory-plot", memory_plot, PICTURES),
-        ("--trace", trace, TRACES),
-        ("--report", report, PAGES),
-    ):
-        check_path(option, path, kinds)
+    check_outputs(timeline=timeline, memory_plot=memory_plot, trace=trace, report=report)
     if emit is not None:
         check_launcher(emit, "--emit")
     what, where = catalog.workload(workload, seq_len=seq_len), catalog.cluster(cluster)
@@ -155,56 +148,8 @@ def _emit(found: Plan, launcher: str, job: Job) -> None:
         note(f"not said in it: {line}")
 
 
-def read_pairs(text: str, option: str) -> dict[str, str]:
-    """Reads `a=1,b=2`.
-
-    Raises:
-        InputError: A part without `=`.
-    """
-    pairs = {}
-    for part in filter(None, (p.strip() for p in text.split(","))):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise InputError(f"{option}: {part!r} is not of the form name=value")
-        pairs[name.strip()] = value.strip()
-    return pairs
-
-
 def _number(text: str, name: str) -> float:
     try:
         return float(text)
     except ValueError:
         raise InputError(f"--weights: {name} must be a number, not {text!r}") from None
-
-
-class SlowProgress:
-    """A progress bar on standard error that appears only on a terminal, and only when it takes longer than `PATIENCE_S`.
-
-    Args:
-        label: What is going on.
-    """
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._start_s = time.monotonic()
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        """Moves the bar; `search.plan` calls this."""
-        if self._bar is None and sys.stderr.isatty() and time.monotonic() - self._start_s > PATIENCE_S:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(self._label, total=total)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simtrain.cli.files import PAGES, PICTURES, TRACES, check_path, write_files, write_report
+from simtrain.cli.files import check_outputs, write_files, write_report
 from simtrain.cli.options import (
     ClusterOption,
     JsonOption,
@@ -15,6 +15,7 @@ from simtrain.cli.options import (
     ReportOption,
     RuntimeOption,
     SeqLenOption,
+    StrategyOption,
     TimelineOption,
     TraceOption,
     WorkloadArgument,
@@ -40,7 +41,7 @@ def predict(
     workload: WorkloadArgument,
     *,
     cluster: ClusterOption,
-    strategy: Annotated[str, typer.Option("--strategy", help="How: 'data=4,micro_batch=4,precision=fp16-amp', or a .toml file.")],
+    strategy: StrategyOption,
     reader: Annotated[Reader | None, typer.Option("--reader", help="From fast to full; schedule by default.")] = None,
     runtime: RuntimeOption = None,
     seq_len: SeqLenOption = None,
@@ -55,10 +56,7 @@ def predict(
     json: JsonOption = False,
 ) -> None:
     """Predict step time, memory, energy and cost of a strategy."""
-    check_path("--timeline", timeline, PICTURES)
-    check_path("--memory-plot", memory_plot, PICTURES)
-    check_path("--trace", trace, TRACES)
-    check_path("--report", report, PAGES)
+    check_outputs(timeline=timeline, memory_plot=memory_plot, trace=trace, report=report)
     how = read_strategy(strategy)
     dynamics: dict[str, Any] = {"jitter": jitter or None, "stragglers": read_stragglers(straggler or [], how.ranks) or None}
     dynamics |= {"seed": seed, "steps": steps}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from simtrain.cli.files import PICTURES, check_path, save_picture
-from simtrain.cli.options import ClusterOption, JsonOption, RuntimeOption, SeqLenOption, WorkloadArgument, read_strategy
+from simtrain.cli.options import ClusterOption, JsonOption, RuntimeOption, SeqLenOption, StrategyOption, WorkloadArgument, read_strategy
 from simtrain.cli.output import write_json, write_table
 from simtrain.core import catalog
 from simtrain.core.errors import InputError
@@ -45,7 +45,7 @@ def run(
     workload: WorkloadArgument,
     *,
     cluster: ClusterOption,
-    strategy: Annotated[str, typer.Option("--strategy", help="How: 'data=4,micro_batch=4,precision=fp16-amp', or a .toml file.")],
+    strategy: StrategyOption,
     target_loss: Annotated[float | None, typer.Option("--target-loss", help="Nats per token; by a loss law.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer updates.")] = None,
     tokens: Annotated[float | None, typer.Option("--tokens", help="Tokens processed.")] = None,

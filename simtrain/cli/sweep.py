@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from simtrain.cli.files import check_path
 from simtrain.cli.options import ClusterOption, JsonOption, Reader, RuntimeOption, WorkloadArgument
 from simtrain.cli.output import note, write_json, write_table
-from simtrain.cli.plan import SlowProgress
+from simtrain.cli.progress import SlowProgress
 from simtrain.core.errors import InputError
 
 
@@ -31,6 +32,7 @@ def sweep(
     """Predict a grid of settings, one row each."""
     from simtrain.planner.sweep import read_points, sweep_rows, to_frame
 
+    check_path("--csv", csv)
     points = read_points(workload, cluster, read_grid(grid), strategy=strategy, runtime=runtime, reader=reader.value)
     done = [0]
 

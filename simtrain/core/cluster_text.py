@@ -13,6 +13,7 @@ DEFAULT_NIC = "infiniband-hdr"
 MAX_DEVICES = 1_000_000
 
 _GROUP = re.compile(r"^(?:(-?\d+)\s*[x×*]\s*)?(.+)$")
+_SPACED = re.compile(r"^(\d+)\s+(.+)$")
 
 
 def parse_cluster(text: str) -> Cluster:
@@ -78,10 +79,14 @@ def _device(name: str, text: str) -> Device:
     try:
         return catalog.device(name)
     except UnknownNameError as error:
-        presets = nearest(text, catalog.names("clusters"))
-        if presets and not error.suggestions and "+" not in text:
-            raise UnknownNameError("cluster", text, catalog.names("clusters")) from None
-        raise
+        if spaced := _SPACED.match(name):
+            raise InputError(f"cannot read {name!r}: a count is followed by an x, as in '{spaced[1]}x {spaced[2]}'") from None
+        if error.suggestions or "+" in text:
+            raise
+        clusters = catalog.names("clusters")
+        if nearest(text, clusters):
+            raise UnknownNameError("cluster", text, clusters) from None
+        raise UnknownNameError("cluster or device", name, [*clusters, *catalog.names("devices")]) from None
 
 
 def _nodes(device: Device, count: int, assumptions: list[str]) -> list[Node]:

@@ -52,11 +52,6 @@ class Offload:
         """Whether anything is moved."""
         return any(getattr(self, name) for name in MOVABLE)
 
-    @property
-    def uses_nvme(self) -> bool:
-        """Whether drives are needed."""
-        return any(getattr(self, name) == "nvme" for name in MOVABLE)
-
 
 def parse_offload(text: str) -> Offload:
     """Reads what a strategy moves.

@@ -307,7 +307,8 @@ def _whole_number(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise StrategyError(f"{name} must be a whole number, not {text!r}") from None
+        hint = "; fields are separated by commas" if "=" in text else ""
+        raise StrategyError(f"{name} must be a whole number, not {text!r}{hint}") from None
 
 
 def checkpoint_segment(checkpoint: str, depth: int) -> int:

@@ -1,7 +1,7 @@
 """Gradient compression and low-communication training: what is sent, what compressing costs, what must be remembered.
 
-Volumes follow from the formats; the arithmetic counts are of straightforward kernels (one pass over the gradient per stated read and
-write) and are assumptions about implementations, not measurements. What compression does to convergence is not modelled.
+Volumes follow from the formats; memory traffic is that of straightforward kernels (one pass over the gradient per stated read and write):
+assumptions about implementations, not measurements. What compression does to convergence is not modelled.
 
 Methods, recalled and not looked up:
 Seide et al. 2014 and Tang et al. 2021 (1 bit, error feedback, warm-up); Vogels, Karimireddy and Jaggi 2019 (PowerSGD);
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simtrain.core.errors import InputError, UnknownNameError
 from simtrain.core.workload import Collective
@@ -41,9 +41,7 @@ class Compression:
     Attributes:
         method: Its name.
         messages: Collectives, one after the other.
-        compress_flops: Arithmetic before sending.
         compress_bytes: Memory traffic before sending.
-        decompress_flops: Arithmetic after receiving.
         decompress_bytes: Memory traffic after receiving.
         state_bytes: Kept between steps (error feedback, factors).
         compress_launches: Kernels before sending.
@@ -52,9 +50,7 @@ class Compression:
 
     method: str
     messages: tuple[Message, ...]
-    compress_flops: float = 0.0
     compress_bytes: float = 0.0
-    decompress_flops: float = 0.0
     decompress_bytes: float = 0.0
     state_bytes: float = 0.0
     compress_launches: int = 1
@@ -77,7 +73,7 @@ def cast(elements: float, bits: int) -> Compression:
     _positive("elements", elements)
     if bits == 16:
         moved = elements * (GRADIENT_BYTES + 2.0)
-        return Compression("16-bit", (Message(Collective.ALL_REDUCE, 2.0 * elements),), elements, moved, elements, moved)
+        return Compression("16-bit", (Message(Collective.ALL_REDUCE, 2.0 * elements),), moved, moved)
     if bits != 8:
         raise InputError(f"a gradient is cast to 16 or 8 bits, not {bits!r}")
     return _quantized("8-bit", elements, 8)
@@ -88,7 +84,7 @@ def _quantized(method: str, elements: float, bits: int, state_bytes: float = 0.0
     size = quantized_bytes(elements, bits)
     moved = 2 * GRADIENT_BYTES * elements + size
     messages = (Message(Collective.ALL_TO_ALL, size), Message(Collective.ALL_GATHER, size))
-    return Compression(method, messages, 4 * elements, moved, 4 * elements, 2 * moved, state_bytes)
+    return Compression(method, messages, moved, 2 * moved, state_bytes)
 
 
 def quantized_bytes(elements: float, bits: int) -> float:
@@ -114,17 +110,8 @@ def one_bit(elements: float) -> Compression:
     """
     _positive("elements", elements)
     plain = _quantized("1-bit", elements, 1, state_bytes=2 * GRADIENT_BYTES * elements)
-    # Adding the error before and storing it after: two more operations, two reads and a write, in each direction.
-    extra_bytes = 3 * GRADIENT_BYTES * elements
-    return Compression(
-        plain.method,
-        plain.messages,
-        plain.compress_flops + 2 * elements,
-        plain.compress_bytes + extra_bytes,
-        plain.decompress_flops + 2 * elements,
-        plain.decompress_bytes + extra_bytes,
-        plain.state_bytes,
-    )
+    extra_bytes = 3 * GRADIENT_BYTES * elements  # adding the error before and storing it after: two reads and a write, in each direction
+    return replace(plain, compress_bytes=plain.compress_bytes + extra_bytes, decompress_bytes=plain.decompress_bytes + extra_bytes)
 
 
 def power_sgd(shapes: Sequence[tuple[int, int]], rank: int) -> Compression:
@@ -140,7 +127,7 @@ def power_sgd(shapes: Sequence[tuple[int, int]], rank: int) -> Compression:
         InputError: A shape or rank below one.
     """
     _positive("rank", rank)
-    left = right = plain = products = orthogonal = whole = 0.0
+    left = right = plain = whole = 0.0
     matrices = 0
     for rows, columns in shapes:
         _positive("rows", rows)
@@ -152,16 +139,12 @@ def power_sgd(shapes: Sequence[tuple[int, int]], rank: int) -> Compression:
         matrices += 1
         left += rows * rank
         right += columns * rank
-        products += 2.0 * rows * columns * rank
-        orthogonal += 2.0 * rows * rank**2  # modified Gram-Schmidt
     messages = tuple(Message(Collective.ALL_REDUCE, GRADIENT_BYTES * n) for n in (left + plain, right) if n)
     factors = left + right
     return Compression(
         method=f"PowerSGD rank {rank}",
         messages=messages,
-        compress_flops=2 * products + orthogonal + whole,
         compress_bytes=GRADIENT_BYTES * (5 * whole + 4 * factors),  # add the error (3), read it for both products (2)
-        decompress_flops=products + whole,
         decompress_bytes=GRADIENT_BYTES * (4 * whole + factors),  # write M, then the new error from two reads
         state_bytes=GRADIENT_BYTES * (whole + right),
         compress_launches=4 * matrices,  # add the error, product, make orthogonal, product
@@ -186,39 +169,9 @@ def top_k(elements: float, density: float, ranks: int) -> Compression:
     return Compression(
         method=f"top-{density:g}",
         messages=(Message(Collective.ALL_GATHER, ranks * kept * pair),),
-        compress_flops=3 * elements,  # add the error, take the magnitude, compare with the threshold
         compress_bytes=GRADIENT_BYTES * 5 * elements + kept * pair,
-        decompress_flops=ranks * kept,
         decompress_bytes=GRADIENT_BYTES * elements + ranks * kept * (pair + 2 * GRADIENT_BYTES),
         state_bytes=GRADIENT_BYTES * elements,
-    )
-
-
-def quantized_zero(parameters: float, *, weight_bits: int = 8, gradient_bits: int = 4, secondary: bool = True) -> Compression:
-    """ZeRO-3 with quantized gathers (ZeRO++): weights gathered for forward, again for backward, gradients by all-to-all.
-
-    With `secondary` the backward gather stays inside the node, from a second shard of the fp16 weights there: it is no message here but
-    twice the parameters in bytes, divided by the ranks of a node, in memory. The caller divides; `state_bytes` holds the undivided amount.
-
-    Raises:
-        InputError: No parameters, or bits outside 1 to 16.
-    """
-    _positive("parameters", parameters)
-    for name, bits in (("weight_bits", weight_bits), ("gradient_bits", gradient_bits)):
-        if not 1 <= bits <= 16:
-            raise InputError(f"{name} must be between 1 and 16, not {bits!r}")
-    gathers = 1 if secondary else 2
-    weights, gradients = quantized_bytes(parameters, weight_bits), quantized_bytes(parameters, gradient_bits)
-    messages = (Message(Collective.ALL_GATHER, weights),) * gathers + (Message(Collective.ALL_TO_ALL, gradients),)
-    return Compression(
-        method="quantized ZeRO",
-        messages=messages,
-        compress_flops=4 * parameters,  # gradients; each rank quantizes only its own shard of the weights
-        compress_bytes=quantize_traffic(parameters, gradient_bits),
-        decompress_flops=2 * parameters * (gathers + 1),
-        decompress_bytes=gathers * dequantize_traffic(parameters, weight_bits, 2.0)
-        + dequantize_traffic(parameters, gradient_bits, GRADIENT_BYTES),
-        state_bytes=2.0 * parameters if secondary else 0.0,
     )
 
 
@@ -230,7 +183,6 @@ class LowCommunication:
         method: "local SGD" or "DiLoCo".
         steps_between: Steps between synchronisations.
         message: What is then exchanged.
-        outer_flops: Arithmetic of the outer update, each time.
         outer_bytes: Memory traffic of the outer update, each time.
         state_bytes: Kept besides the inner optimizer's state.
         outer_passes: Elementwise kernels of the outer update over all parameters.
@@ -239,7 +191,6 @@ class LowCommunication:
     method: str
     steps_between: int
     message: Message
-    outer_flops: float
     outer_bytes: float
     state_bytes: float
     outer_passes: int = 1
@@ -261,12 +212,10 @@ def low_communication(method: str, parameters: float, steps_between: int) -> Low
     _positive("steps_between", steps_between)
     message = Message(Collective.ALL_REDUCE, GRADIENT_BYTES * parameters)
     if method == "local SGD":
-        return LowCommunication(method, steps_between, message, parameters, 2 * GRADIENT_BYTES * parameters, 0.0)
+        return LowCommunication(method, steps_between, message, 2 * GRADIENT_BYTES * parameters, 0.0)
     if method == "DiLoCo":
         # The change (one difference), then momentum and update: read parameters of both times and momentum, write parameters and momentum.
-        return LowCommunication(
-            method, steps_between, message, 6 * parameters, 8 * GRADIENT_BYTES * parameters, 2 * GRADIENT_BYTES * parameters, 3
-        )
+        return LowCommunication(method, steps_between, message, 8 * GRADIENT_BYTES * parameters, 2 * GRADIENT_BYTES * parameters, 3)
     raise UnknownNameError("low-communication method", method, ("local SGD", "DiLoCo"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simtrain.core.result import MemoryReport
+from simtrain.core.units import format_bytes
 from simtrain.planner.found import Failure
 from simtrain.planner.objectives import Limits
 from simtrain.planner.space import Candidate
@@ -34,6 +35,6 @@ def too_large(candidate: Candidate, witness: Candidate, memory: MemoryReport, li
     """A combination that does not fit because a witness does not, which needs no more."""
     over = memory.device_bytes - memory.capacity_bytes * (1 - limits.memory_margin)
     if witness == candidate:
-        return failure(candidate, f"out of memory by {over / 2**30:.2f} GiB at {memory.peak_moment}", over, memory)
-    reason = f"out of memory: {witness.strategy} needs no more and is over by {over / 2**30:.2f} GiB"
+        return failure(candidate, f"out of memory by {format_bytes(over)} at {memory.peak_moment}", over, memory)
+    reason = f"out of memory: {witness.strategy} needs no more and is over by {format_bytes(over)}"
     return failure(candidate, reason, over, memory)

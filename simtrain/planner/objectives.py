@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from simtrain.core.errors import InputError, StrategyError, UnknownNameError
 from simtrain.core.result import Result
-from simtrain.core.units import format_time
+from simtrain.core.units import format_bytes, format_time
 
 Objective = Literal["throughput", "step_time", "memory", "energy", "cost", "tokens_per_dollar", "balanced"]
 
@@ -95,7 +95,7 @@ class Limits:
         if memory.device_bytes > memory.capacity_bytes * (1 - self.memory_margin):
             over = memory.device_bytes - memory.capacity_bytes * (1 - self.memory_margin)
             margin = f" with a margin of {self.memory_margin:.0%}" if self.memory_margin else ""
-            return f"out of memory by {over / 2**30:.2f} GiB{margin} at {memory.peak_moment}"
+            return f"out of memory by {format_bytes(over)}{margin} at {memory.peak_moment}"
         return next((reason for reason, times in self.asked_of(result) if times > 1), "")
 
     def asked_of(self, result: Result) -> list[tuple[str, float]]:
@@ -169,12 +169,12 @@ class Judge:
             return self.ranked(results)[:1]
         columns = [self.values(results, o) for o in self.objectives]
         points = list(zip(*columns, strict=True))
-        best = [i for i in range(len(points)) if not any(dominates(points[j], points[i]) for j in range(len(points)) if j != i)]
+        best = [i for i in range(len(points)) if not any(_dominates(points[j], points[i]) for j in range(len(points)) if j != i)]
         chosen = set(best)
         return [r for r in self.ranked(results) if any(r is results[i] for i in chosen)]
 
 
-def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether `a` is nowhere worse than `b` and somewhere better."""
     return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
 

@@ -108,7 +108,7 @@ def page_html(subject: Result | Plan | Comparison) -> str:
 
     if isinstance(subject, Plan):
         return render_page(plan_page(subject))
-    return render_page(result_page(subject) if isinstance(subject, Result) else comparison_page(subject))
+    return render_page(_result_page(subject) if isinstance(subject, Result) else _comparison_page(subject))
 
 
 def plan_page(plan: Plan) -> Page:
@@ -129,7 +129,7 @@ def plan_page(plan: Plan) -> Page:
     return Page(title, question, best.strategy, _tiles(best), answer, (*warnings, *_doubts(plan)), kept, best.runtime)
 
 
-def result_page(result: Result) -> Page:
+def _result_page(result: Result) -> Page:
     """What is said of one prediction."""
     question = f"One step of {result.workload} on {result.cluster} under {result.runtime}, read by {result.reader}."
     when = words.moment_in_words(result.memory.peak_moment)
@@ -139,7 +139,7 @@ def result_page(result: Result) -> Page:
     return Page(title, question, result.strategy, _tiles(result), _answer(result), warnings, sections, result.runtime)
 
 
-def comparison_page(found: Comparison) -> Page:
+def _comparison_page(found: Comparison) -> Page:
     """What is said of two predictions beside each other."""
     named = (("A", found.a), ("B", found.b))
     time, memory = tables.differences(found)

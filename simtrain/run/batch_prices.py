@@ -11,6 +11,7 @@ from simtrain.core.errors import StrategyError
 from simtrain.core.hardware import Cluster
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
+from simtrain.core.units import format_bytes
 from simtrain.core.workload import Workload
 from simtrain.run.batch_policy import BatchPolicy
 from simtrain.step.predict import schedule
@@ -94,6 +95,6 @@ def price_list(
     if not times_s:
         least = min(memory_bytes)
         raise StrategyError(
-            f"no micro-batch fits: {least} samples need {memory_bytes[least] / 2**30:.4g} GiB, there are {capacity_bytes / 2**30:.4g} GiB"
+            f"no micro-batch fits: {least} samples need {format_bytes(memory_bytes[least])}, there are {format_bytes(capacity_bytes)}"
         )
     return PriceList(times_s, memory_bytes, capacity_bytes, strategy.data, tuple(assumptions))

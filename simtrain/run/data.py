@@ -218,7 +218,7 @@ def _cures(loader: Loader, step_s: float, storage: Storage, main_cpu_s: float, p
     needs = demand(loader, storage)
     enough = max(1, math.ceil((needs.read_s + needs.cpu_s) / (step_s + loader.receive_s)))
     tried = {
-        f"{enough} workers instead of {loader.workers}": (replace(loader, workers=enough), storage),
+        f"{enough} worker{'s' if enough > 1 else ''} instead of {loader.workers}": (replace(loader, workers=enough), storage),
         "the data set in a local cache": (replace(loader, hit_rate=1.0), storage),
         "storage twice as fast": (loader, replace(storage, bytes_per_s=2 * storage.bytes_per_s, opens_per_s=2 * storage.opens_per_s)),
         "half the decoding and augmenting (done ahead, or on the device)": (replace(loader, cpu_s=loader.cpu_s / 2), storage),

@@ -69,7 +69,7 @@ class ChinchillaLaw:
     def tokens(self, parameters: float, loss: float) -> float:
         """See `LossLaw`."""
         floor = self.floor(parameters)
-        refuse_below(loss, floor, parameters)
+        _refuse_below(loss, floor, parameters)
         return float((self.data_factor / (loss - floor)) ** (1 / self.data_power))
 
 
@@ -104,7 +104,7 @@ class KaplanLaw:
 
     def tokens(self, parameters: float, loss: float) -> float:
         """See `LossLaw`."""
-        refuse_below(loss, self.floor(parameters), parameters)
+        _refuse_below(loss, self.floor(parameters), parameters)
         return float(self.data_scale / (loss ** (1 / self.data_power) - self._model_part(parameters)))
 
     def _model_part(self, parameters: float) -> float:
@@ -189,7 +189,7 @@ LOSS_LAWS: dict[str, LossLaw] = {"chinchilla": CHINCHILLA, "chinchilla-replicate
 """Published laws by name. Their losses belong to their own data and tokenizer: only differences carry over to others."""
 
 
-def refuse_below(loss: float, floor: float, parameters: float) -> None:
+def _refuse_below(loss: float, floor: float, parameters: float) -> None:
     """Refuses a loss that no amount of data reaches.
 
     Raises:

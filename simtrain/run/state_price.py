@@ -11,6 +11,7 @@ from simtrain.core.hardware import Cluster
 from simtrain.core.result import MemoryKind, Result
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
+from simtrain.core.units import format_bytes
 from simtrain.core.workload import Workload
 from simtrain.run.checks import above_zero, not_negative
 
@@ -168,7 +169,7 @@ class PriceBook:
             else:
                 result = simulate(work, self.cluster, how, runtime=self._runtime, stragglers={0: slow})
             if not result.fits:
-                raise StrategyError(f"{how} does not fit: {result.memory.over_bytes / 2**30:.2f} GiB over on {result.memory.rank_class}")
+                raise StrategyError(f"{how} does not fit: {format_bytes(result.memory.over_bytes)} over on {result.memory.rank_class}")
             self.results.append(result)
             self._known[key] = price_of(result, self.cluster, how)
         return self._known[key]

@@ -60,7 +60,7 @@ def pack_cost(setting: Setting, lane: Lane, bucket: Bucket, placed: Placed) -> P
     packed = compressed(setting, bucket, len(placed.ranks))
     if packed is None:
         return None
-    price = kernels_cost(setting, lane, packed.compress_bytes, packed.compress_launches)
+    price = _kernels_cost(setting, lane, packed.compress_bytes, packed.compress_launches)
     return replace(price, wire_s=price.device_s)
 
 
@@ -73,13 +73,13 @@ def restore_cost(setting: Setting, lane: Lane, bucket: Bucket, placed: Placed) -
     costs = []
     packed = compressed(setting, bucket, len(placed.ranks))
     if packed is not None:
-        costs.append(kernels_cost(setting, lane, packed.decompress_bytes, packed.decompress_launches))
+        costs.append(_kernels_cost(setting, lane, packed.decompress_bytes, packed.decompress_launches))
     if not (setting.runtime.gradient_as_bucket_view or setting.runtime.main_gradients):
         costs.append(pass_cost(lane.place.device, bucket_copy_kernels(bucket.gradients, setting.precision), setting.runtime))
     return chain(costs) if costs else None
 
 
-def kernels_cost(setting: Setting, lane: Lane, bytes_moved: float, launches: int) -> PassCost:
+def _kernels_cost(setting: Setting, lane: Lane, bytes_moved: float, launches: int) -> PassCost:
     """What kernels cost that memory binds."""
     if not launches:
         return PassCost(0.0, 0.0, 0.0, 0)
@@ -111,7 +111,7 @@ def outer_cost(setting: Setting, lane: Lane) -> PassCost | None:
     if low is None:
         return None
     groups = -(-sum(len(chunk.trained) for chunk in lane.chunks) // TENSORS_PER_LAUNCH)
-    whole, share = kernels_cost(setting, lane, low.outer_bytes, groups * low.outer_passes), 1 / low.steps_between
+    whole, share = _kernels_cost(setting, lane, low.outer_bytes, groups * low.outer_passes), 1 / low.steps_between
     launches = round(whole.launches * share)
     return PassCost(whole.device_s * share, whole.host_s * share, whole.lead_s * share, launches)
 
@@ -166,7 +166,7 @@ class Quantized:
         )
 
     def _priced(self, lane: Lane, traffic_bytes: float) -> PassCost:
-        price = kernels_cost(self.setting, lane, traffic_bytes, 1)
+        price = _kernels_cost(self.setting, lane, traffic_bytes, 1)
         return replace(price, wire_s=price.device_s)
 
 

@@ -231,12 +231,12 @@ def _label(lane: Lane, chunk: int, steps: Sequence[Step], coarse: bool) -> str:
     held = lane.chunks[chunk]
     first = steps[0].which
     if not coarse:
-        return pass_label(held.workload, first, held.start)
+        return _pass_label(held.workload, first, held.start)
     name = "forward" if first.mode in (Mode.FORWARD, Mode.FORWARD_DROPPING) else steps[-1].which.mode.value.split(",")[0]
     return f"{name} chunk {held.position}" if len(lane.chunks) > 1 else name
 
 
-def pass_label(workload: Workload, step: Pass, start: int = 0) -> str:
+def _pass_label(workload: Workload, step: Pass, start: int = 0) -> str:
     """What a pass is called in timelines."""
     layer = workload.layers[step.kind]
     position = f".{start + step.layer - sum(x.repeats for x in workload.layers[: step.kind])}" if layer.repeats > 1 else ""
@@ -244,4 +244,4 @@ def pass_label(workload: Workload, step: Pass, start: int = 0) -> str:
     return f"{name} {layer.name}{position}"
 
 
-__all__ = ["Lowered", "lower", "pass_label"]
+__all__ = ["Lowered", "lower"]

@@ -35,7 +35,7 @@ class Meeting:
         one, several, kept = np.zeros(len(program.resources), dtype=np.int64), *np.zeros((2, len(program.resources)), dtype=bool)
         one[used] = stream
         several[used[stream != one[used]]] = True  # the stream that was noted is not the only one
-        kept[representatives(program)] = True
+        kept[_representatives(program)] = True
         shared = demanded & (several & kept)[program.demand_resource]
         self.used, self.user, self.amount = program.demand_resource[shared], owner[shared], program.demand_amount[shared]
         self.possible = np.zeros(len(program), dtype=bool)
@@ -64,7 +64,7 @@ class Meeting:
         return met
 
 
-def representatives(program: Program) -> IntArray:
+def _representatives(program: Program) -> IntArray:
     """One of the resources each that the same terms demand equally much of: the others are as busy at any time."""
     owner = np.repeat(np.arange(len(program)), np.diff(program.demand_pointer))
     capacity = np.array([r.capacity for r in program.resources])

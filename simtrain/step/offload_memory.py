@@ -91,7 +91,7 @@ def host_memory(layout: Layout) -> HostMemory:
     by_node: dict[int, tuple[float, float]] = {}
     flying = in_flight(layout.plan).forward
     for lane in layout.lanes:
-        own = rank_bytes(layout.setting, lane, int(flying[lane.stage]))
+        own = _rank_bytes(layout.setting, lane, int(flying[lane.stage]))
         for rank in lane.rank_class.ranks:
             node = layout.fabric.places[rank][0]
             host, nvme = by_node.get(node, (0.0, 0.0))
@@ -104,7 +104,7 @@ def host_memory(layout: Layout) -> HostMemory:
     return max(found, key=lambda m: max(m.host_bytes - m.host_capacity_bytes, m.nvme_bytes - m.nvme_capacity_bytes))
 
 
-def rank_bytes(setting: Setting, lane: Lane, micro_batches: int = 1) -> tuple[float, float]:
+def _rank_bytes(setting: Setting, lane: Lane, micro_batches: int = 1) -> tuple[float, float]:
     """What one rank of a lane keeps in host memory and on drives, with so many micro-batches between forward and backward."""
     moved, sizes = setting.strategy.moved, Sizes.of(setting)
     trained, staged = held_elements(setting, lane, trained=True), largest_layer(setting, lane)
@@ -142,4 +142,4 @@ def shortage(memory: HostMemory) -> Sequence[str]:
     return lines
 
 
-__all__ = ["HostMemory", "host_memory", "leaving_share", "left_on_device", "rank_bytes", "shortage"]
+__all__ = ["HostMemory", "host_memory", "leaving_share", "left_on_device", "shortage"]

@@ -157,7 +157,6 @@ class Replicated:
         self.reduced: dict[Cell, list[tuple[Bucket, Placed, int]]] = {cell: [] for cell in self.buckets}
         self.waiting: list[tuple[Cell, Bucket, Placed]] = []
         self.first_forward: dict[tuple[int, int, int], int] = {}
-        self.cell_lanes: dict[Cell, list[int]] = {}
 
     def ready_after(self, lane: Lane, chunk: int) -> frozenset[int]:
         """See `Synchroniser`."""

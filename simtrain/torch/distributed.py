@@ -51,15 +51,14 @@ class RankRecording:
         """The most bytes alive at once."""
         return self.recording.peak_bytes
 
-    def volume_bytes(self, kind: CollectiveKind | str, phase: Phase | str | None = None, *, above_bytes: int = 0) -> int:
+    def volume_bytes(self, kind: CollectiveKind | str, phase: Phase | str | None = None) -> int:
         """Sum of sizes.
 
         Args:
             kind: Of collectives that count.
             phase: In which they are issued; any by default.
-            above_bytes: Smaller ones do not count.
         """
-        return sum(c.size_bytes for c in self.collectives if c.kind == kind and phase in (None, c.phase) and c.size_bytes >= above_bytes)
+        return sum(c.size_bytes for c in self.collectives if c.kind == kind and phase in (None, c.phase))
 
 
 def record_rank(

@@ -72,16 +72,9 @@ def tensorize(
         InputError: None or several of the targets, one out of range, or an unknown name.
         UnsupportedError: A named layer that cannot be converted so (grouped convolutions, padding by name).
     """
-    if sum(target is not None for target in (error, compression, rank)) != 1:
-        raise InputError("give one of error= (relative, such as 0.1), compression= (such as 4) and rank= (such as 16)")
     if kind not in KINDS:
         raise UnknownNameError("form of weights", kind, KINDS)
-    if error is not None and not 0 <= error < 1:
-        raise InputError(f"error must lie in [0, 1), not {error}")
-    if compression is not None and not (1 <= compression < math.inf):
-        raise InputError(f"compression must be at least 1, not {compression}")
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise InputError(f"rank must be a whole number of at least 1, not {rank!r}")
+    _check_target(error, compression, rank)
     given = Tensorization(kind, rank or 0, compression or 0.0)
     modules = dict(model.named_modules())
     if unknown := [n for n in names or () if n not in modules]:
@@ -120,6 +113,17 @@ def tensorize_blocks(model: nn.Module, blocks: Sequence[str], form: Tensorizatio
     inside = [name for name in _unshared(model) if any(name == b or name.startswith(f"{b}.") for b in blocks)]
     names = [name for name in inside if _convertible(model.get_submodule(name), form.kind)]
     return tensorize(model, form.kind, compression=form.compression or None, rank=form.rank or None, names=names)
+
+
+def _check_target(error: float | None, compression: float | None, rank: int | None) -> None:
+    if sum(target is not None for target in (error, compression, rank)) != 1:
+        raise InputError("give one of error= (relative, such as 0.1), compression= (such as 4) and rank= (such as 16)")
+    if error is not None and not 0 <= error < 1:
+        raise InputError(f"error must lie in [0, 1), not {error}")
+    if compression is not None and not (1 <= compression < math.inf):
+        raise InputError(f"compression must be at least 1, not {compression}")
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise InputError(f"rank must be a whole number of at least 1, not {rank!r}")
 
 
 def _unshared(model: nn.Module) -> list[str]:

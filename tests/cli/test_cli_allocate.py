@@ -9,11 +9,11 @@ QUICK = ["--micro-batch", "2", "--tensor", "1", "--checkpoint", "none"]
 
 
 def test_table_and_chart(capsys, tmp_path):
-    assert main([*ASK, *QUICK, "--gantt", str(tmp_path / "gantt.png")]) == 0
+    assert main([*ASK, *QUICK, "--timeline", str(tmp_path / "timeline.png")]) == 0
     text = capsys.readouterr().out
     for word in ("no allocation is faster than", "Groups of equal replicas", "What each kind adds", "executable", "Assumed or left out"):
         assert word in text
-    assert (tmp_path / "gantt.png").stat().st_size > 10_000
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
 
 
 def test_json_holds_plan_bound_and_worth(capsys):

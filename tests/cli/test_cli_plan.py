@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from simtrain.cli import plan as plan_command
+from simtrain.cli import progress as progress_module
 from simtrain.core.result import Result
 from simtrain.planner.search import Failure, Plan
 
@@ -125,11 +125,11 @@ def test_bad_input_is_one_clear_line(run, words, message):
 
 def test_progress_appears_only_when_it_is_slow_and_somebody_watches(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with plan_command.SlowProgress("planning") as quick:
+    with progress_module.SlowProgress("planning") as quick:
         quick(1, 2)
         assert quick._bar is None
-    monkeypatch.setattr(plan_command, "PATIENCE_S", -1.0)
-    with plan_command.SlowProgress("planning") as slow:
+    monkeypatch.setattr(progress_module, "PATIENCE_S", -1.0)
+    with progress_module.SlowProgress("planning") as slow:
         slow(1, 2)
         slow(2, 2)
         assert slow._bar is not None
@@ -140,8 +140,8 @@ def test_progress_appears_only_when_it_is_slow_and_somebody_watches(monkeypatch,
 
 
 def test_progress_stays_away_from_files_and_pipes(monkeypatch, capsys):
-    monkeypatch.setattr(plan_command, "PATIENCE_S", -1.0)
-    with plan_command.SlowProgress("planning") as progress:
+    monkeypatch.setattr(progress_module, "PATIENCE_S", -1.0)
+    with progress_module.SlowProgress("planning") as progress:
         progress(1, 2)
     assert capsys.readouterr().err == ""
 

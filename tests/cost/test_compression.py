@@ -14,7 +14,6 @@ from simtrain.cost.compression import (
     one_bit,
     power_sgd,
     quantized_bytes,
-    quantized_zero,
     top_k,
 )
 
@@ -63,13 +62,6 @@ def test_error_feedback_remembers_the_whole_gradient():
     assert power_sgd([(1000, 1000)], 4).state_bytes == 4 * (1e6 + 4000)
 
 
-def test_quantized_zero_sends_a_quarter_of_what_zero_3_does_between_nodes():
-    m = 1e9  # ZeRO++: from 3 M to 0.75 M in fp16 elements
-    volume = sum(message.size_bytes for message in quantized_zero(m).messages)
-    assert 3 * 2 * m / volume == pytest.approx(4, rel=0.01)
-    assert sum(x.size_bytes for x in quantized_zero(m, secondary=False).messages) > volume
-
-
 def test_quantized_bytes_against_real_arrays():
     values = np.zeros(5000, dtype=np.int8)
     scales = np.zeros(3, dtype=np.float32)  # blocks of 2048
@@ -90,7 +82,6 @@ def test_low_communication_divides_by_the_interval():
         (lambda: top_k(1e6, 0.0, 8), InputError, "density"),
         (lambda: one_bit(0), InputError, "elements"),
         (lambda: power_sgd([(10, 10)], 0), InputError, "rank"),
-        (lambda: quantized_zero(1e6, weight_bits=32), InputError, "weight_bits"),
         (lambda: low_communication("diloco", 1e6, 10), UnknownNameError, "did you mean 'DiLoCo'"),
         (lambda: low_communication("DiLoCo", 1e6, 0), InputError, "steps_between"),
     ],

@@ -10,7 +10,7 @@ from simtrain.core.runtimes import RUNTIMES
 from simtrain.core.workload import Collective, Form, OperatorKind, Tensor, Workload
 from simtrain.step.occupancy import COLUMN
 from simtrain.step.states import persistent
-from tests.step.books import layout, ledger_of
+from tests.step.books import flops, form, layout, ledger_of
 from workloads.common.tape import Tape
 from workloads.transformer.experts import experts
 from workloads.transformer.part import Part
@@ -22,15 +22,6 @@ TOKENS = 2 * 128
 
 def mixture(**options: object) -> Workload:
     return st.workload("llama", seq_len=128, **(SIZES | options))
-
-
-def form(whole: Workload, **options: object) -> Workload:
-    assert whole.reform is not None
-    return whole.reform(Form(**options))
-
-
-def flops(work: Workload, batch: int = 2) -> float:
-    return sum(op.flops(batch, work.sequence) * x.repeats for x in work.layers for op in x.forward + x.backward)
 
 
 @pytest.mark.parametrize("weights", ["after", "between", "fused"])

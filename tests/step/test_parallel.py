@@ -8,11 +8,12 @@ import simtrain as st
 from simtrain.core.errors import StrategyError
 from simtrain.core.program import TermKind
 from simtrain.core.runtimes import RUNTIMES
-from simtrain.core.workload import Collective, Form, OperatorKind, Workload
+from simtrain.core.workload import Collective, OperatorKind, Workload
 from simtrain.step.layout import crossing_bytes, lay_out
 from simtrain.step.longest_path import steady_state
 from simtrain.step.lower import lower
 from simtrain.step.setting import resolve
+from tests.step.books import flops, form
 
 SIZES = {"layers": 8, "hidden": 256, "heads": 8, "vocabulary": 2048}
 BOX = "8x a100-sxm-80g"
@@ -21,15 +22,6 @@ BOX = "8x a100-sxm-80g"
 def model(family: str = "gpt", **options: object) -> Workload:
     heads = {"kv_heads": SIZES["heads"]} if family == "llama" else {}
     return st.workload(family, seq_len=128, **(SIZES | heads | options))
-
-
-def form(whole: Workload, **options: object) -> Workload:
-    assert whole.reform is not None
-    return whole.reform(Form(**options))
-
-
-def flops(work: Workload, batch: int = 2) -> float:
-    return sum(op.flops(batch, work.sequence) * x.repeats for x in work.layers for op in x.forward + x.backward)
 
 
 @pytest.mark.parametrize("head", ["mlm", "span"])

@@ -9,7 +9,7 @@ from simtrain.core import catalog
 from simtrain.core.errors import InputError
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.runtimes import runtime
-from validation.fit_published import Constant, Values, Variant, compare_variants, fit_constants, hold_out, with_constants
+from validation.fit_published import Constant, Values, Variant, fit_constants, hold_out, with_constants
 
 WORK = np.array([1.0, 2.0, 4.0, 8.0, 1.0, 2.0, 4.0, 8.0, 16.0])
 CALLS = np.array([10.0, 10.0, 10.0, 10.0, 80.0, 80.0, 80.0, 80.0, 80.0])
@@ -21,10 +21,6 @@ MEASURED = WORK / RATE + CALLS * CALL
 def times(values: Values, rows: Sequence[int]) -> FloatArray:
     chosen = list(rows)
     return np.asarray(WORK[chosen] / values["rate"] + CALLS[chosen] * values["call"])
-
-
-def work_alone(values: Values, rows: Sequence[int]) -> FloatArray:
-    return np.asarray(WORK[list(rows)] / values["rate"])
 
 
 def constants(spread: float = 1.0) -> tuple[Constant, ...]:
@@ -83,22 +79,11 @@ def test_a_single_anomaly_moves_a_robust_fit_less() -> None:
     assert abs(np.log(robust / RATE)) < abs(np.log(plain / RATE)) / 2
 
 
-def test_every_form_compared_is_counted_and_the_right_one_is_picked() -> None:
-    forms = {"both": Variant(times, constants(30.0)), "work alone": Variant(work_alone, constants(30.0)[:1])}
-    made = compare_variants(forms, MEASURED, GROUPS)
-    assert made.best == "both"
-    assert set(made.picked.values()) == {"both"}
-    assert all(r.variants_looked_at == 2 for r in made.results.values())
-    assert made.nested.mean == pytest.approx(made.results["both"].errors.mean)
-
-
 def test_refusals() -> None:
     with pytest.raises(InputError, match="low <= prior"):
         Constant("x", 2.0, 1.0, 0.1, 1.0, "")
     with pytest.raises(InputError, match="two groups"):
         hold_out(Variant(times, constants()), MEASURED, ["a"] * 9)
-    with pytest.raises(InputError, match="three groups"):
-        compare_variants({"x": Variant(times, constants())}, MEASURED, ["a"] * 8 + ["b"])
     with pytest.raises(InputError, match="one time above 0"):
         fit_constants(lambda _, rows: np.zeros(len(rows)), MEASURED, constants())
 

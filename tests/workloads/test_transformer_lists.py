@@ -9,11 +9,11 @@ from simtrain.core.workload import Form, Layer, Operator, OperatorKind, Role, Te
 from tests.workloads.list_replay import Replay, unfuse
 from workloads.transformer.operators import block, embedding, head, workload
 from workloads.transformer.part import Part
-from workloads.transformer.presets import factories, spec
+from workloads.transformer.presets import FAMILY, spec
 from workloads.transformer.spec import TransformerSpec
 
 SMALL = {"layers": 2, "hidden": 64, "heads": 4, "vocabulary": 96, "max_positions": 32}
-VARIANTS = {name: factories()[name] for name in ("gpt2-small", "llama3-8b", "bert-large", "gpt", "llama", "bert")}
+VARIANTS = {name: FAMILY.presets[name] for name in ("gpt2-small", "llama3-8b", "bert-large", "gpt", "llama", "bert")}
 
 
 def part(whole: TransformerSpec) -> Part:

@@ -8,7 +8,7 @@ one number format everywhere the casts disappear and what remains is the plain f
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simtrain.core.polynomial import ONE, Polynomial, as_polynomial
 from simtrain.core.precision import DTypeRole
@@ -209,6 +209,20 @@ def dropout(tape: Tape, x: str, out: str, probability: float, *, holds: Iterable
         dx = tape.gradient_tensor(x)
         reads = (tape.gradient(out), f"{out}.mask")
         tape.run_backward(Operator(f"{out}.dropout.backward", OperatorKind.ELEMENTWISE, reads, (dx,)))
+        tape.give(x, dx.name)
+
+    tape.node(node)
+    return out
+
+
+def copy(tape: Tape, x: str, out: str) -> str:
+    """The same values in another order or layout, undone by another copy."""
+    like = tape.tensors[x]
+    tape.run(Operator(f"{out}.copy", OperatorKind.COPY, (x,), (replace(like, name=out),)))
+
+    def node() -> None:
+        dx = tape.gradient_tensor(x)
+        tape.run_backward(Operator(f"{out}.copy.backward", OperatorKind.COPY, (tape.gradient(out),), (dx,)))
         tape.give(x, dx.name)
 
     tape.node(node)

@@ -53,7 +53,7 @@ def workload(spec: ConvNetSpec, *, name: str = "convnet", description: str = "",
         groups = [(block, len(list(equal))) for block, equal in groupby(blocks)]
         names = [f"stage{index}"] if len(groups) == 1 else [f"stage{index}.first", f"stage{index}.rest"]
         for layer_name, (block, repeats) in zip(names, groups, strict=True):
-            layers.append(residual_block(spec, block, layer_name, repeats, form.tensorized))
+            layers.append(_residual_block(spec, block, layer_name, repeats, form.tensorized))
     layers.append(head(spec))
     input_bytes = B * (4 * 3 * spec.image_size**2 + 8)
     return Workload(
@@ -81,7 +81,7 @@ def stem(spec: ConvNetSpec) -> Layer:
     return tape.layer("stem", out=x, cut=cut, cut_role=LOW, inputs=False, safe_to_recompute=spec.recomputable)
 
 
-def residual_block(spec: ConvNetSpec, block: Block, name: str, repeats: int, tensorized: Tensorization | None = None) -> Layer:
+def _residual_block(spec: ConvNetSpec, block: Block, name: str, repeats: int, tensorized: Tensorization | None = None) -> Layer:
     """Two or three convolutions with norms, added to a shortcut; strides sit on the (first) 3x3 convolution, as in torchvision."""
     tape = Tape(Tensor("x", B * (block.inner * block.pixels_in), LOW), tensorized=tensorized)
     inner, width = block.inner, block.width

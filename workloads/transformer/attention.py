@@ -29,7 +29,7 @@ def attention(tape: Tape, x: str, out: str, part: Part) -> str:
         return _latent(tape, x, out, part)
     q, k, v = _project(tape, x, part)
     if spec.qk_norm:
-        q, k = normalize_heads(tape, q, part.heads, part), normalize_heads(tape, k, part.kv_width // spec.size_of_head, part)
+        q, k = _normalize_heads(tape, q, part.heads, part), _normalize_heads(tape, k, part.kv_width // spec.size_of_head, part)
     if spec.positions == "rotary":
         q, k = rotate(tape, q, part), rotate(tape, k, part)
     if part.form.context > 1 and part.form.context_style == "ulysses":
@@ -104,7 +104,7 @@ def _pass_around(name: str, reads: tuple[str, ...], elements: Polynomial) -> Ope
     )
 
 
-def normalize_heads(tape: Tape, x: str, heads: int, part: Part) -> str:
+def _normalize_heads(tape: Tape, x: str, heads: int, part: Part) -> str:
     """A norm over the width of each head, with one set of weights for all heads; CUDA's autocast runs norms in fp32."""
     rows, rms = part.tokens * heads, part.spec.norm == "rmsnorm"
     out = norm(tape, tape.cast(x, HIGH), f"attention.{x}_norm", f"{x}.normed", tokens=rows, width=part.spec.size_of_head, rms=rms)

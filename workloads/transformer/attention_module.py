@@ -36,7 +36,7 @@ class Attention(nn.Module):
     def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
         super().__init__()
         self.spec = spec
-        self.attend = fused_attention if form == "fused" else unfused_attention
+        self.attend = fused_attention if form == "fused" else _unfused_attention
         self.widths = [spec.query_width, spec.kv_width, spec.kv_width]
         if spec.fused_qkv:
             self.qkv = nn.Linear(spec.hidden, sum(self.widths), bias=spec.bias)
@@ -74,7 +74,7 @@ class LatentAttention(nn.Module):
     def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
         super().__init__()
         self.spec = spec
-        self.attend = fused_attention if form == "fused" else unfused_attention
+        self.attend = fused_attention if form == "fused" else _unfused_attention
         self.q_down = nn.Linear(spec.hidden, spec.query_rank, bias=False)
         self.q_norm = make_norm(spec, spec.query_rank)
         self.q_up = nn.Linear(spec.query_rank, spec.query_width + spec.rotary_width, bias=False)
@@ -106,7 +106,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: floa
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
 
 
-def unfused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
+def _unfused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
     """The same with the score matrix in memory."""
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))

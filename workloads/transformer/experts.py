@@ -16,7 +16,7 @@ from simtrain.core.polynomial import Polynomial, as_polynomial
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import Collective, Dim, Operator, OperatorKind, Role, Tensor, gemm_flops
 from workloads.common.parallel import gather_rows, sum_partial
-from workloads.common.pieces import FP32, LOW, Axis, add, linear, multiply, unary
+from workloads.common.pieces import FP32, LOW, Axis, add, copy, linear, multiply, unary
 from workloads.common.tape import Tape, hold
 from workloads.transformer.part import Part
 
@@ -277,7 +277,7 @@ def _enter(tape: Tape, x: str, part: Part, width: int) -> str:
     if form.expert > 1:
         x = _exchange(tape, x, f"{x}.received", part.exchanged_rows * width, part, width)
         if part.local_experts > 1:
-            x = _regroup(tape, x)
+            x = copy(tape, x, f"{x}.regrouped")
     return gather_rows(tape, x, form) if form.tensor > 1 else x
 
 
@@ -288,7 +288,7 @@ def _leave(tape: Tape, x: str, part: Part) -> str:
         x = sum_partial(tape, x, f"{x}.summed" if form.sequence_parallel else x, form)
     if form.expert > 1:
         if part.local_experts > 1:
-            x = _regroup(tape, x)
+            x = copy(tape, x, f"{x}.regrouped")
         x = _exchange(tape, x, "e.returned", part.kept_rows * width, part, width)
     return x
 
@@ -306,20 +306,6 @@ def _exchange(tape: Tape, x: str, out: str, elements: Polynomial, part: Part, wi
     def node() -> None:
         dx = tape.gradient_tensor(x)
         tape.run_backward(cross(tape.gradient(out), dx))
-        tape.give(x, dx.name)
-
-    tape.node(node)
-    return out
-
-
-def _regroup(tape: Tape, x: str) -> str:
-    """Sorts what came from several ranks by expert, or back."""
-    like, out = tape.tensors[x], f"{x}.regrouped"
-    tape.run(Operator(f"{out}.copy", OperatorKind.COPY, (x,), (replace(like, name=out),)))
-
-    def node() -> None:
-        dx = tape.gradient_tensor(x)
-        tape.run_backward(Operator(f"{out}.copy.backward", OperatorKind.COPY, (tape.gradient(out),), (dx,)))
         tape.give(x, dx.name)
 
     tape.node(node)

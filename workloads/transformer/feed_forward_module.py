@@ -28,11 +28,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transforms every position on its own."""
-        mixed: Tensor = self.fc2(activate(self.fc1(x), self.activation))
+        mixed: Tensor = self.fc2(_activate(self.fc1(x), self.activation))
         return mixed
 
 
-def activate(x: Tensor, name: str) -> Tensor:
+def _activate(x: Tensor, name: str) -> Tensor:
     """Applies an activation function without a gate."""
     if name == "relu-squared":
         squared: Tensor = SquaredReLU.apply(x)  # type: ignore[no-untyped-call]
@@ -90,7 +90,7 @@ class GroupedExperts(nn.Module):
         if self.activation == "swiglu":
             inner = F.silu(F.grouped_mm(x, low(self.gate), offs=ends)) * F.grouped_mm(x, low(self.up), offs=ends)
             return F.grouped_mm(inner, low(self.down), offs=ends)
-        inner = activate(F.grouped_mm(x, low(self.fc1), offs=ends), self.activation)
+        inner = _activate(F.grouped_mm(x, low(self.fc1), offs=ends), self.activation)
         return F.grouped_mm(inner, low(self.fc2), offs=ends)
 
 

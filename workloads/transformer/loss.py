@@ -22,7 +22,7 @@ def lm_head(tape: Tape, x: str, part: Part) -> None:
     _predict_tokens(tape, x, part, bias=False)
 
 
-def mlm_head(tape: Tape, x: str, part: Part) -> None:
+def _mlm_head(tape: Tape, x: str, part: Part) -> None:
     """Prediction of tokens through one more dense layer, which all tensor-parallel ranks hold whole, with a bias per token."""
     spec = part.spec
     wide = Axis(Role.HIDDEN, spec.hidden)
@@ -61,7 +61,7 @@ def _predict_tokens(tape: Tape, x: str, part: Part, *, bias: bool) -> None:
     start_backward(tape)
 
 
-def span_head(tape: Tape, x: str, part: Part) -> None:
+def _span_head(tape: Tape, x: str, part: Part) -> None:
     """Start and end of an answer: two scores per position, two losses over positions, averaged."""
     spec, tokens = part.spec, part.tokens
     inner, outer = Axis(Role.HIDDEN, spec.hidden), Axis(Role.HIDDEN, 2)
@@ -99,5 +99,5 @@ def _average(tape: Tape, held: str) -> None:
     tape.node(node)
 
 
-HEADS: dict[HeadKind, Callable[[Tape, str, Part], None]] = {"lm": lm_head, "mlm": mlm_head, "span": span_head}
+HEADS: dict[HeadKind, Callable[[Tape, str, Part], None]] = {"lm": lm_head, "mlm": _mlm_head, "span": _span_head}
 """Writes a head, by its kind."""

@@ -24,7 +24,7 @@ class PreNormBlock(nn.Module):
         self.attention = make_attention(spec, form)
         self.norm_2 = make_norm(spec)
         self.mlp = MixtureOfExperts(spec) if has_experts else make_feed_forward(spec, spec.ffn_width)
-        self.dropout = make_dropout(spec)
+        self.dropout = _make_dropout(spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Adds both parts to the residual stream."""
@@ -42,7 +42,7 @@ class PostNormBlock(nn.Module):
         self.norm_1 = make_norm(spec)
         self.mlp = MixtureOfExperts(spec) if has_experts else make_feed_forward(spec, spec.ffn_width)
         self.norm_2 = make_norm(spec)
-        self.dropout = make_dropout(spec)
+        self.dropout = _make_dropout(spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Adds both parts to the residual stream and normalizes it."""
@@ -60,7 +60,7 @@ class Embedding(nn.Module):
         self.wpe = nn.Embedding(spec.max_positions, spec.hidden) if spec.positions == "learned" else None
         self.token_type = nn.Embedding(spec.token_types, spec.hidden) if spec.token_types else None
         self.norm = make_norm(spec) if spec.norm_position == "post" or spec.embedding_norm else nn.Identity()
-        self.dropout = make_dropout(spec)
+        self.dropout = _make_dropout(spec)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Returns the residual stream's start."""
@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         return loss
 
 
-def make_dropout(spec: TransformerSpec) -> nn.Module:
+def _make_dropout(spec: TransformerSpec) -> nn.Module:
     """Returns dropout, or nothing where the spec has none."""
     return nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
 

@@ -120,7 +120,7 @@ def block(part: Part, *, has_experts: bool = False, repeats: int = 1, name: str 
         repeats: Equal blocks in a row.
         name: Of the layer.
     """
-    transform = _expert_part if has_experts else feed_forward
+    transform = _expert_part if has_experts else _feed_forward
     spec, wide = part.spec, part.resident * part.spec.hidden
     tape = Tape(Tensor("x", wide, HIGH), tensorized=part.form.tensorized)
     if spec.norm_position == "pre":
@@ -143,12 +143,12 @@ def block(part: Part, *, has_experts: bool = False, repeats: int = 1, name: str 
 def _expert_part(tape: Tape, x: str, out: str, part: Part) -> str:
     def shared(source: str, name: str) -> str:
         width = part.spec.shared_ffn // part.form.tensor
-        return feed_forward(tape, source, name, part, module="mlp.shared", mark="s.", width=width)
+        return _feed_forward(tape, source, name, part, module="mlp.shared", mark="s.", width=width)
 
     return experts(tape, x, out, part, shared)
 
 
-def feed_forward(tape: Tape, x: str, out: str, part: Part, *, module: str = "mlp", mark: str = "", width: int = 0) -> str:
+def _feed_forward(tape: Tape, x: str, out: str, part: Part, *, module: str = "mlp", mark: str = "", width: int = 0) -> str:
     """Two matrices around an activation, or three with a gate.
 
     Args:

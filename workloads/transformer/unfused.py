@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from simtrain.core.polynomial import ONE, B, Polynomial, S, as_polynomial
 from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor, gemm_flops
-from workloads.common.pieces import HIGH, LOW, MASK, dropout
+from workloads.common.pieces import HIGH, LOW, MASK, copy, dropout
 from workloads.common.tape import Tape, rename
 from workloads.transformer.part import Part
 
@@ -61,7 +61,7 @@ def unfused_product(part: Part, operands: dict[str, Operand], out: str, seed: st
     if not repeated:
         _by_head(tape, "v", operands["v"], width)
     _matmul(tape, weights, "v.heads", Tensor("context", width, LOW), (heads, sequence, head, sequence), holds=(masked, "weights"))
-    _copy(tape, "context", out)
+    copy(tape, "context", out)
     forward, backward = tape.finish(out, seed)
     return forward, tuple(rename(op, {"dk.heads": operands["k"].gradient}) for op in backward) if as_is else backward
 
@@ -125,19 +125,6 @@ def _softmax(tape: Tape, x: str, out: str) -> None:
     def node() -> None:
         dx = tape.gradient_tensor(x)
         tape.run_backward(Operator(f"{out}.backward", OperatorKind.SOFTMAX_BACKWARD, (tape.gradient(out), out), (dx,), dims=dims))
-        tape.give(x, dx.name)
-
-    tape.node(node)
-
-
-def _copy(tape: Tape, x: str, out: str) -> None:
-    """A change of layout, undone by another copy."""
-    like = tape.tensors[x]
-    tape.run(Operator(f"{out}.copy", OperatorKind.COPY, (x,), (Tensor(out, like.elements, like.role),)))
-
-    def node() -> None:
-        dx = tape.gradient_tensor(x)
-        tape.run_backward(Operator(f"{out}.copy.backward", OperatorKind.COPY, (tape.gradient(out),), (dx,)))
         tape.give(x, dx.name)
 
     tape.node(node)

@@ -344,7 +344,7 @@ class Allocator:
         """Plans anew without one device of a kind, and without all of them."""
         kind = self.job.kinds[name]
         pairs = zip(reading.lanes, reading.busy_s, strict=True)
-        busy = [(b, len(lane.rank_class.ranks)) for lane, b in pairs if lane_kind(self.job, lane.rank_class.ranks) == name]
+        busy = [(b, len(lane.rank_class.ranks)) for lane, b in pairs if _lane_kind(self.job, lane.rank_class.ranks) == name]
         used = sum(n for _, n in busy)
         one = self._otherwise({**there, name: there[name] - 1})
         none = self._otherwise({**there, name: 0})
@@ -381,7 +381,7 @@ class Allocator:
         return total / self.market.global_batch
 
 
-def lane_kind(job: Job, ranks: Sequence[int]) -> str:
+def _lane_kind(job: Job, ranks: Sequence[int]) -> str:
     """The kind that ranks belong to."""
     return next(name for name, kind in job.kinds.items() if any(ranks[0] in node for node in kind.nodes))
 

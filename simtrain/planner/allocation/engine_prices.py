@@ -48,7 +48,7 @@ def market(
     Raises:
         UnsupportedError: No unit can run the model; the message is that of the last refusal.
     """
-    cuts = layer_cuts(job)
+    cuts = _layer_cuts(job)
     prices: dict[tuple[Unit, int], LayerPrices] = {}
     refused: UnsupportedError | StrategyError | None = None
     for kind in job.kinds.values():
@@ -59,7 +59,7 @@ def market(
                 for size in micro_batches:
                     unit = Unit(kind.name, tensor, checkpoint)
                     try:
-                        prices[unit, size] = layer_prices(job, unit, size, cuts)
+                        prices[unit, size] = _layer_prices(job, unit, size, cuts)
                     except (UnsupportedError, StrategyError) as error:
                         refused = error
     if not prices:
@@ -78,7 +78,7 @@ def market(
     )
 
 
-def layer_cuts(job: Job) -> Cuts:
+def _layer_cuts(job: Job) -> Cuts:
     """One range for each layer, or one for the whole model where it cannot be cut."""
     kind = next(iter(job.kinds.values()))
     setting = job.setting(Unit(kind.name, 1, "none"), 1, 1, 2, 1)
@@ -90,7 +90,7 @@ def layer_cuts(job: Job) -> Cuts:
     return single
 
 
-def layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPrices:
+def _layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPrices:
     """Prices every layer on a unit."""
     kind = job.kinds[unit.kind]
     columns: list[FloatArray] = []

@@ -59,7 +59,7 @@ def family(market: Market) -> Family:
     caps = _caps(market)
     rate = best_rates(market)
     found: dict[Template, None] = {}
-    for units in structures(market):
+    for units in _structures(market):
         if any(sum(u.tensor for u in units if u.kind == k) > n for k, n in market.counts.items()):
             continue
         best = sum(u.tensor * rate[u.kind] for u in units)
@@ -76,7 +76,7 @@ def family(market: Market) -> Family:
     return Family(templates, line.fill_s, line.period_s, np.array([load_bytes(market, t) for t in templates]))
 
 
-def structures(market: Market) -> Iterator[tuple[Unit, ...]]:
+def _structures(market: Market) -> Iterator[tuple[Unit, ...]]:
     """Sequences of units: up to `most_stages` equal ones, or blocks of two or three types, one behind the other."""
     units = tuple(dict.fromkeys(Unit(*u[:2], _plainest(market, u)) for u in market.units))
     for unit in units:

@@ -6,7 +6,7 @@ relaxation and reduction together cannot beat what is known is passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from simtrain.core.errors import InputError, NothingFitsError
 from simtrain.core.polynomial import FloatArray
+from simtrain.core.units import format_bytes
 from simtrain.planner.allocation.bound import layer_bound_s
 from simtrain.planner.allocation.counts import least_time, shares
 from simtrain.planner.allocation.events import replica_s
@@ -77,7 +78,7 @@ def search(market: Market, templates: Family | None = None) -> Found:
     known = family(market) if templates is None else templates
     known = known.chosen([all(t.devices(k) <= market.counts.get(k, 0) for k in t.kinds) for t in known.templates])
     if not known.templates:
-        raise NothingFitsError(nothing_fits(market))
+        raise NothingFitsError(_nothing_fits(market))
     bound = layer_bound_s(market)
     proposals: list[Proposal] = []
     present = [k for k, n in market.counts.items() if n > 0]
@@ -116,13 +117,13 @@ def _searched(market: Market, templates: Family, bound_s: float) -> list[Proposa
     return proposals
 
 
-def evaluate(market: Market, plan: Sequence[Share], replica: Callable[..., float] = replica_s) -> Proposal:
+def evaluate(market: Market, plan: Sequence[Share]) -> Proposal:
     """Prices a plan by events: every replica exactly, then the reduction."""
-    passes = max(replica(market, s.template, s.micro_batches) for s in plan)
-    return Proposal(tuple(plan), passes, reduction_s(market, plan))
+    passes = max(replica_s(market, s.template, s.micro_batches) for s in plan)
+    return Proposal(tuple(plan), passes, _reduction_s(market, plan))
 
 
-def reduction_s(market: Market, plan: Sequence[Share]) -> float:
+def _reduction_s(market: Market, plan: Sequence[Share]) -> float:
     """Time to reduce gradients, every layer over the devices that hold it; all of them go on in proportion to their volume.
 
     The device with most to reduce decides. Under links of their own this fluid view is exact.
@@ -157,7 +158,7 @@ def _below(loads: FloatArray, cap: float) -> float:
     return float(lower.max()) if len(lower) else 0.0
 
 
-def nothing_fits(market: Market) -> str:
+def _nothing_fits(market: Market) -> str:
     """Why there is no template at all."""
     names = ", ".join(market.counts)
     for layer in range(market.layers):
@@ -169,8 +170,8 @@ def nothing_fits(market: Market) -> str:
         if all(need > spare for need, spare in needs.values()):
             kind, (need, spare) = max(needs.items(), key=lambda item: item[1][1] - item[1][0])
             return (
-                f"layer {layer} fits on no device ({names}): at the smallest micro-batch it needs {need / 2**30:.2f} GiB, "
-                f"{kind} has {spare / 2**30:.2f} GiB to spare; use checkpointing, a lower precision, or devices with more memory"
+                f"layer {layer} fits on no device ({names}): at the smallest micro-batch it needs {format_bytes(need)}, "
+                f"{kind} has {format_bytes(spare)} to spare; use checkpointing, a lower precision, or devices with more memory"
             )
     return f"no pipeline over {names} holds the model: use checkpointing, a lower precision, or more devices"
 

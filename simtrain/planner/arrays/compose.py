@@ -18,6 +18,7 @@ from simtrain.planner.arrays.paths import WIDTH, Part, find_paths, projected_mic
 from simtrain.planner.arrays.sharded import Replicas, gather_pipeline
 from simtrain.planner.arrays.stages import Division
 from simtrain.planner.arrays.tables import Tables
+from simtrain.planner.screen import ROUNDS
 from simtrain.planner.space import Block
 from simtrain.step.occupancy import KINDS
 from simtrain.step.schedules import plan
@@ -31,9 +32,6 @@ hosts hold up their devices, or gathers a pipeline."""
 
 REPEATS = 2
 """Times that overlaps of reductions and passes are found anew."""
-
-ROUNDS = 3
-"""Micro-batches per stage after which memory no longer grows with their number."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster
 from simtrain.core.polynomial import FloatArray
+from simtrain.core.units import format_bytes
 from simtrain.core.workload import Workload
 from simtrain.planner.arrays.compose import LOOSE, Estimates, estimate_block
 from simtrain.planner.arrays.tables import Tables
@@ -88,25 +89,13 @@ def screen_blocks(
         tick: Told how many candidates are done.
         late: Whether to stop; what is left is neither among the rest nor counted.
     """
+    read = _Read()
     tables = Tables(workload, cluster)
-    rest: list[Candidate] = []
-    failed: list[tuple[Candidate, Failure]] = []
-    columns: list[_Columns] = []
-    terms: dict[int, np.ndarray] = {}
     for number, block in enumerate(blocks):
         if late():
             break
-        try:
-            found = estimate_block(tables, block)
-        except (StrategyError, UnsupportedError) as error:
-            failed += [(block.candidate(i), refusal(block.candidate(i), str(error))) for i in range(len(block))]
-            tick(len(block))
-            continue
-        rest += [block.candidate(i) for i in np.flatnonzero(~found.covered).tolist()]
-        columns.append(_column(number, block, found))
-        terms[number] = found.kinds_bytes.argmax(axis=1).astype(np.int8)
-        tick(int((found.covered & (found.within <= LOOSE)).sum()))
-    every = _joined(columns)
+        tick(read.take(tables, number, block))
+    rest, failed, every = read.rest, read.failed, _joined(read.columns)
     capacity = min(d.memory.capacity_bytes for d in cluster.devices) * (1 - limits.memory_margin)
     over, sure = every.memory > capacity * (1 + MEMORY_ERROR), every.within <= LOOSE
     carried = np.array([block.runtime.name for block in blocks])[every.block]
@@ -118,11 +107,7 @@ def screen_blocks(
     chosen = fits.where(_best(fits, carried[fitting], objectives, limits))
     tick(int((~sure & ~close).sum()))
     nearest = large.where(np.argsort(large.memory, kind="stable")[:LISTED])
-    for b, i, memory in zip(nearest.block.tolist(), nearest.index.tolist(), nearest.memory.tolist(), strict=True):
-        candidate = blocks[b].candidate(i)
-        reason = f"out of memory by {(memory - capacity) / 2**30:.2f} GiB"
-        term = KINDS[int(terms[b][i])].value
-        failed.append((candidate, Failure(str(candidate.strategy), reason, memory - capacity, term, runtime=candidate.runtime.name)))
+    failed += _too_large(nearest, blocks, read.largest, capacity)
     return Screened(
         finalists=[
             (s, blocks[b].candidate(i))
@@ -134,6 +119,46 @@ def screen_blocks(
         rest=tuple(rest),
         known=len(every.block) - int(close.sum()),
     )
+
+
+@dataclass(slots=True)
+class _Read:
+    """What the tables say of the blocks so far.
+
+    Attributes:
+        columns: Of each block that they cover.
+        largest: By block, the kind of memory that each candidate has most of.
+        rest: Candidates that they do not cover.
+        failed: Candidates that cannot be, and why.
+    """
+
+    columns: list[_Columns] = field(default_factory=list)
+    largest: dict[int, np.ndarray] = field(default_factory=dict)
+    rest: list[Candidate] = field(default_factory=list)
+    failed: list[tuple[Candidate, Failure]] = field(default_factory=list)
+
+    def take(self, tables: Tables, number: int, block: Block) -> int:
+        """Reads a block and returns how many of its candidates are done."""
+        try:
+            found = estimate_block(tables, block)
+        except (StrategyError, UnsupportedError) as error:
+            self.failed += [(block.candidate(i), refusal(block.candidate(i), str(error))) for i in range(len(block))]
+            return len(block)
+        self.rest += [block.candidate(i) for i in np.flatnonzero(~found.covered).tolist()]
+        self.columns.append(_column(number, block, found))
+        self.largest[number] = found.kinds_bytes.argmax(axis=1).astype(np.int8)
+        return int((found.covered & (found.within <= LOOSE)).sum())
+
+
+def _too_large(
+    nearest: _Columns, blocks: Sequence[Block], largest: Mapping[int, np.ndarray], capacity: float
+) -> Iterator[tuple[Candidate, Failure]]:
+    """Candidates that do not fit, by how much, and what they have most of."""
+    for b, i, memory in zip(nearest.block.tolist(), nearest.index.tolist(), nearest.memory.tolist(), strict=True):
+        candidate = blocks[b].candidate(i)
+        reason = f"out of memory by {format_bytes(memory - capacity)}"
+        term = KINDS[int(largest[b][i])].value
+        yield candidate, Failure(str(candidate.strategy), reason, memory - capacity, term, runtime=candidate.runtime.name)
 
 
 def _column(number: int, block: Block, found: Estimates) -> _Columns:

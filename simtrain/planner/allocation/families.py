@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from simtrain.core.polynomial import FloatArray
 from simtrain.planner.allocation.events import affine
-from simtrain.planner.allocation.prices import Market, Template, Unit
+from simtrain.planner.allocation.prices import LayerPrices, Market, Template, Unit
 from simtrain.planner.allocation.split import load_bytes, splits
 
 MIXED_STAGES = 4
@@ -57,7 +57,7 @@ class Family:
 def family(market: Market) -> Family:
     """All templates worth having."""
     caps = _caps(market)
-    rate = best_rates(market)
+    rate = _paced_rates(market)
     found: dict[Template, None] = {}
     for units in _structures(market):
         if any(sum(u.tensor for u in units if u.kind == k) > n for k, n in market.counts.items()):
@@ -104,11 +104,19 @@ def _plainest(market: Market, unit: Unit) -> str:
 
 
 def best_rates(market: Market) -> dict[str, float]:
-    """Most samples per second of a device of each type, with all layers on it and nothing but passes."""
+    """Most samples per second of a device of each type, with all layers on it and nothing but passes on the device."""
+    return _rates(market, lambda price: price.least_s)
+
+
+def _paced_rates(market: Market) -> dict[str, float]:
+    """The same where hosts hold up their devices, as they do stages."""
+    return _rates(market, lambda price: price.forward_s + price.backward_s)
+
+
+def _rates(market: Market, passes_s: Callable[[LayerPrices], FloatArray]) -> dict[str, float]:
     rates = dict.fromkeys(market.counts, 0.0)
     for (unit, size), price in market.prices.items():
-        seconds = float(price.least_s.sum())
-        rates[unit.kind] = max(rates[unit.kind], size / (unit.tensor * seconds))
+        rates[unit.kind] = max(rates[unit.kind], size / (unit.tensor * float(passes_s(price).sum())))
     return rates
 
 

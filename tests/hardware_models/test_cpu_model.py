@@ -35,7 +35,7 @@ def test_only_words_make_an_activation():
 def test_rotations_are_products_of_complex_numbers():
     assert {kernel_class(OperatorKind.ELEMENTWISE, n) for n in ("k.rotate.backward", "attention.mul_complex#2")} == {"complex"}
     assert kernel_class(OperatorKind.COPY, "clone_complex") == "elementwise"
-    assert measured_class(OperatorKind.ELEMENTWISE, "q.rotate") == "elementwise"
+    assert {measured_class(OperatorKind.ELEMENTWISE, "q.rotate"), measured_class(OperatorKind.CAST)} == {"elementwise"}
 
 
 def test_a_profile_without_complex_products_prices_them_as_real_ones():
@@ -89,10 +89,12 @@ def test_blocks_of_scores_are_set_up_one_by_one():
     assert calls_done(batch).tolist() == [6 * 5, 6 * 4, 6 * 8]
 
 
-def test_casts_and_copies_share_the_elementwise_constants():
+def test_copies_share_the_elementwise_constants_and_casts_do_without_their_own():
     cpu = replace(device("this-cpu"), profile={"elementwise.bytes_per_s": 1e9})
     cast, copy, add = (MODEL.kernel_times_s(cpu, build(k, [(1, 64, 1, 64)]))[0] for k in ("cast", "copy", "elementwise"))
     assert cast == copy == add
+    own = replace(cpu, profile={**cpu.profile, "cast.launch_s": 1.0})
+    assert MODEL.kernel_times_s(own, build("cast", [(1, 64, 1, 64)]))[0] > 1.0
 
 
 def test_large_products_run_near_the_measured_rate():

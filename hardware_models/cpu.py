@@ -151,7 +151,8 @@ class CpuModel:
         """Returns what the constants rest on."""
         calibrated = sorted({name.split(".")[0] for name in device.profile})
         own = (f"{device.name}: measured on the machine itself: {', '.join(calibrated)}",) if calibrated else ()
-        return own if len(calibrated) == len(CLASSES) else (*own, SOURCE)
+        assumed = [name for name in CLASSES if not {name, _STANDS_IN.get(name)} & set(calibrated)]
+        return (*own, SOURCE) if assumed else own
 
 
 def _corrections(device: Device, kernels: KernelBatch, classes: Sequence[str]) -> FloatArray:

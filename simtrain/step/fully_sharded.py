@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from simtrain.core.program import TermKind
 from simtrain.core.runtime import Runtime
-from simtrain.core.workload import Collective, Parameter
+from simtrain.core.workload import Collective
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.cost.compression import quantized_bytes
 from simtrain.step.buckets import gradient_bytes
@@ -60,26 +60,28 @@ def gathered_bytes(layout: Layout, lane: Lane, chunk: int, layer: int) -> float:
     if layout.setting.strategy.compression == "zero++" and lane.chunks[chunk].unit_parameters(layer):
         return quantized_bytes(lane.chunks[chunk].unit_parameters(layer), WEIGHT_BITS)
     size = min(precision.low.size_bytes, precision.parameter.size_bytes)
-    return gathered_elements(layout.setting, lane.chunks[chunk].unit(layer)) * size
+    return gathered_elements(layout.setting, lane.chunks[chunk], layer) * size
 
 
 def scattered_parameters(lane: Lane, chunk: int, step: Step) -> int:
-    """How many parameters have their gradients complete after a pass; what is no block waits for the last of it."""
-    return sum(p.elements for p in scattered_unit(lane, chunk, step))
+    """Parameters whose gradients are complete after a pass; see `scattered_unit`."""
+    unit = scattered_unit(lane, chunk, step)
+    return 0 if unit is None else lane.chunks[chunk].unit_parameters(unit)
 
 
-def scattered_unit(lane: Lane, chunk: int, step: Step) -> list[Parameter]:
-    """The same, one by one."""
+def scattered_unit(lane: Lane, chunk: int, step: Step) -> int | None:
+    """The layer, or `REST`, whose gradients are complete after a pass; what is no block waits for the last of it."""
     held, layer = lane.chunks[chunk], step.which.layer
     block = held.is_block(layer)
     if not step.ends_gradients or not (block or layer == held.last_of_rest):
-        return []
-    return held.unit(layer if block else REST)
+        return None
+    return layer if block else REST
 
 
 def scattered_bytes(layout: Layout, lane: Lane, chunk: int, step: Step) -> float:
     """Bytes of the gradients that are complete after a pass."""
-    return gathered_elements(layout.setting, scattered_unit(lane, chunk, step)) * scattered_width(layout.setting)
+    unit = scattered_unit(lane, chunk, step)
+    return 0.0 if unit is None else gathered_elements(layout.setting, lane.chunks[chunk], unit) * scattered_width(layout.setting)
 
 
 def scattered_width(setting: Setting) -> int:

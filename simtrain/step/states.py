@@ -6,8 +6,9 @@ added: rounding of blocks, step counters, temporaries of the update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from math import ceil
 
@@ -45,17 +46,24 @@ def shards(setting: Setting, *, expert: bool = False) -> int:
 def shard_elements(setting: Setting, parameter: Parameter) -> float:
     """Elements of a parameter that the fullest rank holds under full sharding: an even share, or pieces of rows (`shards_rows`)."""
     over = shards(setting, expert=parameter.expert)
-    if not (setting.runtime.shards_rows and parameter.shape):
-        return parameter.elements / over
-    rows = parameter.shape[0]
-    return ceil(rows / over) * (parameter.elements / rows)
+    return _padded(parameter, over) / over if setting.runtime.shards_rows else parameter.elements / over
 
 
-def gathered_elements(setting: Setting, parameters: Iterable[Parameter]) -> float:
-    """Elements that arrive when parameters are gathered, and leave when their gradients are scattered: padding included."""
+def gathered_elements(setting: Setting, chunk: Chunk, layer: int) -> float:
+    """Elements that arrive when a unit (`Chunk.unit`) is gathered, and leave when its gradients are scattered: padding included."""
     if not setting.runtime.shards_rows:
-        return float(sum(p.elements for p in parameters))
-    return sum(shard_elements(setting, p) * shards(setting, expert=p.expert) for p in parameters)
+        return float(chunk.unit_parameters(layer))
+    return _padded_unit(chunk, layer, shards(setting), shards(setting, expert=True))
+
+
+@lru_cache(maxsize=1024)
+def _padded_unit(chunk: Chunk, layer: int, over: int, over_experts: int) -> float:
+    return sum(_padded(p, over_experts if p.expert else over) for p in chunk.unit(layer))
+
+
+def _padded(parameter: Parameter, pieces: int) -> float:
+    rows = parameter.shape[0] if parameter.shape else 1
+    return ceil(rows / pieces) * pieces * (parameter.elements / rows)
 
 
 def fully_sharded(setting: Setting) -> bool:
@@ -243,7 +251,7 @@ class FullShards:
                 break
         row = np.zeros(len(KINDS))
         units = {layer if chunk.is_block(layer) else REST for layer in visited} | {REST}
-        held = sum(gathered_elements(self.setting, chunk.unit(unit)) for unit in units)
+        held = sum(gathered_elements(self.setting, chunk, unit) for unit in units)
         # quantized forms of weights and, before and after their exchange, of gradients
         narrow = self.setting.strategy.compression == "zero++"
         quantized = quantized_bytes(held, WEIGHT_BITS) + 2 * quantized_bytes(held, GRADIENT_BITS) if narrow else 0.0

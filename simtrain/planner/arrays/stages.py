@@ -295,7 +295,7 @@ def _moved(layout: Layout, stage: int) -> FloatArray:
     for c, chunk in enumerate(lane.chunks):
         blocks = [i for i in range(chunk.workload.depth) if chunk.is_block(i)]
         for at, layer in ((0, blocks[0]), (2, REST)):
-            if parameters := gathered_elements(setting, chunk.unit(layer)):
+            if parameters := gathered_elements(setting, chunk, layer):
                 size = gathered_bytes(layout, lane, c, layer)
                 gather = cost(layout.fabric, Collective.ALL_GATHER, placed, size).time_s
                 scatter = cost(layout.fabric, Collective.REDUCE_SCATTER, placed, parameters * width).time_s

@@ -33,6 +33,8 @@ CLASSES = (
     "elementwise",
     "activation",
     "activation_tanh",
+    "complex",
+    "cast",
     "norm",
     "norm_backward",
     "softmax",
@@ -58,10 +60,17 @@ BF16_BLOCK = 32
 TERMS = ("launch_s", "flops_per_s", "bytes_per_s")
 """Constants of each class."""
 
-_SHARED = {OperatorKind.CAST: "elementwise", OperatorKind.COPY: "elementwise"}
+_SHARED = {OperatorKind.COPY: "elementwise"}
 
 TRANSCENDENTAL = frozenset(("gelu", "silu", "swiglu", "sigmoid", "tanh", "softplus", "mish", "elu", "erf", "exp", "log", "sin", "cos"))
 """Words in the names of elementwise operators that compute exponentials and their like."""
+
+COMPLEX = frozenset(("rotate", "complex"))
+"""Words in the names of elementwise operators on complex numbers: twice to three times what their bytes cost real ones, on one core."""
+
+# Casts are apart because a step under autocast mixes them with operators on fp32 tensors (norms), which move bytes 1.5 to 2 times as fast.
+_STANDS_IN = {"complex": "elementwise", "cast": "elementwise"}
+"""Class whose constants serve where a profile was calibrated without operators of a class."""
 
 DATA_SHEET_LAUNCH_S = 5e-6
 """Assumption: an operator call of PyTorch on a CPU without work to do; about 3 us were measured on one server core."""
@@ -103,9 +112,11 @@ def kernel_class(kind: OperatorKind, name: str = "") -> str:
     Args:
         kind: Of the operator.
         name: Of the operator: elementwise ones with exponentials (GELU, SiLU, ...) take several times as long as their traffic,
-            and hyperbolic tangents, also of GELU's approximation, longer still.
+            and hyperbolic tangents, also of GELU's approximation, longer still; products of complex numbers (rotary embeddings) do, too.
     """
     words = set(re.split(r"[._#]", name)) if kind is OperatorKind.ELEMENTWISE else set()
+    if words & COMPLEX:
+        return "complex"
     if words & TRANSCENDENTAL:
         return "activation_tanh" if "tanh" in words else "activation"
     return _SHARED.get(kind, kind.value)
@@ -140,7 +151,8 @@ class CpuModel:
         """Returns what the constants rest on."""
         calibrated = sorted({name.split(".")[0] for name in device.profile})
         own = (f"{device.name}: measured on the machine itself: {', '.join(calibrated)}",) if calibrated else ()
-        return own if len(calibrated) == len(CLASSES) else (*own, SOURCE)
+        assumed = [name for name in CLASSES if not {name, _STANDS_IN.get(name)} & set(calibrated)]
+        return (*own, SOURCE) if assumed else own
 
 
 def _corrections(device: Device, kernels: KernelBatch, classes: Sequence[str]) -> FloatArray:
@@ -212,6 +224,8 @@ def class_constants(device: Device, name: str, arithmetic: DType) -> tuple[float
     """
     peak = device.peak(arithmetic)
     profile = device.profile
+    if f"{name}.launch_s" not in profile and f"{name}.launch_s.{arithmetic}" not in profile:
+        name = _STANDS_IN.get(name, name)
     flops = profile.get(f"{name}.flops_per_s.{arithmetic}", 0.0)
     if not flops and f"{name}.flops_per_s" in profile:
         flops = profile[f"{name}.flops_per_s"] * peak / device.peak(DType.FP32)

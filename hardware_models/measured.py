@@ -34,9 +34,9 @@ def factor_name(name: str, path: DType) -> str:
 
 
 def measured_class(kind: OperatorKind, name: str = "") -> str:
-    """Returns the class of operators that share a factor: those of the CPU model, but hyperbolic tangents cost a GPU nothing extra."""
+    """Returns the class of operators that share a factor: those of the CPU model, but what a core is slow at costs no GPU extra."""
     found = kernel_class(kind, name)
-    return "activation" if found == "activation_tanh" else found
+    return {"activation_tanh": "activation", "complex": "elementwise", "cast": "elementwise"}.get(found, found)
 
 
 class MeasuredModel:

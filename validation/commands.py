@@ -100,7 +100,7 @@ def calibrate(
 
 def validate_torch(
     quick: Annotated[bool, typer.Option("--quick", help="Five of the test steps, once each.")] = False,
-    families: Annotated[bool, typer.Option("--families", help="GPTs, ResNets and ViTs instead of the GPT test steps.")] = False,
+    families: Annotated[bool, typer.Option("--families", help="GPTs, Llamas, ResNets and ViTs instead of the GPT test steps.")] = False,
     device: DeviceOption = "cpu",
     as_json: Json = False,
     profile: ProfileOption = None,

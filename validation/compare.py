@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 from simtrain.core import catalog
@@ -19,10 +20,18 @@ from validation.gpu_steps import GPU_TEST_STEPS
 from validation.machine_profile import MachineProfile
 from validation.measure import Progress, measure
 from validation.measurement import Measurement, Settings
-from validation.steps import MATCHED_STEPS, TEST_STEPS, TrainingStep, quick_test_steps
+from validation.steps import CALIBRATION_STEPS, MATCHED_STEPS, TEST_STEPS, TrainingStep, quick_test_steps
 
 TEST_SETTINGS = Settings(warmup_steps=3, timed_steps=11, operator_steps=0, processes=3, memory=True)
 GPU_TEST_SETTINGS = replace(TEST_SETTINGS, warmup_steps=5, timed_steps=15, processes=2)
+DRIFT_SETTINGS = Settings(warmup_steps=2, timed_steps=7, memory=False)
+DRIFT_NAMES = ("cal-square", "cal-deep", "cal-bf16-square")
+"""Calibration steps that are measured again around a comparison."""
+NOTABLE_DRIFT = 0.03
+"""Drift beyond which a comparison asks for a new calibration: what a calibration's own steps are refitted within.
+
+One core of a shared server was seen to take 15 % longer for the same GPTs in fp32 five hours after its calibration.
+"""
 QUICK_SETTINGS = Settings(warmup_steps=3, timed_steps=5, operator_steps=0, processes=1, memory=True)
 VARIANTS_LOOKED_AT = {"test": 2, "matched": 1, "gpu": 0}
 """Changes of the model's form after residuals on a list had been looked at.
@@ -73,10 +82,12 @@ class ComparisonReport:
     Attributes:
         rows: One per training step.
         profile: Constants the predictions rest on.
+        drifts: By how much the machine was slower than when it was calibrated, before and after the steps (empty if not measured).
     """
 
     rows: tuple[Comparison, ...]
     profile: MachineProfile
+    drifts: tuple[float, ...] = ()
 
     @property
     def variants_looked_at(self) -> int:
@@ -109,6 +120,7 @@ class ComparisonReport:
                 "null_time": self.null.to_dict(),
                 "skill": skill(self.time, self.null),
                 "variants_looked_at": self.variants_looked_at,
+                "drifts": list(self.drifts),
             },
             "rows": [
                 {
@@ -135,7 +147,15 @@ class ComparisonReport:
             f"peak memory  {self.memory}",
             f"noise        {noise.mean:.2%} mean, {noise.worst:.2%} worst, of the measured step times",
             f"variants of the model looked at on these steps: {self.variants_looked_at}",
+            *self._drift_line(),
         ]
+
+    def _drift_line(self) -> list[str]:
+        if not self.drifts:
+            return []
+        shown = " before and ".join(f"{drift:+.1%}" for drift in self.drifts)
+        advice = ": the machine has changed, run `simtrain calibrate`" if max(map(abs, self.drifts)) > NOTABLE_DRIFT else ""
+        return [f"drift        steps of the calibration take {shown} after these, against the profile{advice}"]
 
     def _null_rates(self) -> str:
         return ", ".join(f"{rate / 1e9:.1f} GFLOP/s in {path}" for path, rate in self.profile.null_flops_per_s.items())
@@ -171,7 +191,7 @@ def fixed_list(device: str, *, quick: bool = False, families: bool = False) -> t
     Args:
         device: "cpu" or "cuda", whose list holds all families.
         quick: A few steps, measured once.
-        families: GPTs, ResNets and ViTs rather than GPTs alone (on the processor).
+        families: GPTs, Llamas, ResNets and ViTs rather than GPTs alone (on the processor).
     """
     if device == "cpu":
         return (quick_test_steps(), QUICK_SETTINGS) if quick else (MATCHED_STEPS if families else TEST_STEPS, TEST_SETTINGS)
@@ -198,8 +218,19 @@ def compare(
     """
     device = profile.device()
     predictions = [predict(step, device) for step in steps]
+    before = _drift(profile, settings, progress)
     measurements = measure(steps, settings, progress)
-    return report(profile, measurements, predictions)
+    drifts = (*before, *_drift(profile, settings, progress))
+    return replace(report(profile, measurements, predictions), drifts=drifts)
+
+
+def _drift(profile: MachineProfile, settings: Settings, progress: Progress | None) -> tuple[float, ...]:
+    """How much longer a few steps that the profile was fitted to take now than it says; nothing on a GPU or where steps run once."""
+    steps = [s for s in CALIBRATION_STEPS if s.name in DRIFT_NAMES and s.name in profile.steps]
+    if profile.on_gpu or settings.processes == 1 or not steps:
+        return ()
+    device = profile.device()
+    return (median(m.step_time_s / predict(m.step, device)[0] - 1 for m in measure(steps, DRIFT_SETTINGS, progress)),)
 
 
 def report(profile: MachineProfile, measurements: Sequence[Measurement], predictions: Sequence[tuple[float, float]]) -> ComparisonReport:

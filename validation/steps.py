@@ -65,13 +65,24 @@ def gpt(name: str, shape: tuple[int, int, int, int], batch: tuple[int, int], opt
         optimizer: As in a strategy.
         extra: Further strategy fields.
     """
+    return _language_model(name, "gpt", shape, batch, optimizer, extra)
+
+
+def llama(name: str, shape: tuple[int, int, int, int], batch: tuple[int, int], optimizer: str, extra: str = "") -> TrainingStep:
+    """Returns a step of a Llama-like model: RMS norms, rotary embeddings, gates; see `gpt`."""
+    return _language_model(name, "llama", shape, batch, optimizer, extra)
+
+
+def _language_model(
+    name: str, workload: str, shape: tuple[int, int, int, int], batch: tuple[int, int], optimizer: str, extra: str
+) -> TrainingStep:
     layers, hidden, heads, vocabulary = shape
     micro_batch, sequence = batch
     strategy = f"micro_batch={micro_batch},optimizer={optimizer}" + (f",{extra}" if extra else "")
     options = {"layers": layers, "hidden": hidden, "heads": heads, "vocabulary": vocabulary}
-    if sequence > GPT_POSITIONS:
-        options["max_positions"] = sequence
-    return TrainingStep(name, "gpt", sequence, strategy, options)
+    if sequence > GPT_POSITIONS or workload != "gpt":
+        options["max_positions"] = max(sequence, GPT_POSITIONS)
+    return TrainingStep(name, workload, sequence, strategy, options)
 
 
 def image_model(name: str, workload: str, batch: int, optimizer: str, extra: str = "", **options: Any) -> TrainingStep:
@@ -109,6 +120,10 @@ CALIBRATION_STEPS = (
     gpt("cal-bf16-large-heads", (2, 704, 11, 7000), (4, 112), "sgd", "precision=bf16-amp"),
     gpt("cal-bf16-two-heads", (6, 128, 2, 2500), (6, 176), "sgd", "precision=bf16-amp"),
     gpt("cal-bf16-twelve-heads", (2, 768, 12, 2600), (2, 152), "sgd", "precision=bf16-amp"),
+    llama("cal-llama-deep", (6, 160, 4, 2700), (6, 84), "sgd"),
+    llama("cal-llama-wide", (2, 528, 8, 4600), (3, 168), "adamw"),
+    llama("cal-llama-bf16", (4, 312, 6, 3300), (4, 118), "sgd", "precision=bf16-amp"),
+    llama("cal-llama-bf16-wide", (2, 528, 8, 4600), (3, 168), "sgd", "precision=bf16-amp"),
     image_model("cal-resnet18-small", "resnet18-cifar", 6, "sgd"),
     image_model("cal-resnet50-small", "resnet50-cifar", 3, "sgd"),
     image_model("cal-resnet18", "resnet18", 3, "sgd-momentum", image_size=96, classes=10),
@@ -167,6 +182,9 @@ MATCHED_STEPS = (
     gpt("gpt-bf16", (6, 384, 6, 8704), (4, 172), "adamw", "precision=bf16-amp"),
     gpt("gpt-bf16-wide", (3, 640, 10, 5632), (4, 116), "sgd", "precision=bf16-amp"),
     gpt("gpt-bf16-checkpoint", (8, 320, 5, 5376), (4, 164), "sgd", "precision=bf16-amp,checkpoint=full"),
+    llama("llama-base", (4, 256, 8, 4608), (6, 130), "sgd"),
+    llama("llama-wide", (3, 392, 4, 3400), (4, 102), "adamw"),
+    llama("llama-bf16", (5, 328, 4, 5200), (4, 146), "sgd", "precision=bf16-amp"),
     image_model("resnet18-cifar", "resnet18-cifar", 14, "sgd-momentum"),
     image_model("resnet18-128", "resnet18", 4, "sgd", image_size=128),
     image_model("resnet34-64", "resnet34", 6, "adamw", image_size=64, classes=100),

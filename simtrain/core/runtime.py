@@ -71,6 +71,8 @@ class Runtime:
         scatter_fp32: Whether full sharding sums gradients over ranks in fp32, whatever their format (`reduce_dtype` of FSDP2).
         copies_shards: Whether full sharding copies parameters out of the buffer in which they arrive, and gradients into the one that
             leaves, between the passes (FSDP2), rather than computing on these buffers (the flat parameters of the first FSDP).
+        shards_rows: Whether full sharding deals out the rows of each parameter in equal pieces, of which the last are padded (FSDP2),
+            rather than even shares of all.
         reduce_every: Whether ZeRO 2 reduces gradients in every micro-batch rather than in the last.
         overlap_gather: Whether gathering updated parameters runs beside the forward pass.
         blocking_sends: Whether a pipeline stage waits until what it sends has left.
@@ -136,6 +138,7 @@ class Runtime:
     scatter_gradients: bool = False
     scatter_fp32: bool = False
     copies_shards: bool = False
+    shards_rows: bool = False
     reduce_every: bool = False
     overlap_gather: bool = False
     blocking_sends: bool = False

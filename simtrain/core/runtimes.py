@@ -60,6 +60,7 @@ RUNTIMES: dict[str, Runtime] = {
             optimizer_style="foreach",
             scatter_gradients=True,
             copies_shards=True,
+            shards_rows=True,
             global_norm=True,
             communication_share=0.15,
             context_bytes=450 * MIB,
@@ -69,6 +70,7 @@ RUNTIMES: dict[str, Runtime] = {
                 "PyTorch 2.13, torch/distributed/fsdp/_fully_shard: one layer prefetched, gradients scattered after every backward pass",
                 "copies out of and into the buffers of collectives on the stream that computes: its _fsdp_collectives.py "
                 "(foreach_all_gather_copy_out, foreach_reduce)",
+                "rows of each parameter in equal pieces, the last ones padded: its _fsdp_param.py (_init_sharded_param)",
                 COMMUNICATION_SHARE_SOURCE,
                 EAGER_LAUNCH_SOURCE,
                 "assumption: 450 MiB of driver context, reserved 1.05 x allocated",

@@ -27,6 +27,7 @@ from simtrain.step.offload_program import HostSide
 from simtrain.step.schedules import Action
 from simtrain.step.setting import Setting
 from simtrain.step.shard import REST
+from simtrain.step.states import gathered_elements
 from simtrain.step.synchronise import update_cost
 
 Visit = tuple[int, int]
@@ -59,21 +60,28 @@ def gathered_bytes(layout: Layout, lane: Lane, chunk: int, layer: int) -> float:
     if layout.setting.strategy.compression == "zero++" and lane.chunks[chunk].unit_parameters(layer):
         return quantized_bytes(lane.chunks[chunk].unit_parameters(layer), WEIGHT_BITS)
     size = min(precision.low.size_bytes, precision.parameter.size_bytes)
-    return float(lane.chunks[chunk].unit_parameters(layer) * size)
+    return gathered_elements(layout.setting, lane.chunks[chunk], layer) * size
 
 
 def scattered_parameters(lane: Lane, chunk: int, step: Step) -> int:
-    """Parameters whose gradients are complete after a pass; what is no block waits for the last of it."""
+    """Parameters whose gradients are complete after a pass; see `scattered_unit`."""
+    unit = scattered_unit(lane, chunk, step)
+    return 0 if unit is None else lane.chunks[chunk].unit_parameters(unit)
+
+
+def scattered_unit(lane: Lane, chunk: int, step: Step) -> int | None:
+    """The layer, or `REST`, whose gradients are complete after a pass; what is no block waits for the last of it."""
     held, layer = lane.chunks[chunk], step.which.layer
     block = held.is_block(layer)
     if not step.ends_gradients or not (block or layer == held.last_of_rest):
-        return 0
-    return held.unit_parameters(layer if block else REST)
+        return None
+    return layer if block else REST
 
 
 def scattered_bytes(layout: Layout, lane: Lane, chunk: int, step: Step) -> float:
     """Bytes of the gradients that are complete after a pass."""
-    return float(scattered_parameters(lane, chunk, step) * scattered_width(layout.setting))
+    unit = scattered_unit(lane, chunk, step)
+    return 0.0 if unit is None else gathered_elements(layout.setting, lane.chunks[chunk], unit) * scattered_width(layout.setting)
 
 
 def scattered_width(setting: Setting) -> int:

@@ -21,14 +21,14 @@ from simtrain.step.instructions import FORWARD_MODES, chunk_costs, gradient_orde
 from simtrain.step.layout import Lane
 from simtrain.step.occupancy import KINDS, Mode, Occupancy, Sizer, occupancy, unsaved_cast_bytes
 from simtrain.step.offload_activations import MovedRows, moved_items
-from simtrain.step.offload_memory import leaving_share, left_on_device
+from simtrain.step.offload_memory import left_on_device
 from simtrain.step.passes import Pass, received_kind
 from simtrain.step.remat import segments
 from simtrain.step.schedules import Action, SchedulePlan
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk
 from simtrain.step.specialize import ConcreteLayer
-from simtrain.step.states import FullShards, holds_gradients, optimizer_transients, persistent, whole_gradients
+from simtrain.step.states import FullShards, fully_sharded, holds_gradients, leaving_gradients, optimizer_transients, persistent
 
 SHOWN_MICRO_BATCHES = 16
 """Micro-batches that a ledger replays; from the second on they are alike, so more would not change the peak."""
@@ -135,7 +135,7 @@ class _Book:
         self.setting, self.lane = setting, lane
         self.costs = [chunk_costs(setting, lane, chunk) for chunk in lane.chunks]
         self.sharded = FullShards.of(setting, lane)
-        self.leaving = leaving_share(setting)
+        self.leaving = fully_sharded(setting) or setting.strategy.moved.gradients
         self.moved = MovedRows(moved_items(setting, lane))
         self.memo: dict[tuple[object, ...], Occupancy] = {}
         self.known: dict[tuple[Action, int, bool], _Stretch] = {}
@@ -182,7 +182,7 @@ class _Book:
             base = base + replay.net
             again = np.zeros(len(KINDS)) if step.mode is not Mode.RECOMPUTE or step.context.last_of_segment else again + replay.casts
             if self.leaving and step.mode in ADDS_GRADIENTS:
-                base = base - self.leaving * whole_gradients(concrete, sizer, step.mode, adding)
+                base = base - leaving_gradients(self.setting, concrete, sizer, step.mode, adding)
             if step.mode in FORWARD_MODES:
                 base = base - self.moved.gone(step)
                 casts = casts + unsaved_cast_bytes(concrete, step.mode, sizer)

@@ -60,13 +60,6 @@ def _trained(lane: Lane) -> float:
     return sum(p.elements for chunk in lane.chunks for p in chunk.trained)
 
 
-def leaving_share(setting: Setting) -> float:
-    """Share of a layer's whole gradients that goes once its backward pass is done: to other ranks, or to the host."""
-    if setting.strategy.moved.gradients:
-        return 1.0
-    return 1.0 - 1.0 / shards(setting) if fully_sharded(setting) else 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class HostMemory:
     """What the fullest node keeps outside its devices.
@@ -142,4 +135,4 @@ def shortage(memory: HostMemory) -> Sequence[str]:
     return lines
 
 
-__all__ = ["HostMemory", "host_memory", "leaving_share", "left_on_device", "shortage"]
+__all__ = ["HostMemory", "host_memory", "left_on_device", "shortage"]

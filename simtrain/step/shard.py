@@ -70,9 +70,12 @@ class Chunk:
 
     def unit_parameters(self, layer: int) -> int:
         """Parameters that full sharding gathers together: those of a block, or of all that is none (`REST`)."""
-        if layer != REST:
-            return self._layers[layer].parameter_count
-        return sum(x.parameter_count for x in self._layers if not x.block)
+        return sum(p.elements for p in self.unit(layer))
+
+    def unit(self, layer: int) -> list[Parameter]:
+        """The same, one by one."""
+        layers = (self._layers[layer],) if layer != REST else (x for x in self._layers if not x.block)
+        return [p for x in layers for p in x.parameters if p.tied_to is None]
 
     @property
     def trained(self) -> list[Parameter]:

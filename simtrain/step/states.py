@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from math import ceil
 
 import numpy as np
 
 from simtrain.core.polynomial import FloatArray
-from simtrain.core.precision import Precision
 from simtrain.core.result import MemoryKind
 from simtrain.core.strategy import OPTIMIZERS
+from simtrain.core.workload import Parameter
 from simtrain.cost.compression import quantized_bytes
 from simtrain.step.buckets import gradient_bytes
 from simtrain.step.exchange import GRADIENT_BITS, WEIGHT_BITS, held_bytes, rare_exchange
@@ -41,6 +43,29 @@ def shards(setting: Setting, *, expert: bool = False) -> int:
     return max(holders // strategy.expert, 1) if expert else holders
 
 
+def shard_elements(setting: Setting, parameter: Parameter) -> float:
+    """Elements of a parameter that the fullest rank holds under full sharding: an even share, or pieces of rows (`shards_rows`)."""
+    over = shards(setting, expert=parameter.expert)
+    return _padded(parameter, over) / over if setting.runtime.shards_rows else parameter.elements / over
+
+
+def gathered_elements(setting: Setting, chunk: Chunk, layer: int) -> float:
+    """Elements that arrive when a unit (`Chunk.unit`) is gathered, and leave when its gradients are scattered: padding included."""
+    if not setting.runtime.shards_rows:
+        return float(chunk.unit_parameters(layer))
+    return _padded_unit(chunk, layer, shards(setting), shards(setting, expert=True))
+
+
+@lru_cache(maxsize=1024)
+def _padded_unit(chunk: Chunk, layer: int, over: int, over_experts: int) -> float:
+    return sum(_padded(p, over_experts if p.expert else over) for p in chunk.unit(layer))
+
+
+def _padded(parameter: Parameter, pieces: int) -> float:
+    rows = parameter.shape[0] if parameter.shape else 1
+    return ceil(rows / pieces) * pieces * (parameter.elements / rows)
+
+
 def fully_sharded(setting: Setting) -> bool:
     """Whether parameters are gathered for every pass: sharded over several ranks, or fetched from the host by one."""
     strategy = setting.strategy
@@ -62,8 +87,8 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     trained = {False: 0, True: 0}
     for layer, parameter in ((x, p) for chunk in lane.chunks for x in chunk.workload.layers for p in x.parameters if p.tied_to is None):
         over = shards(setting, expert=parameter.expert)
-        spread = over if strategy.zero == 3 else 1
-        weights = _rounded(parameter.elements / spread, whole_size, runtime.allocator == "caching")
+        own = shard_elements(setting, parameter) if strategy.zero == 3 else parameter.elements / over
+        weights = _rounded(own if strategy.zero == 3 else parameter.elements, whole_size, runtime.allocator == "caching")
         row[COLUMN[MemoryKind.PARAMETER]] += layer.repeats * weights[0]
         row[COLUMN[MemoryKind.ROUNDING]] += layer.repeats * weights[1]
         if not parameter.trained:
@@ -71,8 +96,10 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
         trained[parameter.expert] += layer.repeats * parameter.elements
         for elements, size in state_tensors(strategy.optimizer, parameter, precision, block=layer.block):
             state = _rounded(elements, size, runtime.allocator == "caching" and elements > 1)
-            row[COLUMN[MemoryKind.OPTIMIZER]] += layer.repeats * state[0] / over
-            row[COLUMN[MemoryKind.ROUNDING]] += layer.repeats * state[1] / over
+            counter = elements == 1 and runtime.shards_rows and strategy.zero == 3  # every rank counts steps for its rows
+            part = 1.0 if counter else own / parameter.elements
+            row[COLUMN[MemoryKind.OPTIMIZER]] += layer.repeats * state[0] * part
+            row[COLUMN[MemoryKind.ROUNDING]] += layer.repeats * state[1] * part
     for expert, total in trained.items():
         holders = strategy.data * strategy.context // (strategy.expert if expert else 1)
         _add_gradients(row, setting, total, shards(setting, expert=expert), holders)
@@ -188,7 +215,9 @@ def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
     parameters = [p for p, block in trained if not orthogonalized(strategy.optimizer, p, block=block)]
     sizes = [p.elements for p in parameters]
     if runtime.optimizer_style == "foreach":
-        row[COLUMN[MemoryKind.TRANSIENT]] += sum(p.elements / shards(setting, expert=p.expert) for p in parameters) * size
+        full = strategy.zero == 3
+        own = sum(shard_elements(setting, p) if full else p.elements / shards(setting, expert=p.expert) for p in parameters)
+        row[COLUMN[MemoryKind.TRANSIENT]] += own * size
     elif sizes:
         # the root of the second moment and the denominator made from it, while the denominator of the parameter before is still held
         row[COLUMN[MemoryKind.TRANSIENT]] += max(2 * own + before for before, own in pairwise([0, *sizes])) * size
@@ -200,21 +229,17 @@ class FullShards:
     """What ZeRO stage 3 holds unsharded: the parameters of the layer at work and of those gathered ahead, its gradients.
 
     Attributes:
-        precision: Format of what is gathered.
-        ahead: Layers gathered ahead.
-        quantized: Whether weights arrive and gradients leave quantized.
+        setting: The question.
     """
 
-    precision: Precision
-    ahead: int
-    quantized: bool = False
+    setting: Setting
 
     @classmethod
     def of(cls, setting: Setting, lane: Lane) -> FullShards | None:  # noqa: ARG003
         """Returns `None` where parameters are not sharded."""
         if not fully_sharded(setting):
             return None
-        return cls(setting.precision, setting.runtime.prefetch, setting.strategy.compression == "zero++")
+        return cls(setting)
 
     def held(self, chunk: Chunk, passes: Sequence[Pass], at: int) -> FloatArray:
         """Gathered parameters while a pass runs: its block, those gathered ahead, and what is no block."""
@@ -222,24 +247,33 @@ class FullShards:
         for step in passes[at:]:
             if not visited or visited[-1] != step.layer:
                 visited.append(step.layer)
-            if len(visited) > self.ahead:
+            if len(visited) > self.setting.runtime.prefetch:
                 break
         row = np.zeros(len(KINDS))
         units = {layer if chunk.is_block(layer) else REST for layer in visited} | {REST}
-        held = sum(map(chunk.unit_parameters, units))
+        held = sum(gathered_elements(self.setting, chunk, unit) for unit in units)
         # quantized forms of weights and, before and after their exchange, of gradients
-        quantized = quantized_bytes(held, WEIGHT_BITS) + 2 * quantized_bytes(held, GRADIENT_BITS) if self.quantized else 0.0
-        row[COLUMN[MemoryKind.COMMUNICATION]] = held * self.precision.parameter.size_bytes + quantized
+        narrow = self.setting.strategy.compression == "zero++"
+        quantized = quantized_bytes(held, WEIGHT_BITS) + 2 * quantized_bytes(held, GRADIENT_BITS) if narrow else 0.0
+        row[COLUMN[MemoryKind.COMMUNICATION]] = held * self.setting.precision.parameter.size_bytes + quantized
         return row
 
 
-def whole_gradients(concrete: ConcreteLayer, sizer: Sizer, mode: Mode, adding: bool) -> FloatArray:
-    """Whole gradients that a backward pass leaves behind, and which go once their shards are summed or the host has them."""
+def leaving_share(setting: Setting, parameter: Parameter) -> float:
+    """Share of a parameter's whole gradient that goes once its backward pass is done: to other ranks, or to the host."""
+    if setting.strategy.moved.gradients:
+        return 1.0
+    return 1.0 - shard_elements(setting, parameter) / parameter.elements if fully_sharded(setting) else 0.0
+
+
+def leaving_gradients(setting: Setting, concrete: ConcreteLayer, sizer: Sizer, mode: Mode, adding: bool) -> FloatArray:
+    """What goes of the whole gradients that a backward pass leaves behind, once their shards are summed or the host has them."""
     row = np.zeros(len(KINDS))
     if mode is Mode.BACKWARD_ACCUMULATING or adding:
         return row  # let go by the pass itself
+    own = {f"grad:{p.name}": p for p in concrete.layer.parameters}
     for op in concrete.backward:
         for tensor in op.writes:
-            if tensor.name.startswith("grad:") and any(tensor.name == f"grad:{p.name}" for p in concrete.layer.parameters):
-                row += sizer.tensor(tensor, MemoryKind.GRADIENT)
+            if tensor.name in own:
+                row += leaving_share(setting, own[tensor.name]) * sizer.tensor(tensor, MemoryKind.GRADIENT)
     return row

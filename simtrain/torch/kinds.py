@@ -72,7 +72,10 @@ def sketch(call: Call) -> Sketch:
             raise UnsupportedError(f"the operator {call.name} (in {where}) is not modelled in this form (on empty tensors?)") from None
     if call.pointwise:
         return _plain(OperatorKind.ELEMENTWISE)(call)
-    raise UnsupportedError(f"the operator {call.name} (in {call.module or 'backward'}) is not modelled: no cost formula stands for it")
+    hint = f"; {EXPERTS}" if call.short_name in _ROUTES else ""
+    raise UnsupportedError(
+        f"the operator {call.name} (in {call.module or 'backward'}) is not modelled: no cost formula stands for it{hint}"
+    )
 
 
 def _plain(kind: OperatorKind) -> Rule:
@@ -319,6 +322,14 @@ _RULES: dict[str, Rule] = {
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
 }
+
+EXPERTS = (
+    "a mixture of experts, in which values of the batch decide who multiplies what, is known in closed form, at your own sizes: "
+    'st.workload("mixtral-8x7b", layers=..., hidden=..., ffn=..., experts=..., top_k=...)'
+)
+"""What to do instead of capturing a mixture of experts."""
+
+_ROUTES = frozenset(("topk", "nonzero", "_grouped_mm", "sort", "histc", "searchsorted"))
 
 EMPTY = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
 """Operators that allocate without running anything; what first overwrites the tensor is taken as its writer."""

@@ -20,9 +20,10 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_map
 
-from simtrain.core.errors import InputError, SimtrainError
+from simtrain.core.errors import InputError, SimtrainError, UnsupportedError
 from simtrain.torch.gpu_forms import gpu_forms
 from simtrain.torch.hugging_face import masks_of_real_steps
+from simtrain.torch.kinds import EXPERTS
 from simtrain.torch.recorder import Recorder, describe, given_tensors, record_step
 from simtrain.torch.recording import Recording
 from simtrain.torch.sizes import Point
@@ -182,11 +183,13 @@ def _check(module: nn.Module) -> None:
         raise InputError("the model has no parameters that are trained")
 
 
-def _explain(error: Exception, point: Point) -> InputError:
+def _explain(error: Exception, point: Point) -> SimtrainError:
     first = str(error).strip().split("\n")[0]
     size = f"a batch of {point[0]}" + (f" with sequence length {point[1]}" if point[1] > 1 else "")
     if "modified by an inplace operation" in str(error):
         return InputError(f"backward needs a tensor that the model has overwritten in place: {first}")
+    if "_grouped_mm" in str(error) or "Expected inputs of BF16 type" in str(error):
+        return UnsupportedError(f"grouped products of experts run in bf16 alone on a CPU, where models are captured ({first}); {EXPERTS}")
     return InputError(f"the model failed on {size}: {type(error).__name__}: {first}")
 
 

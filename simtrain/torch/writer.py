@@ -192,6 +192,8 @@ class Writer:
     def _fresh(self, call: Call, layer: int) -> str:
         module = call.module or (self.module_of_node.get(call.node, "") if call.phase is Phase.BACKWARD else "")
         short = f"{call.short_name}_tanh" if call.options.get("approximate") == "tanh" else call.short_name
+        if any(view.dtype.startswith("complex") for view in call.outputs):
+            short += "_complex"
         name = ".".join(filter(None, (self.local(module, layer) if module != self.roots[layer] else "", short)))
         if call.phase is Phase.BACKWARD and "backward" not in call.short_name:
             name += ".backward"

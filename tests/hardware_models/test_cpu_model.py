@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardware_models.cpu import CLASSES, DATA_SHEET_LAUNCH_S, CpuModel, calls_done, class_constants, flops_done, kernel_class
+from hardware_models.measured import measured_class
 from simtrain.core.catalog import device
 from simtrain.core.errors import CatalogError, UnsupportedError
 from simtrain.core.precision import DType
@@ -20,7 +21,7 @@ EXTENT = st.integers(min_value=1, max_value=4096)
 
 
 def test_every_kind_has_a_class_and_every_class_a_kind():
-    names = ("add", "gelu.backward", "mlp.gelu_tanh#2")
+    names = ("add", "gelu.backward", "mlp.gelu_tanh#2", "q.rotate")
     found = {kernel_class(kind, name) for kind in OperatorKind if kind is not OperatorKind.COLLECTIVE for name in names}
     assert found == set(CLASSES)
 
@@ -29,6 +30,19 @@ def test_only_words_make_an_activation():
     assert kernel_class(OperatorKind.ELEMENTWISE, "experts.add") == "elementwise"
     assert kernel_class(OperatorKind.ELEMENTWISE, "blocks.3.silu.backward") == "activation"
     assert kernel_class(OperatorKind.GEMM, "gelu") == "gemm"
+
+
+def test_rotations_are_products_of_complex_numbers():
+    assert {kernel_class(OperatorKind.ELEMENTWISE, n) for n in ("k.rotate.backward", "attention.mul_complex#2")} == {"complex"}
+    assert kernel_class(OperatorKind.COPY, "clone_complex") == "elementwise"
+    assert {measured_class(OperatorKind.ELEMENTWISE, "q.rotate"), measured_class(OperatorKind.CAST)} == {"elementwise"}
+
+
+def test_a_profile_without_complex_products_prices_them_as_real_ones():
+    cpu = replace(device("this-cpu"), profile={"elementwise.launch_s": 1e-6, "elementwise.bytes_per_s": 7e9})
+    assert class_constants(cpu, "complex", DType.FP32) == class_constants(cpu, "elementwise", DType.FP32)
+    own = replace(cpu, profile={**cpu.profile, "complex.launch_s": 2e-6, "complex.bytes_per_s": 3e9})
+    assert class_constants(own, "complex", DType.BF16)[::2] == (2e-6, 3e9)
 
 
 @QUICK
@@ -75,10 +89,12 @@ def test_blocks_of_scores_are_set_up_one_by_one():
     assert calls_done(batch).tolist() == [6 * 5, 6 * 4, 6 * 8]
 
 
-def test_casts_and_copies_share_the_elementwise_constants():
+def test_copies_share_the_elementwise_constants_and_casts_do_without_their_own():
     cpu = replace(device("this-cpu"), profile={"elementwise.bytes_per_s": 1e9})
     cast, copy, add = (MODEL.kernel_times_s(cpu, build(k, [(1, 64, 1, 64)]))[0] for k in ("cast", "copy", "elementwise"))
     assert cast == copy == add
+    own = replace(cpu, profile={**cpu.profile, "cast.launch_s": 1.0})
+    assert MODEL.kernel_times_s(own, build("cast", [(1, 64, 1, 64)]))[0] > 1.0
 
 
 def test_large_products_run_near_the_measured_rate():

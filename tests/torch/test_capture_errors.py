@@ -88,6 +88,19 @@ def test_operators_that_depend_on_values_are_named() -> None:
         st.torch.capture(Misbehaves(rows), (torch.ones(64, 10),))
 
 
+def test_a_mixture_of_experts_is_referred_to_the_closed_form() -> None:
+    def routed(module: Perceptron, x: Tensor) -> Tensor:
+        return module.c(module.a(x)).topk(2)[0].sum()
+
+    def grouped(module: Perceptron, x: Tensor) -> Tensor:
+        weights = module.a.weight.T[None]
+        return F.grouped_mm(x, weights, offs=torch.tensor([x.shape[0]], dtype=torch.int32)).sum()
+
+    for run in (routed, grouped):
+        with pytest.raises(UnsupportedError, match=r'st\.workload\("mixtral-8x7b"'):
+            st.torch.capture(Misbehaves(run), samples(10)[:1])
+
+
 def test_values_that_fail_on_shapes_and_for_real() -> None:
     def both(module: Perceptron, x: Tensor) -> Tensor:
         if x.sum().item() < 1e9:

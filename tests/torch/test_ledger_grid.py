@@ -1,6 +1,7 @@
 """The ledger against PyTorch: strategies carried out on real modules without values, alone and as one rank of a distributed job."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,7 +91,7 @@ def test_peaks_are_those_of_a_true_rank(name: str) -> None:
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize(("data", "tensor"), [(2, 2), (8, 4), (64, 4)])
+@pytest.mark.parametrize(("data", "tensor"), [(2, 2), (8, 4), (64, 4), (64, 2)])
 def test_peaks_are_those_of_a_rank_that_is_sharded_and_divided(data: int, tensor: int, sequence: bool) -> None:
     split, shard = tensor_parallel(sequence=sequence), fully_sharded(lambda module: module.blocks)
     job = record_rank(
@@ -103,6 +104,21 @@ def test_peaks_are_those_of_a_rank_that_is_sharded_and_divided(data: int, tensor
     strategy = Strategy(micro_batch=BATCH, data=data, tensor=tensor, zero=3, sequence_parallel=sequence)
     book = ledger_of(workload(GPT), strategy, runtime("fsdp2").with_(**EXACT))
     assert book.moments[book.peak].sum() == pytest.approx(job.peak_bytes, rel=0.005)
+
+
+@pytest.mark.parametrize("data", [24, 96])
+def test_rows_that_ranks_do_not_share_evenly_are_padded(data: int) -> None:
+    """Of 64 rows, 96 ranks gather 96; the rank recorded is one that has a row."""
+    small = replace(GPT, vocabulary=512)
+    job = record_rank(
+        lambda: Transformer(small), example_batch(small, BATCH), mesh={"data": data}, wrap=fully_sharded(lambda module: module.blocks)
+    )
+    strategy, behaviour = Strategy(micro_batch=BATCH, data=data, zero=3), runtime("fsdp2").with_(**EXACT)
+    book = ledger_of(workload(small), strategy, behaviour)
+    assert book.moments[0].sum() == pytest.approx(job.recording.given_bytes, rel=0.0005)
+    assert book.moments[book.peak].sum() == pytest.approx(job.peak_bytes, rel=0.0005)
+    even = ledger_of(workload(small), strategy, behaviour.with_(shards_rows=False))
+    assert even.moments[even.peak].sum() < 0.995 * job.peak_bytes
 
 
 def test_whole_parameters_of_zero_1_are_not_shared_evenly() -> None:

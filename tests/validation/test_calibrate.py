@@ -89,3 +89,20 @@ def test_a_report_has_errors_of_prediction_and_null_model(profile):
     assert report.memory.bias == pytest.approx(0.01)
     assert "null model" in str(report)
     assert json.loads(json.dumps(report.to_dict()))["summary"]["variants_looked_at"] == report.variants_looked_at
+
+
+def test_a_machine_that_became_slower_is_told(profile, monkeypatch):
+    """Its own steps take a tenth longer than the profile says, then a hundredth."""
+    paces = iter((1.1, 1.0, 1.01))
+
+    def measured(steps, settings, progress):
+        pace = next(paces)
+        times = [pace * compare.predict(step, profile.device())[0] for step in steps]
+        return tuple(replace(synthetic(s), step_time_s=t, peak_memory_bytes=10**8) for s, t in zip(steps, times, strict=True))
+
+    monkeypatch.setattr(compare, "measure", measured)
+    report = compare.compare(profile, DEVELOPMENT_STEPS[:1])
+    assert report.drifts == pytest.approx((0.1, 0.01))
+    assert "+10.0% before and +1.0% after" in str(report)
+    assert "run `simtrain calibrate`" in str(report)
+    assert "machine has changed" not in str(replace(report, drifts=(0.01, -0.02)))

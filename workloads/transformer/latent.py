@@ -62,7 +62,7 @@ def _rotated(tape: Tape, x: str, elements: Polynomial, *, partial: bool) -> str:
     """What carries the position, rotated in fp32 and brought back to its own format."""
     high, turned, out = Tensor(f"{x}.high", elements, FP32), Tensor(f"{x}.turned.high", elements, FP32), f"{x}.turned"
     tape.run(Operator(high.name, OperatorKind.COPY, (x,), (high,), partial=(x,) if partial else (), touched=elements))
-    tape.run(Operator(turned.name, OperatorKind.ELEMENTWISE, (high.name,), (turned,)))
+    tape.run(Operator(f"{x}.rotate", OperatorKind.ELEMENTWISE, (high.name,), (turned,)))
     tape.run(Operator(out, OperatorKind.CAST, (turned.name,), (Tensor(out, elements, LOW),)))
     return out
 
@@ -72,7 +72,7 @@ def _turned_back(gradient: str, name: str, elements: Polynomial, into: Tensor, *
     high, back = Tensor(f"{name}.back.high", elements, FP32), Tensor(f"{name}.back", elements, FP32)
     return [
         Operator(high.name, OperatorKind.COPY, (gradient,), (high,), partial=(gradient,) if partial else (), touched=elements),
-        Operator(back.name, OperatorKind.ELEMENTWISE, (high.name,), (back,)),
+        Operator(f"{name}.rotate.backward", OperatorKind.ELEMENTWISE, (high.name,), (back,)),
         Operator(f"{name}.back.cast", OperatorKind.CAST, (back.name,), (into,)),
     ]
 

@@ -33,7 +33,7 @@ from simtrain.step.results import communicators
 from simtrain.step.schedules import SchedulePlan, plan
 from simtrain.step.setting import Setting
 from simtrain.step.shard import REST, Chunk, chunks, even_cuts, rank_form
-from simtrain.step.states import optimizer_transients, persistent
+from simtrain.step.states import gathered_elements, optimizer_transients, persistent
 from simtrain.step.synchronise import chunk_buckets, tie_cost, updates_cost
 
 ENVELOPE = 6
@@ -295,11 +295,10 @@ def _moved(layout: Layout, stage: int) -> FloatArray:
     for c, chunk in enumerate(lane.chunks):
         blocks = [i for i in range(chunk.workload.depth) if chunk.is_block(i)]
         for at, layer in ((0, blocks[0]), (2, REST)):
-            parameters = chunk.unit_parameters(layer)
-            if parameters:
+            if parameters := gathered_elements(setting, chunk, layer):
                 size = gathered_bytes(layout, lane, c, layer)
                 gather = cost(layout.fabric, Collective.ALL_GATHER, placed, size).time_s
-                scatter = cost(layout.fabric, Collective.REDUCE_SCATTER, placed, float(parameters * width)).time_s
+                scatter = cost(layout.fabric, Collective.REDUCE_SCATTER, placed, parameters * width).time_s
                 moved[at : at + 2] = np.maximum(moved[at : at + 2], (gather, scatter))
         if setting.runtime.copies_shards:
             layers = chunk.workload.layers

@@ -13,7 +13,9 @@ groups use eight.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,8 +32,11 @@ from simtrain.cost.traffic import Flows, SwitchFlows, Traffic
 HOST_MEMORY_SHARE = 0.8
 """Share of the peak of host memory that transfers through it sustain (assumption: what STREAM reaches on desktop processors)."""
 
+KEPT = 4
+"""Of how many clusters what was found of their fabrics is kept."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Fabric:
     """Routes between the ranks of a cluster.
 
@@ -296,6 +301,22 @@ class Fabric:
             raise InputError(
                 f"nodes {a[wrong[0]]} and {b[wrong[0]]} of cluster {self.cluster.name!r} have no network link: give the nodes a `nic`"
             )
+
+
+_latest: deque[Fabric] = deque(maxlen=KEPT)
+
+
+def fabric_of(cluster: Cluster) -> Fabric:
+    """The fabric of a cluster, one and the same for all who ask about this very object while few other clusters come between.
+
+    What is found of it is found once for all strategies of a search and all who read them.
+    """
+    found = next((fabric for fabric in _latest if fabric.cluster is cluster), None) or Fabric(cluster)
+    if not (_latest and _latest[-1] is found):
+        with suppress(ValueError):
+            _latest.remove(found)
+        _latest.append(found)
+    return found
 
 
 def _group_size(node: Node) -> int:

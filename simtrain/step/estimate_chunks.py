@@ -98,6 +98,7 @@ class _Walk:
         self.deferred: list[tuple[tuple[int, ...], int, float, PassCost | None]] = []
         self.wire_free = [0.0 for _ in stages]
         self.sent_free: dict[tuple[int, int], float] = {}
+        self.sends_s: dict[tuple[int, int, int, bool], float] = {}
         self.reduced: list[list[tuple[float, PassCost | None]]] = [[] for _ in stages]
         self.sharded = layout.setting.strategy.zero == 3 and layout.grid.holders > 1
         self.shards = [_Shards(layout, lane) for lane in self.lanes] if self.sharded else []
@@ -134,9 +135,12 @@ class _Walk:
     def _sent(self, i: int, source: int, to: int, ready: float) -> float:
         plan, lane = self.layout.plan, self.lanes[source]
         forward = bool(plan.action[i] == Action.FORWARD)
+        message = (source, int(plan.chunk[i]), to, forward)
+        if message not in self.sends_s:
+            self.sends_s[message] = self.layout.send(lane, message[1], to, forward=forward).time_s
         key = (source, int(forward))
         start = max(ready, self.sent_free.get(key, 0.0))
-        self.sent_free[key] = start + self.layout.send(lane, int(plan.chunk[i]), to, forward=forward).time_s
+        self.sent_free[key] = start + self.sends_s[message]
         return self.sent_free[key]
 
     def _instruction(self, i: int, stage: int, at: float) -> float:

@@ -62,14 +62,28 @@ def cost(fabric: Fabric, kind: Collective, placed: Placed, size_bytes: float) ->
 
 def place(fabric: Fabric, groups: Sequence[Group]) -> Placed:
     """Takes the group that reaches furthest and finds those that may share its links."""
-    chosen = max(range(len(groups)), key=lambda i: len(set(fabric.node_of[list(groups[i])].tolist())))
-    domains = [set(fabric.domain_of[list(group)].tolist()) for group in groups]
-    beside = tuple(g for i, g in enumerate(groups) if i != chosen and domains[i] & domains[chosen])
-    return Placed(groups[chosen], beside)
+    key = ("place", *groups)
+    if key not in fabric.memo:
+        chosen = max(range(len(groups)), key=lambda i: len(set(fabric.node_of[list(groups[i])].tolist())))
+        domains = [set(fabric.domain_of[list(group)].tolist()) for group in groups]
+        fabric.memo[key] = groups[chosen], tuple(g for i, g in enumerate(groups) if i != chosen and domains[i] & domains[chosen])
+    ranks, beside = fabric.memo[key]
+    return Placed(ranks, beside)
 
 
 def stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire | None:
-    """The groups inside a stage; `None` where nobody shares a layer, so that passes of all stages cost the same."""
+    """The groups inside a stage; `None` where nobody shares a layer, so that passes of all stages cost the same.
+
+    A stage of the same grid is given the same wire again: what was priced over it is known by it.
+    """
+    key = ("wire", grid, stage)
+    if key not in fabric.memo:
+        fabric.memo[key] = _stage_wire(fabric, grid, stage)
+    wire: Wire | None = fabric.memo[key]
+    return wire
+
+
+def _stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire | None:
     groups: dict[str, Placed] = {}
     if grid.tensor > 1:
         groups["tensor"] = place(fabric, grid.tensor_groups(stage))

@@ -195,7 +195,7 @@ def _unit_cost(fabric: Fabric, kind: Collective, algorithm: str, groups: tuple[t
     if isinstance(found, _UnitCost):
         return found
     unit = _priced(fabric, kind, algorithm, [np.array(group, dtype=np.int64) for group in groups])
-    fabric.memo[key] = unit
+    fabric.remember(key, unit)
     return unit
 
 

@@ -24,7 +24,7 @@ from simtrain.step.offload_activations import MovedRows, moved_items
 from simtrain.step.offload_memory import leaving_share, left_on_device
 from simtrain.step.passes import Pass, received_kind
 from simtrain.step.remat import segments
-from simtrain.step.schedules import Action, SchedulePlan
+from simtrain.step.schedules import Action, SchedulePlan, actions
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk
 from simtrain.step.specialize import ConcreteLayer
@@ -153,13 +153,11 @@ class _Book:
         own = plan.of_rank(stage)
         if plan.stages == 1:
             own = own[plan.micro_batch[own] < SHOWN_MICRO_BATCHES]
-        listed = []
         always = holds_gradients(self.setting)
-        for i in own.tolist():
-            action, chunk, micro_batch = Action(int(plan.action[i])), int(plan.chunk[i]), int(plan.micro_batch[i])
-            adding = action is not Action.FORWARD and (always or micro_batch != gradient_order(plan, stage, chunk)[0])
-            listed.append((action, chunk, adding, micro_batch))
-        return listed
+        first = {chunk: order[0] for chunk in range(len(self.lane.chunks)) if (order := gradient_order(plan, stage, chunk))}
+        rows = zip(actions(plan.action[own]), plan.chunk[own].tolist(), plan.micro_batch[own].tolist(), strict=True)
+        forward = Action.FORWARD
+        return [(action, chunk, action is not forward and (always or m != first[chunk]), m) for action, chunk, m in rows]
 
     def stretch(self, action: Action, chunk: int, adding: bool) -> _Stretch:
         """Replays an instruction."""

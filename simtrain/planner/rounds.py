@@ -258,8 +258,8 @@ class Search:
         took_s, share = time.monotonic() - self.start_s, (time.process_time() - self.start_cpu_s) / (time.monotonic() - self.start_s)
         busy = f"; the machine was busy and gave it {share:.0%} of a processor" if share < BUSY else ""
         return (
-            f"NOT COMPLETE: {self.unread:,} of {sum(sizes.values()):,} combinations were not looked at ({left}) as {self.patience_s:g} s were "
-            f"over, {took_s:.0f} s in all with the readings of the best{busy}; patience_s (--patience) gives it longer"
+            f"NOT COMPLETE: {self.unread:,} of {sum(sizes.values()):,} combinations were not looked at ({left}) as {self.patience_s:g} s "
+            f"were over, {took_s:.0f} s in all with the readings of the best{busy}; patience_s (--patience) gives it longer"
         )
 
     def _with_change(self, candidate: Candidate, failure: Failure) -> Failure:

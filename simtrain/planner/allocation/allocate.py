@@ -16,7 +16,7 @@ from simtrain.core.hardware import Cluster
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Workload
 from simtrain.cost import energy
-from simtrain.cost.fabric import Fabric, fabric_of
+from simtrain.cost.fabric import fabric_of
 from simtrain.planner.allocation.bound import check_bound, layer_bound_s
 from simtrain.planner.allocation.engine_prices import market as engine_market
 from simtrain.planner.allocation.engine_prices import synchroniser

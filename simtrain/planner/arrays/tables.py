@@ -13,7 +13,7 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Collective, Workload
-from simtrain.cost.fabric import Fabric, fabric_of
+from simtrain.cost.fabric import fabric_of
 from simtrain.planner.arrays.layers import EVEN, LayerMemory, LayerRow, Pattern, Probe
 from simtrain.planner.arrays.stages import Division, StageRow
 from simtrain.planner.space import Block, blocks_of

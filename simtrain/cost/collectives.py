@@ -148,7 +148,7 @@ def collective(
     groups = _checked(fabric, kind, ranks, concurrent, size_bytes)
     if len(ranks) == 1:
         return CollectiveCost("none", 0.0, {})
-    chooser = algorithm or ("nccl" if all(fabric.device_class(rank) == "gpu" for rank in ranks) else "auto")
+    chooser = algorithm or ("nccl" if fabric.classes == {"gpu"} or all(fabric.device_class(rank) == "gpu" for rank in ranks) else "auto")
     if chooser == "nccl":
         chooser = _nccl(fabric, groups[0], size_bytes) if kind is Collective.ALL_REDUCE else "auto"
     names = _candidates(fabric, kind, chooser)

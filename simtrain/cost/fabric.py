@@ -78,6 +78,11 @@ class Fabric:
         return self.cluster.nodes[n].devices[i].device_class
 
     @cached_property
+    def classes(self) -> frozenset[str]:
+        """Classes of all devices."""
+        return frozenset(device.device_class for node in self.cluster.nodes for device in node.devices)
+
+    @cached_property
     def node_of(self) -> IntArray:
         """Node of each rank."""
         return np.array([n for n, _ in self.places], dtype=np.int64)
@@ -157,13 +162,14 @@ class Fabric:
 
     def resources(self, numbers: IntArray) -> list[Resource]:
         """Returns the resources with these numbers."""
-        found = []
-        for number in numbers.tolist():
-            if number not in self._made:
-                block = next(b for b in self.blocks.values() if number < b.start + len(b.capacity))
-                self._made[number] = Resource(block.names[number - block.start], float(block.capacity[number - block.start]))
-            found.append(self._made[number])
-        return found
+        known, blocks = self._made, tuple(self.blocks.values())
+        listed = numbers.tolist()
+        own = np.searchsorted([block.start for block in blocks], numbers, side="right") - 1
+        for number, of in zip(listed, own.tolist(), strict=True):
+            if number not in known:
+                block, at = blocks[of], number - blocks[of].start
+                known[number] = Resource(block.names[at], float(block.capacity[at]))
+        return [known[number] for number in listed]
 
     def hop(self, source: int, target: int) -> tuple[dict[Resource, float], float]:
         """Returns the resources that one byte from a rank to another loads (bytes each), and the latency of a message.

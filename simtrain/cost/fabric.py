@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ class Fabric:
     def remember(self, question: Any, answer: Any) -> None:
         """Keeps an answer in the memo, the oldest left out where there are very many."""
         while len(self.memo) >= MOST_ANSWERS:
-            del self.memo[next(iter(self.memo))]
+            self.memo.pop(next(iter(self.memo)), None)
         self.memo[question] = answer
 
     @cached_property
@@ -340,7 +341,9 @@ class Fabric:
         return loads[block.start : block.start + len(block.capacity)]
 
     def _check_connected(self, a: IntArray, b: IntArray) -> None:
-        wrong = np.flatnonzero((a != b) & (self._unconnected[a] | self._unconnected[b])) if self._unconnected.any() else ()
+        if not self._unconnected.any():
+            return
+        wrong = np.flatnonzero((a != b) & (self._unconnected[a] | self._unconnected[b]))
         if len(wrong):
             raise InputError(
                 f"nodes {a[wrong[0]]} and {b[wrong[0]]} of cluster {self.cluster.name!r} have no network link: give the nodes a `nic`"
@@ -348,6 +351,7 @@ class Fabric:
 
 
 _latest: deque[Fabric] = deque(maxlen=KEPT)
+_turn = Lock()
 
 
 def fabric_of(cluster: Cluster) -> Fabric:
@@ -355,13 +359,14 @@ def fabric_of(cluster: Cluster) -> Fabric:
 
     What is found of it is found once for all strategies of a search and all who read them.
     """
-    found = next((fabric for fabric in _latest if fabric.cluster is cluster), None)
-    if found is None:
-        found = Fabric(cluster)
-    else:
-        _latest.remove(found)
-    _latest.append(found)
-    return found
+    with _turn:
+        found = next((fabric for fabric in _latest if fabric.cluster is cluster), None)
+        if found is None:
+            found = Fabric(cluster)
+        else:
+            _latest.remove(found)
+        _latest.append(found)
+        return found
 
 
 def _group_size(node: Node) -> int:

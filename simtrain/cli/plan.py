@@ -65,6 +65,7 @@ def plan(
     robust: Annotated[str, typer.Option("--robust", help="Choose by 'expected' or 'worst_decile' under errors of the model.")] = "",
     jitter: Annotated[float, typer.Option("--jitter", help="Relative standard deviation of compute, for --robust.")] = 0.0,
     weights: Annotated[str, typer.Option("--weights", help="Of the balanced score: 'throughput=0.5,memory=0.3,convergence=0.2'.")] = "",
+    patience: Annotated[float, typer.Option("--patience", min=0.0, help="Seconds after which the search stops and says so.")] = 40.0,
     explain: Annotated[bool, typer.Option("--why/--no-why", help="What bounds the best, and what would change it.")] = True,
     emit: Annotated[str | None, typer.Option("--emit", help="Print the best for a launcher: megatron, torchtitan, deepspeed ...")] = None,
     seq_len: SeqLenOption = None,
@@ -104,6 +105,7 @@ def plan(
             jitter=jitter,
             weights={name: _number(value, name) for name, value in read_pairs(weights, "--weights").items()} or None,
             progress=progress,
+            patience_s=patience,
             explain=explain and emit is None,
         )
     if emit is not None:
@@ -141,7 +143,7 @@ def _emit(found: Plan, launcher: str, job: Job) -> None:
     written = emit(launcher, Strategy.parse(found.best.strategy), replace(job, runtime=runtime(planned)))
     sys.stdout.write(written.text)
     if not found.complete:
-        note(f"NOT COMPLETE: {found.unread} strategies were not looked at, a better one may be among them")
+        note(f"NOT COMPLETE: {found.unread} strategies were not looked at, a better one may be among them (--patience)")
     if planned not in CARRIED[launcher]:
         note(f"planned under {planned}, which is not what {launcher} starts: the step will take another time than predicted")
     for line in written.left_out:

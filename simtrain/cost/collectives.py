@@ -7,9 +7,10 @@ rates (the most loaded link at its sustained rate) and are the demands of a flow
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -38,6 +39,38 @@ SUMMED, PASSED_ON = 3, 2
 """Bytes read or written in memory for each byte that arrives, where it is added to what is there, and where it is passed on."""
 
 
+class Loads(Mapping[Resource, float]):
+    """Bytes on each of many resources; the mapping is made when somebody reads it, the time of the busiest needs none."""
+
+    def __init__(self, resources: tuple[Resource, ...], amounts: FloatArray, capacity: FloatArray) -> None:
+        self._resources, self._amounts, self._capacity = resources, amounts, capacity
+
+    @cached_property
+    def _by_resource(self) -> dict[Resource, float]:
+        return dict(zip(self._resources, self._amounts.tolist(), strict=True))
+
+    @property
+    def busiest_s(self) -> float:
+        """How long the resource that takes longest needs."""
+        return float((self._amounts / self._capacity).max(initial=0.0))
+
+    def __getitem__(self, resource: Resource) -> float:
+        """Bytes on a resource."""
+        return self._by_resource[resource]
+
+    def __iter__(self) -> Iterator[Resource]:
+        """The resources."""
+        return iter(self._by_resource)
+
+    def __len__(self) -> int:
+        """Number of resources."""
+        return len(self._resources)
+
+    def __repr__(self) -> str:
+        """As a dictionary."""
+        return repr(self._by_resource)
+
+
 @dataclass(frozen=True, slots=True)
 class CollectiveCost:
     """What a collective asks of the fabric.
@@ -57,6 +90,8 @@ class CollectiveCost:
     @property
     def time_s(self) -> float:
         """Duration when nothing else uses the links."""
+        if isinstance(self.loads, Loads):
+            return self.latency_s + self.loads.busiest_s
         return self.latency_s + max((amount / r.capacity for r, amount in self.loads.items()), default=0.0)
 
 
@@ -69,11 +104,12 @@ class _UnitCost:
     serial_s: float
     resources: tuple[Resource, ...]
     amounts: FloatArray
+    capacity: FloatArray
     busiest_s: float
     ramp_s: float
 
     def of(self, size_bytes: float) -> CollectiveCost:
-        loads = dict(zip(self.resources, (self.amounts * size_bytes).tolist(), strict=True))
+        loads = Loads(self.resources, self.amounts * size_bytes, self.capacity)
         return CollectiveCost(self.algorithm, self._latency_s(size_bytes) + self.serial_s * size_bytes, loads)
 
     def time_s(self, size_bytes: float) -> float:
@@ -112,7 +148,7 @@ def collective(
     groups = _checked(fabric, kind, ranks, concurrent, size_bytes)
     if len(ranks) == 1:
         return CollectiveCost("none", 0.0, {})
-    chooser = algorithm or ("nccl" if all(fabric.device_class(rank) == "gpu" for rank in ranks) else "auto")
+    chooser = algorithm or ("nccl" if fabric.classes == {"gpu"} or all(fabric.device_class(rank) == "gpu" for rank in ranks) else "auto")
     if chooser == "nccl":
         chooser = _nccl(fabric, groups[0], size_bytes) if kind is Collective.ALL_REDUCE else "auto"
     names = _candidates(fabric, kind, chooser)
@@ -195,7 +231,7 @@ def _unit_cost(fabric: Fabric, kind: Collective, algorithm: str, groups: tuple[t
     if isinstance(found, _UnitCost):
         return found
     unit = _priced(fabric, kind, algorithm, [np.array(group, dtype=np.int64) for group in groups])
-    fabric.memo[key] = unit
+    fabric.remember(key, unit)
     return unit
 
 
@@ -211,7 +247,7 @@ def _priced(fabric: Fabric, kind: Collective, algorithm: str, groups: list[IntAr
     busiest_s = float((total / capacity).max())
     serial_s = float((phases / capacity).max(axis=1).sum()) - busiest_s
     links = tuple(fabric.resources(used))
-    return _UnitCost(own.algorithm, own.latency_s, max(serial_s, 0.0), links, total, busiest_s, own.ramp_s)
+    return _UnitCost(own.algorithm, own.latency_s, max(serial_s, 0.0), links, total, capacity, busiest_s, own.ramp_s)
 
 
 def _checked(

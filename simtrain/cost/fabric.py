@@ -13,12 +13,15 @@ groups use eight.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simtrain.core.errors import InputError
 from simtrain.core.hardware import Cluster, Node
@@ -27,11 +30,19 @@ from simtrain.core.program import IntArray, Resource
 from simtrain.cost.topology import Block, Topology, topology
 from simtrain.cost.traffic import Flows, SwitchFlows, Traffic
 
+BoolArray = NDArray[np.bool_]
+
 HOST_MEMORY_SHARE = 0.8
 """Share of the peak of host memory that transfers through it sustain (assumption: what STREAM reaches on desktop processors)."""
 
+KEPT = 4
+"""Of how many clusters what was found of their fabrics is kept."""
 
-@dataclass(frozen=True)
+MOST_ANSWERS = 4096
+"""How many answers a fabric keeps: what a search among thousands of ranks asks for, some 100 kB each where groups are of a thousand."""
+
+
+@dataclass(frozen=True, eq=False)
 class Fabric:
     """Routes between the ranks of a cluster.
 
@@ -46,6 +57,17 @@ class Fabric:
         """What was computed before, by question; costs are linear in the size of the message, so sizes share one entry."""
         return {}
 
+    def remember(self, question: Any, answer: Any) -> None:
+        """Keeps an answer in the memo, the oldest left out where there are very many."""
+        while len(self.memo) >= MOST_ANSWERS:
+            self.memo.pop(next(iter(self.memo)), None)
+        self.memo[question] = answer
+
+    @cached_property
+    def _made(self) -> dict[int, Resource]:
+        """Resources by number."""
+        return {}
+
     @cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
         """Node and position in the node of each rank."""
@@ -55,6 +77,11 @@ class Fabric:
         """Class of a rank's device, such as "gpu"."""
         n, i = self.places[rank]
         return self.cluster.nodes[n].devices[i].device_class
+
+    @cached_property
+    def classes(self) -> frozenset[str]:
+        """Classes of all devices."""
+        return frozenset(device.device_class for node in self.cluster.nodes for device in node.devices)
 
     @cached_property
     def node_of(self) -> IntArray:
@@ -136,14 +163,14 @@ class Fabric:
 
     def resources(self, numbers: IntArray) -> list[Resource]:
         """Returns the resources with these numbers."""
-        made: dict[int, Resource] = self.memo.setdefault("resources", {})
-        found = []
-        for number in numbers.tolist():
-            if number not in made:
-                block = next(b for b in self.blocks.values() if number < b.start + len(b.capacity))
-                made[number] = Resource(block.names[number - block.start], float(block.capacity[number - block.start]))
-            found.append(made[number])
-        return found
+        known, blocks = self._made, tuple(self.blocks.values())
+        listed = numbers.tolist()
+        own = np.searchsorted([block.start for block in blocks], numbers, side="right") - 1
+        for number, of in zip(listed, own.tolist(), strict=True):
+            if number not in known:
+                block, at = blocks[of], number - blocks[of].start
+                known[number] = Resource(block.names[at], float(block.capacity[at]))
+        return [known[number] for number in listed]
 
     def hop(self, source: int, target: int) -> tuple[dict[Resource, float], float]:
         """Returns the resources that one byte from a rank to another loads (bytes each), and the latency of a message.
@@ -164,14 +191,19 @@ class Fabric:
         """
         if self.topology.torus is not None:
             return self.topology.torus.latencies_s(source, target)
-        nodes = self.cluster.nodes
         a, b = self.node_of[source], self.node_of[target]
         self._check_connected(a, b)
-        peer = np.array([n.peer_link.latency_s if n.peer_link else 0.0 for n in nodes])
-        host = np.array([n.host_link.latency_s for n in nodes])
-        nic = np.array([n.nic.latency_s if n.nic else 0.0 for n in nodes])
+        peer, host, nic = self._node_latencies_s
         inside = np.where(self.peers_of[source] == self.peers_of[target], peer[a], host[a])
         return np.asarray(np.where(a == b, inside, np.maximum(nic[a], nic[b])))
+
+    @cached_property
+    def _node_latencies_s(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Of each node's peer link, link to the host and network port."""
+        nodes = self.cluster.nodes
+        peer = np.array([n.peer_link.latency_s if n.peer_link else 0.0 for n in nodes])
+        host = np.array([n.host_link.latency_s for n in nodes])
+        return peer, host, np.array([n.nic.latency_s if n.nic else 0.0 for n in nodes])
 
     def loads(self, traffic: Traffic, members: IntArray) -> FloatArray:
         """Bytes on each resource (by number) that traffic of a group of ranks causes.
@@ -196,29 +228,36 @@ class Fabric:
             return
         a, b = self.node_of[flows.source], self.node_of[flows.target]
         peer = self.peers_of[flows.source] == self.peers_of[flows.target]
-        self._between_peers(loads, flows.where(peer), members)
-        self._through_host(loads, flows.where((a == b) & ~peer))
         across = a != b
+        if peer.any():
+            self._between_peers(loads, flows.where(peer), members)
+        if (staged := ~across & ~peer).any():
+            self._through_host(loads, flows.where(staged))
         if across.any():
             self._check_connected(a, b)
             count = len(self.cluster.nodes)
             pairs, place = np.unique(a[across] * count + b[across], return_inverse=True)
             amount: FloatArray = np.bincount(place, flows.size_bytes[across]).astype(np.float64)
             source, target = pairs // count, pairs % count
-            share = self._port_shares(members)
             out, into = (np.bincount(end, amount, count).astype(np.float64) for end in (source, target))
             self._through_ports(loads, out, into, members)
-            self.topology.route({key: self._view(loads, key) for key, _, _ in self.topology.tables}, source, target, amount, share)
+            if self.topology.tables:
+                share = np.zeros((count, self.ports))
+                nodes, own, _ = self._port_shares(members)
+                share[nodes] = own
+                self.topology.route({key: self._view(loads, key) for key, _, _ in self.topology.tables}, source, target, amount, share)
 
     def _between_peers(self, loads: FloatArray, flows: Flows, members: IntArray) -> None:
         """Through a switch each device's link is loaded; in a mesh what a member sends is spread over its links to those who receive."""
-        mesh = np.array([n.peer_shape == "mesh" for n in self.cluster.nodes])[self.node_of[flows.source]]
+        mesh = self._meshed[self.node_of[flows.source]]
         switched = flows.where(~mesh)
         self._view(loads, "peer out")[:] += np.bincount(switched.source, switched.size_bytes, len(self.places))
         self._view(loads, "peer in")[:] += np.bincount(switched.target, switched.size_bytes, len(self.places))
+        if not mesh.any():
+            return
         meshed = flows.where(mesh)
         out, into = (np.bincount(end, meshed.size_bytes, len(self.places)) for end in (meshed.source, meshed.target))
-        view = self._view(loads, "mesh").reshape(len(self.places), -1) if len(meshed.source) else np.zeros((0, 0))
+        view = self._view(loads, "mesh").reshape(len(self.places), -1)
         for group in np.unique(self.peers_of[meshed.source]).tolist():
             inside = members[self.peers_of[members] == group]
             pairs = np.outer(out[inside], into[inside]) * (1 - np.eye(len(inside)))
@@ -231,14 +270,14 @@ class Fabric:
         shared, switch = self.host_switches
         for key, end in (("uplink out", flows.source), ("uplink in", flows.target)):
             self._view(loads, key)[:] += np.bincount(switch[end], flows.size_bytes * shared[end], ranks)
-        known = np.array([n.host is not None for n in self.cluster.nodes])
-        self._view(loads, "memory")[:] += 2 * known * np.bincount(self.node_of[flows.source], flows.size_bytes, len(known))
+        staged = np.bincount(self.node_of[flows.source], flows.size_bytes, len(self._with_host))
+        self._view(loads, "memory")[:] += 2 * self._with_host * staged
 
     def _through_ports(self, loads: FloatArray, out: FloatArray, into: FloatArray, members: IntArray) -> None:
-        share, exits = self._port_shares(members), self._exits(members)
+        nodes, share, exits = self._port_shares(members)
         for direction, amount in (("out", out), ("in", into)):
-            by_port = amount[:, None] * share
-            self._view(loads, f"nic {direction}")[:] += by_port.ravel()
+            by_port = amount[nodes, None] * share
+            self._view(loads, f"nic {direction}").reshape(-1, self.ports)[nodes] += by_port
             self._view(loads, f"host {direction}")[:] += np.bincount(exits[share > 0], by_port[share > 0], len(self.places))
 
     def _through_switch(self, loads: FloatArray, through: SwitchFlows, members: IntArray) -> None:
@@ -251,19 +290,16 @@ class Fabric:
         used[self.node_of[through.ranks]] = 1.0
         self._through_ports(loads, used * through.out_bytes, used * through.in_bytes, members)
 
-    def _port_shares(self, members: IntArray) -> FloatArray:
-        """Share of a group's traffic that each port of each node carries, shape (nodes, ports)."""
+    def _port_shares(self, members: IntArray) -> tuple[IntArray, FloatArray, IntArray]:
+        """Nodes of a group; share of its traffic that each port of them carries and the member there (-1: none), shape (nodes, ports)."""
         reached = self._reached[members]
-        by_port = np.zeros((len(self.cluster.nodes), self.ports))
-        np.maximum.at(by_port, self.node_of[members], reached)
-        return np.asarray(by_port / np.maximum(by_port.sum(axis=1, keepdims=True), 1.0))
-
-    def _exits(self, members: IntArray) -> IntArray:
-        """The member of a group at each port of each node, shape (nodes, ports); -1 where none reaches it."""
-        exits = np.full((len(self.cluster.nodes), self.ports), -1, dtype=np.int64)
-        rank, port = np.nonzero(self._reached[members[::-1]])
-        exits[self.node_of[members[::-1][rank]], port] = members[::-1][rank]
-        return exits
+        nodes, row = np.unique(self.node_of[members], return_inverse=True)
+        by_port = np.zeros((len(nodes), self.ports))
+        np.maximum.at(by_port, row, reached)
+        exits = np.full(by_port.shape, -1, dtype=np.int64)
+        rank, port = np.nonzero(reached[::-1])
+        exits[row[::-1][rank], port] = members[::-1][rank]
+        return nodes, by_port / np.maximum(by_port.sum(axis=1, keepdims=True), 1.0), exits
 
     @cached_property
     def _reached(self) -> FloatArray:
@@ -279,6 +315,21 @@ class Fabric:
         return reached
 
     @cached_property
+    def _meshed(self) -> BoolArray:
+        """Whether the devices of each node are joined by direct links."""
+        return np.array([n.peer_shape == "mesh" for n in self.cluster.nodes])
+
+    @cached_property
+    def _with_host(self) -> BoolArray:
+        """Whether the host of each node is known."""
+        return np.array([n.host is not None for n in self.cluster.nodes])
+
+    @cached_property
+    def _unconnected(self) -> BoolArray:
+        """Whether each node has no network port."""
+        return np.array([n.nic is None for n in self.cluster.nodes])
+
+    @cached_property
     def host_switches(self) -> tuple[FloatArray, IntArray]:
         """Whether each rank shares a switch to the host, and the first rank of that switch."""
         size = [self.cluster.nodes[n].host_group for n, _ in self.places]
@@ -290,12 +341,32 @@ class Fabric:
         return loads[block.start : block.start + len(block.capacity)]
 
     def _check_connected(self, a: IntArray, b: IntArray) -> None:
-        lacking = np.array([n.nic is None for n in self.cluster.nodes])
-        wrong = np.flatnonzero((a != b) & (lacking[a] | lacking[b]))
+        if not self._unconnected.any():
+            return
+        wrong = np.flatnonzero((a != b) & (self._unconnected[a] | self._unconnected[b]))
         if len(wrong):
             raise InputError(
                 f"nodes {a[wrong[0]]} and {b[wrong[0]]} of cluster {self.cluster.name!r} have no network link: give the nodes a `nic`"
             )
+
+
+_latest: deque[Fabric] = deque(maxlen=KEPT)
+_turn = Lock()
+
+
+def fabric_of(cluster: Cluster) -> Fabric:
+    """The fabric of a cluster, one and the same for all who ask about this very object while few other clusters come between.
+
+    What is found of it is found once for all strategies of a search and all who read them.
+    """
+    with _turn:
+        found = next((fabric for fabric in _latest if fabric.cluster is cluster), None)
+        if found is None:
+            found = Fabric(cluster)
+        else:
+            _latest.remove(found)
+        _latest.append(found)
+        return found
 
 
 def _group_size(node: Node) -> int:

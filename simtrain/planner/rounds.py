@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -36,7 +37,10 @@ LONG_STEP = 4_000
 """Instructions of a step beyond which it is scheduled for few and simulated for none."""
 
 PATIENCE_S = 40.0
-"""Screening stops after so long and the plan says that it is not complete."""
+"""Screening stops after so long, on the wall clock, and the plan says that it is not complete."""
+
+BUSY = 0.8
+"""Share of a processor below which a search that was cut short says that others used the machine."""
 
 
 @dataclass(slots=True)
@@ -52,6 +56,8 @@ class Search:
         progress: Called with (done, total).
         patience_s: When to stop.
         start_s: When it began.
+        start_cpu_s: What the process had computed by then.
+        skipped: How many were not looked at as time was up, by runtime.
         found: What fits and was read.
         failed: What does not, and why.
         projected: What fits, with seconds per sample as the screen has them.
@@ -70,6 +76,8 @@ class Search:
     progress: Callable[[int, int], None] | None
     patience_s: float
     start_s: float = field(default_factory=time.monotonic)
+    start_cpu_s: float = field(default_factory=time.process_time)
+    skipped: Counter[str] = field(default_factory=Counter)
     found: list[tuple[Candidate, Result]] = field(default_factory=list)
     failed: list[tuple[Candidate, Failure]] = field(default_factory=list)
     projected: list[tuple[float, Candidate]] = field(default_factory=list)
@@ -88,8 +96,10 @@ class Search:
         every = [block.candidate(i) for block in self.space for i in range(len(block))] if sum(map(len, self.space)) <= EXHAUSTIVE else []
         small = 0 < sum(_instructions(c.strategy) for c in every) <= SHORT_STEPS
         screen = Screen(self.workload, self.cluster, self.limits.memory_margin)
-        for bound_s, candidate in [(0.0, c) for c in every] if small else self._ordered(screen, self._screened()):
+        ordered = [(0.0, c) for c in every] if small else self._ordered(screen, self._screened())
+        for number, (bound_s, candidate) in enumerate(ordered):
             if not small and self._late():
+                self.skipped.update(c.runtime.name for _, c in ordered[number:])
                 break
             self._look(screen, candidate, bound_s, small)
             self._tick()
@@ -130,6 +140,8 @@ class Search:
         self.failed += found.failed
         self.passed_over, self.unlisted = self.passed_over + found.passed_over, self.unlisted + found.unlisted
         self.screened = found.known
+        for block in found.skipped:
+            self.skipped[block.runtime.name] += len(block)
         return list(found.rest)
 
     def _ordered(self, screen: Screen, choices: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
@@ -187,6 +199,7 @@ class Search:
             if (timed and enough) or late:
                 self.passed_over += timed
                 self.unread += not timed
+                self.skipped[candidate.runtime.name] += not timed
                 continue
             self._add(candidate, estimate(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
 
@@ -231,10 +244,23 @@ class Search:
         if close := sum(seconds <= best * (1 + MARGIN) and c not in read for seconds, c in self.projected):
             notes.append(f"{close} more are within {MARGIN:.0%} of the best as the screen has it, and were not scheduled")
         if self.unread:
-            notes.append(f"NOT COMPLETE: {self.unread} combinations were not looked at within {self.patience_s:.0f} s")
+            notes.append(self._cut_short())
         if BALANCED in self.judge.objectives and not self.judge.weights.noise_batch:
             notes.append("balanced: the gradient noise scale is assumed to be the largest batch considered")
         return tuple(notes)
+
+    def _cut_short(self) -> str:
+        """What a search that ran out of time left, and why so much."""
+        sizes = Counter[str]()
+        for block in self.space:
+            sizes[block.runtime.name] += len(block)
+        left = ", ".join(f"{name} {count:,} of {sizes[name]:,}" for name, count in self.skipped.items() if count)
+        took_s, share = time.monotonic() - self.start_s, (time.process_time() - self.start_cpu_s) / (time.monotonic() - self.start_s)
+        busy = f"; the machine was busy and gave it {share:.0%} of a processor" if share < BUSY else ""
+        return (
+            f"NOT COMPLETE: {self.unread:,} of {sum(sizes.values()):,} combinations were not looked at ({left}) as {self.patience_s:g} s "
+            f"were over, {took_s:.0f} s in all with the readings of the best{busy}; patience_s (--patience) gives it longer"
+        )
 
     def _with_change(self, candidate: Candidate, failure: Failure) -> Failure:
         near = min(self.found, key=lambda pair: (difference(candidate, pair[0]), -pair[1].samples_per_s), default=None)

@@ -114,7 +114,8 @@ def plan_table(plan: Plan, top: int = 10) -> RenderableType:
     )
     parts: list[RenderableType] = [head, ""]
     if not plan.complete:
-        parts += [f"NOT COMPLETE: {plan.unread} strategies were not looked at; narrow the search with --fixed, or give it more time.", ""]
+        fix = "give it more time with --patience, or narrow the search with --fixed"
+        parts += [f"NOT COMPLETE: {plan.unread:,} of {plan.considered:,} strategies were not looked at; {fix}.", ""]
     if plan.ranked:
         shown = plan.ranked[:top]
         title = f"Best {len(shown)} by {plan.objective}" + (f" (of {len(plan.ranked)})" if len(plan.ranked) > len(shown) else "")

@@ -21,8 +21,10 @@ from simtrain.step.instructions import Step, chunk_costs
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.results import assemble, by_rank, memory_report
-from simtrain.step.schedules import Action
+from simtrain.step.schedules import Action, actions
 from simtrain.step.synchronise import chunk_buckets, gathering, sharing, tie_cost, updated_bytes, updates_cost
+
+FORWARD = Action.FORWARD
 
 
 def in_order(ready_s: FloatArray, durations_s: FloatArray, start_s: float = 0.0) -> FloatArray:
@@ -89,6 +91,9 @@ class _Walk:
         self.updates = [updates_cost(layout.setting, lane) for lane in self.lanes]
         self.passes: list[list[PassCost]] = [[] for _ in stages]
         self.known: dict[int, tuple[PassCost, FloatArray]] = {}
+        plan = layout.plan
+        self.actions = actions(plan.action)
+        self.chunk_of, self.micro_batch_of = plan.chunk.tolist(), plan.micro_batch.tolist()
         self.synchronised = layout.setting.precision.loss_scaling and layout.setting.runtime.run_ahead_launches > 0
         # a host that has waited for the reduction issues the update first, then the passes of the next step: there the clock starts
         after = [u.device_s + gather_s(layout, stage) for stage, u in enumerate(self.updates)]
@@ -98,6 +103,7 @@ class _Walk:
         self.deferred: list[tuple[tuple[int, ...], int, float, PassCost | None]] = []
         self.wire_free = [0.0 for _ in stages]
         self.sent_free: dict[tuple[int, int], float] = {}
+        self.sends_s: dict[tuple[int, int, int, bool], float] = {}
         self.reduced: list[list[tuple[float, PassCost | None]]] = [[] for _ in stages]
         self.sharded = layout.setting.strategy.zero == 3 and layout.grid.holders > 1
         self.shards = [_Shards(layout, lane) for lane in self.lanes] if self.sharded else []
@@ -116,11 +122,11 @@ class _Walk:
         waiting = plan.targets if self.setting.runtime.blocking_sends else ()
         end = [0.0] * len(plan)
         arrival: dict[tuple[int, int], float] = {}
-        for i in range(len(plan)):
-            stage = int(plan.rank[i])
+        stages, first, before = plan.rank.tolist(), pointer.tolist(), predecessor.tolist()
+        for i, stage in enumerate(stages):
             at = self.free[stage]
-            for j in predecessor[pointer[i] : pointer[i + 1]].tolist():
-                source = int(plan.rank[j])
+            for j in before[first[i] : first[i + 1]]:
+                source = stages[j]
                 if source != stage:
                     if (j, stage) not in arrival:
                         arrival[j, stage] = self._sent(j, source, stage, end[j])
@@ -128,20 +134,22 @@ class _Walk:
                 else:
                     at = max(at, end[j])
             end[i] = self.free[stage] = self._instruction(i, stage, at)
-            for to in dict.fromkeys(int(plan.rank[j]) for j in waiting[i]) if waiting else ():
+            for to in dict.fromkeys(stages[j] for j in waiting[i]) if waiting else ():
                 self.free[stage] = max(self.free[stage], arrival.setdefault((i, to), self._sent(i, stage, to, end[i])))
 
     def _sent(self, i: int, source: int, to: int, ready: float) -> float:
-        plan, lane = self.layout.plan, self.lanes[source]
-        forward = bool(plan.action[i] == Action.FORWARD)
+        forward = self.actions[i] is FORWARD
+        message = (source, self.chunk_of[i], to, forward)
+        if message not in self.sends_s:
+            self.sends_s[message] = self.layout.send(self.lanes[source], message[1], to, forward=forward).time_s
         key = (source, int(forward))
         start = max(ready, self.sent_free.get(key, 0.0))
-        self.sent_free[key] = start + self.layout.send(lane, int(plan.chunk[i]), to, forward=forward).time_s
+        self.sent_free[key] = start + self.sends_s[message]
         return self.sent_free[key]
 
     def _instruction(self, i: int, stage: int, at: float) -> float:
-        plan, chunk = self.layout.plan, int(self.layout.plan.chunk[i])
-        steps = self.costs[stage, chunk].steps(Action(int(plan.action[i])), int(plan.micro_batch[i]), plan, stage, chunk)
+        chunk = self.chunk_of[i]
+        steps = self.costs[stage, chunk].steps(self.actions[i], self.micro_batch_of[i], self.layout.plan, stage, chunk)
         if id(steps) not in self.known:  # what an instruction does is listed once and kept by its costs
             self.known[id(steps)] = (chain([s.cost for s in steps]), np.cumsum([s.cost.device_s for s in steps]))
         whole, offsets = self.known[id(steps)]

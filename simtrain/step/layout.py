@@ -12,7 +12,7 @@ from simtrain.core.program import RankClass
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Layer, Workload
 from simtrain.cost.collectives import CollectiveCost
-from simtrain.cost.fabric import Fabric
+from simtrain.cost.fabric import Fabric, fabric_of
 from simtrain.step.costs import Place
 from simtrain.step.grid import Grid
 from simtrain.step.mixed import split_formats
@@ -132,7 +132,7 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
     pieces = chunks(local, cuts, setting.precision, setting.runtime, selective=inside_blocks(strategy.checkpoint))
     if is_explicit(strategy.checkpoint):
         segments(local, strategy.checkpoint)  # refuses blocks that the model lacks, before chunks take their own
-    fabric = Fabric(setting.cluster)
+    fabric = fabric_of(setting.cluster)
     kinds = _replica_kinds(setting, grid, split)
     lanes: list[Lane] = []
     for stage in range(grid.pipeline):

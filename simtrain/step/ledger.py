@@ -7,7 +7,7 @@ else comes from replaying the operators of each pass (`occupancy`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -24,7 +24,7 @@ from simtrain.step.offload_activations import MovedRows, moved_items
 from simtrain.step.offload_memory import left_on_device
 from simtrain.step.passes import Pass, received_kind
 from simtrain.step.remat import segments
-from simtrain.step.schedules import Action, SchedulePlan
+from simtrain.step.schedules import Action, SchedulePlan, actions
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk
 from simtrain.step.specialize import ConcreteLayer
@@ -42,14 +42,19 @@ class Ledger:
     """Memory of one rank over a step.
 
     Attributes:
-        labels: `micro-batch/pass/layer/operator` of each moment.
         moments: Bytes by kind, shape (moments, kinds).
         passes: Index of the pass (in execution order) that each moment belongs to; -1 before, and after the last.
+        parts: Micro-batch of each instruction, and `pass/layer/operator` of its moments.
     """
 
-    labels: tuple[str, ...]
     moments: FloatArray
     passes: np.ndarray
+    parts: tuple[tuple[int, tuple[str, ...]], ...]
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """`micro-batch/pass/layer/operator` of each moment."""
+        return ("start", *(f"{micro_batch}/{name}" for micro_batch, names in self.parts for name in names), "optimizer")
 
     @cached_property
     def peak(self) -> int:
@@ -82,6 +87,11 @@ class _Stretch:
     net: FloatArray
     fullest: int
 
+    def at_fullest(self) -> _Stretch:
+        """The same with the fullest of its moments alone."""
+        chosen = slice(self.fullest, self.fullest + 1)
+        return replace(self, names=self.names[chosen], moments=self.moments[chosen], passes=self.passes[chosen], fullest=0)
+
 
 def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
     """Replays a step's memory on one rank: its instructions in their order, then the optimizer.
@@ -96,23 +106,20 @@ def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
     """
     book = _Book(setting, lane)
     base = left_on_device(setting, lane, persistent(setting, lane))
-    labels, rows, owner = ["start"], [base[None]], [np.array([-1])]
     instructions = book.instructions(plan)
     stretches = [book.stretch(*i[:3]) for i in instructions]
-    detailed = sum(len(s.names) for s in stretches) <= MOST_MOMENTS
-    index = 0
-    for (_, _, _, micro_batch), stretch in zip(instructions, stretches, strict=True):
-        chosen = slice(None) if detailed else slice(stretch.fullest, stretch.fullest + 1)
-        labels += [f"{micro_batch}/{name}" for name in stretch.names[chosen]]
-        rows.append(base + stretch.moments[chosen])
-        owner.append(index + stretch.passes[chosen])
-        base = base + stretch.net
-        index += stretch.count
-    labels.append("optimizer")
+    if sum(len(s.names) for s in stretches) > MOST_MOMENTS:
+        fullest = {id(s): s.at_fullest() for s in stretches}
+        stretches = [fullest[id(s)] for s in stretches]
+    starts = np.add.accumulate([base, *(s.net for s in stretches)], axis=0)
+    first = np.cumsum([0, *(s.count for s in stretches)])
+    counts = [1, *(len(s.names) for s in stretches), 1]
     update = 0.0 if setting.strategy.moved.optimizer else optimizer_transients(setting, lane)
-    rows.append((base + update)[None])
-    owner.append(np.array([index]))
-    return Ledger(tuple(labels), np.concatenate(rows), np.concatenate(owner).astype(np.int64))
+    zero = np.zeros((1, len(base)))
+    above = np.concatenate([zero, *(s.moments for s in stretches), zero + update])
+    owner = np.concatenate([[-1], *(s.passes for s in stretches), [0]]) + np.repeat(np.concatenate([[0], first]), counts)
+    parts = tuple((micro_batch, s.names) for (_, _, _, micro_batch), s in zip(instructions, stretches, strict=True))
+    return Ledger(np.repeat(np.concatenate([base[None], starts]), counts, axis=0) + above, owner.astype(np.int64), parts)
 
 
 def instruction_moments(setting: Setting, lane: Lane, asked: Sequence[tuple[Action, int, bool]]) -> list[tuple[FloatArray, FloatArray]]:
@@ -146,13 +153,11 @@ class _Book:
         own = plan.of_rank(stage)
         if plan.stages == 1:
             own = own[plan.micro_batch[own] < SHOWN_MICRO_BATCHES]
-        listed = []
         always = holds_gradients(self.setting)
-        for i in own.tolist():
-            action, chunk, micro_batch = Action(int(plan.action[i])), int(plan.chunk[i]), int(plan.micro_batch[i])
-            adding = action is not Action.FORWARD and (always or micro_batch != gradient_order(plan, stage, chunk)[0])
-            listed.append((action, chunk, adding, micro_batch))
-        return listed
+        first = {chunk: order[0] for chunk in range(len(self.lane.chunks)) if (order := gradient_order(plan, stage, chunk))}
+        rows = zip(actions(plan.action[own]), plan.chunk[own].tolist(), plan.micro_batch[own].tolist(), strict=True)
+        forward = Action.FORWARD
+        return [(action, chunk, action is not forward and (always or m != first[chunk]), m) for action, chunk, m in rows]
 
     def stretch(self, action: Action, chunk: int, adding: bool) -> _Stretch:
         """Replays an instruction."""

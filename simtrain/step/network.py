@@ -62,14 +62,21 @@ def cost(fabric: Fabric, kind: Collective, placed: Placed, size_bytes: float) ->
 
 def place(fabric: Fabric, groups: Sequence[Group]) -> Placed:
     """Takes the group that reaches furthest and finds those that may share its links."""
-    chosen = max(range(len(groups)), key=lambda i: len(set(fabric.node_of[list(groups[i])].tolist())))
-    domains = [set(fabric.domain_of[list(group)].tolist()) for group in groups]
-    beside = tuple(g for i, g in enumerate(groups) if i != chosen and domains[i] & domains[chosen])
-    return Placed(groups[chosen], beside)
+    key = ("place", *groups)
+    found: tuple[Group, tuple[Group, ...]] | None = fabric.memo.get(key)
+    if found is None:
+        chosen = max(range(len(groups)), key=lambda i: len(set(fabric.node_of[list(groups[i])].tolist())))
+        domains = [set(fabric.domain_of[list(group)].tolist()) for group in groups]
+        found = groups[chosen], tuple(g for i, g in enumerate(groups) if i != chosen and domains[i] & domains[chosen])
+        fabric.remember(key, found)
+    return Placed(*found)
 
 
 def stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire | None:
-    """The groups inside a stage; `None` where nobody shares a layer, so that passes of all stages cost the same."""
+    """The groups inside a stage; `None` where nobody shares a layer, so that passes of all stages cost the same.
+
+    The same groups are given the same wire again: what was priced over it is known by it.
+    """
     groups: dict[str, Placed] = {}
     if grid.tensor > 1:
         groups["tensor"] = place(fabric, grid.tensor_groups(stage))
@@ -77,7 +84,14 @@ def stage_wire(fabric: Fabric, grid: Grid, stage: int) -> Wire | None:
         groups["context"] = place(fabric, grid.context_groups(stage))
     if grid.expert > 1:
         groups["expert"] = place(fabric, grid.expert_groups(stage))
-    return Wire(fabric, groups) if groups else None
+    if not groups:
+        return None
+    key = ("wire", *((name, placed.ranks, placed.beside) for name, placed in groups.items()))
+    found: Wire | None = fabric.memo.get(key)
+    if found is None:
+        found = Wire(fabric, groups)
+        fabric.remember(key, found)
+    return found
 
 
 def send(fabric: Fabric, ranks: Sequence[int], offset: int, size_bytes: float) -> CollectiveCost:

@@ -1,6 +1,7 @@
 """Searches over all degrees: bounds are bounds, what is passed over is no better, constraints hold, reasons are right."""
 
 import itertools
+import re
 
 import pytest
 
@@ -154,7 +155,12 @@ def test_a_search_that_takes_too_long_says_so(small):
     found = st.plan(small, NODES, 64, patience_s=0.0)
     assert not found.complete
     assert found.unread
-    assert any("NOT COMPLETE" in note for note in found.notes)
+    said = next(note for note in found.notes if "NOT COMPLETE" in note)
+    assert f"{found.unread:,} of {found.considered:,}" in said
+    by_runtime = re.findall(r"([\w-]+) ([\d,]+) of ([\d,]+)(?=[,)])", said)
+    assert {name for name, _, _ in by_runtime} == {"torch-eager", "fsdp2", "megatron"}
+    assert sum(int(left.replace(",", "")) for _, left, _ in by_runtime) == found.unread
+    assert "--patience" in said
 
 
 def test_bad_questions(small):

@@ -16,7 +16,7 @@ from simtrain.core.hardware import Cluster
 from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Workload
 from simtrain.cost import energy
-from simtrain.cost.fabric import Fabric
+from simtrain.cost.fabric import fabric_of
 from simtrain.planner.allocation.bound import check_bound, layer_bound_s
 from simtrain.planner.allocation.engine_prices import market as engine_market
 from simtrain.planner.allocation.engine_prices import synchroniser
@@ -137,7 +137,7 @@ class Allocator:
         if global_batch < 1:
             raise InputError(f"a global batch has at least 1 sample, not {global_batch}")
         kinds = kinds_of(machines, runtime, precision)
-        fabric = Fabric(machines)
+        fabric = fabric_of(machines)
         fabric.latencies_s(np.zeros_like(fabric.first_of), fabric.first_of)  # refuses nodes that nothing connects
         self.job = Job(work, machines, fabric, {k.name: k for k in kinds}, optimizer)
         sizes = [size for size in sorted(set(micro_batches)) if size <= global_batch]

@@ -44,6 +44,7 @@ class Screened:
         passed_over: How many fit, but are not among the best.
         rest: Candidates that the tables do not cover.
         known: How many were estimated so that it decides.
+        skipped: Blocks that time did not suffice for.
     """
 
     finalists: list[tuple[float, Candidate]]
@@ -52,6 +53,7 @@ class Screened:
     passed_over: int
     rest: tuple[Candidate, ...]
     known: int
+    skipped: tuple[Block, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,8 +93,10 @@ def screen_blocks(
     """
     read = _Read()
     tables = Tables(workload, cluster)
+    skipped: tuple[Block, ...] = ()
     for number, block in enumerate(blocks):
         if late():
+            skipped = tuple(blocks[number:])
             break
         tick(read.take(tables, number, block))
     rest, failed, every = read.rest, read.failed, _joined(read.columns)
@@ -118,6 +122,7 @@ def screen_blocks(
         passed_over=int((~over & ~close).sum()) - len(chosen.block),
         rest=tuple(rest),
         known=len(every.block) - int(close.sum()),
+        skipped=skipped,
     )
 
 

@@ -13,7 +13,7 @@ from simtrain.core.polynomial import FloatArray
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Collective, Workload
-from simtrain.cost.fabric import Fabric
+from simtrain.cost.fabric import fabric_of
 from simtrain.planner.arrays.layers import EVEN, LayerMemory, LayerRow, Pattern, Probe
 from simtrain.planner.arrays.stages import Division, StageRow
 from simtrain.planner.space import Block, blocks_of
@@ -47,7 +47,7 @@ class Tables:
     cluster: Cluster
 
     def __post_init__(self) -> None:
-        self.fabric = Fabric(self.cluster)
+        self.fabric = fabric_of(self.cluster)
         self.pattern = Pattern.of(self.workload)
         self.layers: dict[Any, dict[int, LayerRow]] = {}
         self.memories: dict[Any, LayerMemory] = {}

@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import Protocol
 
 from simtrain.core.errors import StrategyError
+from simtrain.core.program import IntArray
 
 
 class Action(IntEnum):
@@ -25,6 +26,14 @@ class Action(IntEnum):
     """The part of backward that the stage before waits for."""
     WEIGHT_GRADIENT = 3
     """The rest of backward; nobody waits for it but the optimizer."""
+
+
+_ACTIONS = tuple(Action)
+
+
+def actions(numbers: IntArray) -> list[Action]:
+    """The actions with these numbers."""
+    return [_ACTIONS[number] for number in numbers.tolist()]
 
 
 @dataclass(frozen=True, slots=True)

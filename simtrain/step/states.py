@@ -157,9 +157,10 @@ def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int, hol
     if precision.master is not None:  # gradients in the master's format live beside those of the weights
         row[gradient] += total * precision.state.size_bytes / over
     # buckets hold the gradients themselves, or a second copy of those that are reduced
-    if runtime.keeps_gradients or (runtime.gradient_as_bucket_view and setting.reduces):
+    views = runtime.gradient_as_bucket_view and setting.reduces
+    if runtime.keeps_gradients or views:
         row[gradient] += total * precision.parameter.size_bytes
-    elif holders > 1 and setting.reduces:
+    if holders > 1 and setting.reduces and not views:
         row[COLUMN[MemoryKind.COMMUNICATION]] += total * precision.parameter.size_bytes
 
 

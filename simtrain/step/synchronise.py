@@ -19,12 +19,12 @@ from simtrain.step.exchange import averaging, outer_cost, pack_cost, reductions,
 from simtrain.step.instructions import FORWARD_MODES, Step
 from simtrain.step.kernels import narrow_copy_kernels
 from simtrain.step.layout import Lane, Layout
+from simtrain.step.narrow import is_matrix, narrow_matrices
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.offload_program import HostSide
 from simtrain.step.optimizers import lane_parameters, update_kernels
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, tied_parameter
-from simtrain.step.narrow import is_matrix, narrow_matrices
 from simtrain.step.states import narrow_elements, shards
 
 Cell = tuple[int, int]

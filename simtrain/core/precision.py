@@ -86,8 +86,8 @@ class Quantization:
             scales along the other direction with blocks.
         primary: Whether linear layers keep no other weights than the narrow copies, which are made from the optimizer's masters and are
             what ranks that share the optimizer gather.
-        sharded: How weights of fully sharded layers arrive at a pass: "wide" (it makes its own copies of them), "narrow" (the copy by rows is
-            what is gathered, along the other direction with blocks in backward), or "" where layers are whole and copies are kept.
+        sharded: How weights of fully sharded layers arrive at a pass: "wide" (it makes its own copies of them), "narrow" (the copy by rows
+            is what is gathered, that by columns with blocks in backward), or "" where layers are whole and copies are kept.
     """
 
     dtype: DType

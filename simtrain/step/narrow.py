@@ -2,8 +2,9 @@
 
 Of each linear layer inside a block three products run on narrow copies: the output reads input and weight by rows, the gradient of the
 input reads the output's gradient by rows and the weight by columns, the gradient of the weight reads both its operands by columns.
-The grouped products of experts do so too; their operands are cast expert by expert, with a scale for each. Attention, norms, routers,
-embedding and head stay as they are. Where sequence parallelism gathers an operand, its narrow copy travels.
+The grouped products of experts do so too; their operands are cast expert by expert, with a scale for each, in one call of the library
+(the host's time is that of one kernel). Attention, norms, routers, embedding and head stay as they are. Where sequence parallelism
+gathers an operand, its narrow copy travels.
 
 Copies of weights are made once a step and kept. Fully sharded weights are not there between passes: each pass makes its copies of what
 was gathered for it, or finds the copy by rows there because that is what was gathered, and transposes it where backward needs that.
@@ -59,11 +60,6 @@ def is_matrix(parameter: Parameter) -> bool:
     return len(parameter.shape) == 2 + parameter.expert
 
 
-def narrow_matrices(concrete: ConcreteLayer) -> int:
-    """Matrices of a layer of which narrow copies are made, those of each expert by themselves."""
-    return sum(p.shape[0] if p.expert else 1 for p in concrete.layer.parameters if p.name in concrete.narrow_weights)
-
-
 def narrow_saving_bytes(layer: Layer, precision: Precision) -> float:
     """Bytes that the gather of a fully sharded layer saves because its matrices travel narrow; routers count as such."""
     form = precision.narrow
@@ -87,7 +83,6 @@ class _Narrowing:
         held = {p.name: as_polynomial(p.elements) for p in concrete.layer.parameters if p.name in self.weights}
         crossing = {"x": concrete.before.cut, "dx": concrete.before.cut, "y": concrete.layer.cut, "dy": concrete.layer.cut}
         self.sizes = crossing | {name: tensor.elements for name, tensor in concrete.tensors.items()} | held
-        self.groups: dict[str, int] = {}
         self.forward = True
         self.given = {True: self._given(forward=True), False: self._given(forward=False)}
         self.made: set[str] = set()
@@ -147,7 +142,6 @@ class _Narrowing:
             found = self._uses(op, forward=forward)
             for name, use in found.items():
                 needs.setdefault(name, set()).add(use)
-                self.groups[name] = int(op.dims[0].size(1, 1)) if op.kind is OperatorKind.BATCHED_GEMM else 1
             wide |= {n for n in (*op.reads, *op.updates) if n not in found and n not in op.partial and not _gathers(op)}
         for name in needs.keys() & self.early if forward else ():
             needs[name].add(COLUMNS)
@@ -177,19 +171,17 @@ class _Narrowing:
         """Name of a narrow copy; what makes it is appended to `out` if it is not there yet."""
         wanted, other = self._copy(name, use), self._copy(name, ROWS if use == COLUMNS else COLUMNS)
         if wanted.name not in self.made and other.name in self.made and not self.form.block:
-            made = (self._made(name, use),)
-            out.append(Operator(f"{wanted.name}.transpose", OperatorKind.COPY, (other.name,), made, launches=self.groups.get(name, 1)))
+            out.append(Operator(f"{wanted.name}.transpose", OperatorKind.COPY, (other.name,), (self._made(name, use),)))
         elif wanted.name not in self.made:
             self._quantize(name, needed | {use}, out)
         return wanted.name
 
     def _quantize(self, name: str, uses: set[str], out: list[Operator]) -> None:
         """One kernel that writes all copies that are needed, behind one that finds the largest magnitude where scales need that."""
-        launches = self.groups.get(name, 1)
         if self.form.amax_first:
-            out.append(Operator(f"{name}.amax", OperatorKind.REDUCTION, (name,), launches=launches))
+            out.append(Operator(f"{name}.amax", OperatorKind.REDUCTION, (name,)))
         copies = {tensor.name: tensor for tensor in (self._made(name, use) for use in sorted(uses, reverse=True))}
-        out.append(Operator(f"{name}.quantize", OperatorKind.COPY, (name,), tuple(copies.values()), launches=launches))
+        out.append(Operator(f"{name}.quantize", OperatorKind.COPY, (name,), tuple(copies.values())))
 
     def _gather(self, op: Operator, needed: set[str], out: list[Operator]) -> None:
         """Gathers the narrow copies instead; a transposed one is made of what arrives, scales along columns travel with their own."""
@@ -227,4 +219,4 @@ def _renamed(op: Operator, names: dict[str, str]) -> Operator:
     return replace(op, reads=reads, partial=tuple(names.get(n, n) for n in op.partial))
 
 
-__all__ = ["is_matrix", "narrow_matrices", "narrow_saving_bytes", "narrow_weights", "narrowed", "narrowed_layers"]
+__all__ = ["is_matrix", "narrow_saving_bytes", "narrow_weights", "narrowed", "narrowed_layers"]

@@ -19,7 +19,7 @@ from simtrain.step.exchange import averaging, outer_cost, pack_cost, reductions,
 from simtrain.step.instructions import FORWARD_MODES, Step
 from simtrain.step.kernels import narrow_copy_kernels
 from simtrain.step.layout import Lane, Layout
-from simtrain.step.narrow import is_matrix, narrow_matrices
+from simtrain.step.narrow import is_matrix
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.offload_program import HostSide
 from simtrain.step.optimizers import lane_parameters, update_kernels
@@ -121,7 +121,7 @@ def update_cost(setting: Setting, lane: Lane) -> PassCost:
     if form is not None and form.sharded != "wide":
         # what is gathered narrow is cast by shards
         elements = narrow_elements(lane) // (shards(setting) if form.sharded else 1)
-        narrow = narrow_copy_kernels(elements, sum(narrow_matrices(c) for k in lane.chunks for c in k.concrete), setting.precision)
+        narrow = narrow_copy_kernels(elements, sum(len(c.narrow_weights) for k in lane.chunks for c in k.concrete), setting.precision)
         costs.append(pass_cost(lane.place.device, narrow, setting.runtime))
     return chain(costs)
 

@@ -165,7 +165,7 @@ def test_gathering_narrow_weights_is_faster_and_fp8_is_faster_than_16_bit_ones()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_grouped_products_of_experts_run_narrow_cast_by_cast_and_routers_do_not(recipe: str) -> None:
+def test_grouped_products_of_experts_run_narrow_and_routers_do_not(recipe: str) -> None:
     options = {"model": "llama", "experts": 8, "top_k": 2, "expert_ffn": 512}
     narrow, wide = (block(p, form="expert=2,data=2", **options) for p in (recipe, "bf16-master"))
     grouped = [[op for op in c.forward + c.backward if op.kind is OperatorKind.BATCHED_GEMM] for c in (narrow, wide)]
@@ -176,9 +176,6 @@ def test_grouped_products_of_experts_run_narrow_cast_by_cast_and_routers_do_not(
     assert sum(op.flops(2, 512) for op in grouped[0]) == sum(op.flops(2, 512) for op in grouped[1])
     router = next(op for op in narrow.forward if op.name == "mlp.router")
     assert narrow.arithmetic(router) is DType.BF16
-    casts = [op for op in narrow.forward if op.name.endswith(".quantize") and op.reads[0].startswith("e.")]
-    assert casts
-    assert all(op.launches == 4 for op in casts)  # experts of a rank
 
 
 def test_fp8_is_faster_where_products_are_large_and_not_by_more_than_its_peak() -> None:

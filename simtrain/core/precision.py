@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import groupby
+from typing import Literal
 
 from simtrain.core.errors import StrategyError, UnknownNameError
 
@@ -85,6 +86,8 @@ class Quantization:
             scales along the other direction with blocks.
         primary: Whether linear layers keep no other weights than the narrow copies, which are made from the optimizer's masters and are
             what ranks that share the optimizer gather.
+        sharded: How weights of fully sharded layers arrive at a pass: "wide" (it makes its own copies of them), "narrow" (the copy by rows
+            is what is gathered, that by columns with blocks in backward), or "" where layers are whole and copies are kept.
     """
 
     dtype: DType
@@ -94,6 +97,7 @@ class Quantization:
     in_norm: bool = False
     two_copies: bool = True
     primary: bool = False
+    sharded: Literal["", "wide", "narrow"] = ""
 
     @property
     def bytes_per_element(self) -> float:

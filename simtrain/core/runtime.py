@@ -57,10 +57,16 @@ class Runtime:
             the next; 0 scatters behind the whole product.
         scatter_share: Share of the multiprocessors that such products leave to the scatters.
         narrow_scatter: Whether those partial sums travel in the narrow format of a product that has one.
+        narrow_gather: Whether full sharding gathers the narrow copies of weights that have them, cast before they leave, not 16-bit ones.
         vocabulary_multiple: Rows that the vocabulary is padded to a multiple of, per tensor-parallel rank.
         expert_weights: Where the weights of experts are multiplied in; see `Form`.
         grouped_experts: Whether the products of all experts are one kernel; see `Form`.
         main_gradients: Whether gradients add up in a persistent fp32 buffer while weights are 16-bit (Megatron-LM).
+        keeps_gradients: Whether gradients are set to zero for the next step rather than let go (`zero_grad` before PyTorch 2.0), so that a
+            backward pass adds to them and they lie beside all activations.
+        keeps_shards: Whether full sharding keeps shards of 16-bit weights and of their gradients beside the optimizer's (DeepSpeed's
+            ZeRO 3), of which the update widens gradients group by group.
+        update_copies: Copies of the second moments that a multi-tensor AdamW makes at once (2 in PyTorch 2.0).
         wide_reduction: Whether 16-bit gradients are widened to fp32 to be reduced (DeepSpeed's fp32_allreduce); those of a weight that both
             ends of a pipeline hold are not.
         sends_mask: Whether stages hand a mask of all pairs of positions on, whole from every tensor-parallel rank, beside activations of
@@ -128,10 +134,14 @@ class Runtime:
     scatter_pieces: int = 0
     scatter_share: float = 0.0
     narrow_scatter: bool = False
+    narrow_gather: bool = False
     vocabulary_multiple: int = 1
     expert_weights: Literal["after", "between", "fused"] = "after"
     grouped_experts: bool = True
     main_gradients: bool = False
+    keeps_gradients: bool = False
+    keeps_shards: bool = False
+    update_copies: int = 1
     wide_reduction: bool = False
     sends_mask: bool = False
     divided_send_s: float = 0.0

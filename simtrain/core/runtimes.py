@@ -146,6 +146,7 @@ RUNTIMES: dict[str, Runtime] = {
             scatter_gradients=True,
             reduce_every=True,
             blocking_sends=True,
+            keeps_shards=True,
             global_norm=True,
             communication_share=0.15,
             context_bytes=450 * MIB,
@@ -157,6 +158,8 @@ RUNTIMES: dict[str, Runtime] = {
                 "Megatron-DeepSpeed with DeepSpeed's ZeRO: buckets of 500 million bytes reduced after backward, unfused attention "
                 "(configurations of the BLOOM and vTrain runs)",
                 "sends that the stage waits for: DeepSpeed, runtime/pipe/p2p.py at 077e674",
+                "ZeRO 3 keeps shards of 16-bit weights and gradients and widens gradients in groups of 10^9: DeepSpeed, "
+                "runtime/zero/stage3.py (fp16_partitioned_groups_flat, grad_partitions_flat_buffer, sub_group_size)",
                 "passes over fp16 gradients around the update: DeepSpeed, runtime/fp16/fused_optimizer.py at 023f361",
                 COMMUNICATION_SHARE_SOURCE,
                 COMMUNICATOR_SOURCE,

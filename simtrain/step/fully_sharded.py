@@ -60,7 +60,7 @@ def gathered_bytes(layout: Layout, lane: Lane, chunk: int, layer: int) -> float:
     if layout.setting.strategy.compression == "zero++" and lane.chunks[chunk].unit_parameters(layer):
         return quantized_bytes(lane.chunks[chunk].unit_parameters(layer), WEIGHT_BITS)
     size = min(precision.low.size_bytes, precision.parameter.size_bytes)
-    return gathered_elements(layout.setting, lane.chunks[chunk], layer) * size
+    return gathered_elements(layout.setting, lane.chunks[chunk], layer) * size - lane.chunks[chunk].unit_saving(layer)
 
 
 def scattered_parameters(lane: Lane, chunk: int, step: Step) -> int:

@@ -142,4 +142,5 @@ def chunk_costs(setting: Setting, lane: Lane, chunk: Chunk) -> ChunkCosts:
     reduced = setting.reduces and setting.strategy.zero < 2
     copies = reduced and not runtime.main_gradients
     shards = runtime.copies_shards and fully_sharded(setting)
-    return ChunkCosts(chunk, lane.place, chunk.recomputed(setting.strategy.checkpoint), runtime.main_gradients, copies, shards)
+    keeps = runtime.main_gradients or runtime.keeps_gradients
+    return ChunkCosts(chunk, lane.place, chunk.recomputed(setting.strategy.checkpoint), keeps, copies, shards)

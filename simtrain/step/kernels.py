@@ -11,6 +11,7 @@ from simtrain.core.precision import DType, DTypeRole, Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import OPTIMIZERS
 from simtrain.core.workload import Collective, Layer, Operator, OperatorKind
+from simtrain.step.narrow import narrow_saving_bytes
 from simtrain.step.specialize import ConcreteLayer, specialize
 
 ADAM_BYTES = {"foreach": 80, "single": 80, "fused": 28}
@@ -186,7 +187,8 @@ def shard_copy_kernels(layer: Layer, precision: Precision, runtime: Runtime, *, 
     """
     size = min(precision.low.size_bytes, precision.parameter.size_bytes)
     wide = 4 if runtime.scatter_fp32 else size
-    moved = [2.0 * size * layer.parameter_count] * gathered + [float(size + wide) * sum(p.elements for p in layer.trained)] * scattered
+    out = size * layer.parameter_count - narrow_saving_bytes(layer, precision)
+    moved = [2.0 * out] * gathered + [float(size + wide) * sum(p.elements for p in layer.trained)] * scattered
     return elementwise_kernels("shard copy", OperatorKind.COPY, moved, [1] * len(moved), precision.low)
 
 

@@ -2,10 +2,18 @@
 
 Of each linear layer inside a block three products run on narrow copies: the output reads input and weight by rows, the gradient of the
 input reads the output's gradient by rows and the weight by columns, the gradient of the weight reads both its operands by columns.
-Attention, norms, embedding and head stay as they are. Where sequence parallelism gathers an operand, its narrow copy travels.
+The grouped products of experts do so too; their operands are cast expert by expert, with a scale for each, in one call of the library
+(the host's time is that of one kernel). Attention, norms, routers, embedding and head stay as they are. Where sequence parallelism
+gathers an operand, its narrow copy travels.
+
+Copies of weights are made once a step and kept. Fully sharded weights are not there between passes: each pass makes its copies of what
+was gathered for it, or finds the copy by rows there because that is what was gathered, and transposes it where backward needs that.
 
 Sources: Transformer Engine's documentation, features/low_precision_training/performance_considerations (usages by rows and columns,
 transposes on Hopper, what is saved); gathers of narrow copies and norms that write them: transformer_engine/pytorch/module (recalled).
+Fully sharded weights: pytorch/torchtitan, docs/float8.md (`enable_fsdp_float8_all_gather`: cast before the gather;
+`force_recompute_fp8_weight_in_bwd`: copies are not kept for backward) and pytorch/ao, torchao/float8/float8_linear.py (what a product
+casts). Casts expert by expert: transformer_engine/pytorch/module/grouped_linear.py (recalled).
 """
 
 from __future__ import annotations
@@ -15,9 +23,10 @@ from dataclasses import replace
 from functools import lru_cache
 
 from simtrain.core.polynomial import as_polynomial
-from simtrain.core.precision import DTypeRole, Quantization
-from simtrain.core.workload import Collective, Operator, OperatorKind, Tensor
-from simtrain.step.specialize import ConcreteLayer, concrete_layer
+from simtrain.core.precision import DTypeRole, Precision, Quantization
+from simtrain.core.workload import Collective, Layer, Operator, OperatorKind, Parameter, Role, Tensor
+from simtrain.step.selective import AGAIN
+from simtrain.step.specialize import PRODUCTS, ConcreteLayer, concrete_layer
 
 ROWS, COLUMNS = "rows", "columns"
 
@@ -41,12 +50,28 @@ def narrowed(concrete: ConcreteLayer) -> ConcreteLayer:
 
 def narrow_weights(concrete: ConcreteLayer) -> tuple[str, ...]:
     """Names of the matrices of linear layers: parameters that a forward product reads beside an activation."""
-    matrices = {p.name for p in concrete.layer.parameters if len(p.shape) == 2 and p.trained}
-    read = [_weight(op, matrices) for op in concrete.forward if op.kind is OperatorKind.GEMM]
+    matrices = {p.name for p in concrete.layer.parameters if is_matrix(p) and p.trained}
+    read = [_weight(op, matrices) for op in concrete.forward if op.kind in PRODUCTS]
     return tuple(dict.fromkeys(name for name in read if name))
 
 
+def is_matrix(parameter: Parameter) -> bool:
+    """Whether a parameter is a matrix, or one matrix per expert."""
+    return len(parameter.shape) == 2 + parameter.expert
+
+
+def narrow_saving_bytes(layer: Layer, precision: Precision) -> float:
+    """Bytes that the gather of a fully sharded layer saves because its matrices travel narrow; routers count as such."""
+    form = precision.narrow
+    if form is None or form.sharded != "narrow" or not layer.block:
+        return 0.0
+    saved = precision.parameter.size_bytes - form.bytes_per_element
+    return saved * sum(p.elements for p in layer.trained if is_matrix(p))
+
+
 def _weight(op: Operator, matrices: set[str]) -> str:
+    if op.dims[2].role is Role.EXPERTS:
+        return ""  # a router, which stays wide
     return next((name for name in op.reads[1:] if name in matrices and name not in op.partial), "")
 
 
@@ -58,39 +83,59 @@ class _Narrowing:
         held = {p.name: as_polynomial(p.elements) for p in concrete.layer.parameters if p.name in self.weights}
         crossing = {"x": concrete.before.cut, "dx": concrete.before.cut, "y": concrete.layer.cut, "dy": concrete.layer.cut}
         self.sizes = crossing | {name: tensor.elements for name, tensor in concrete.tensors.items()} | held
-        self.made = {self._copy(name, use).name for name in weights for use in (ROWS, COLUMNS)}
+        self.forward = True
+        self.given = {True: self._given(forward=True), False: self._given(forward=False)}
+        self.made: set[str] = set()
         # inputs that the gradient of a weight reads as the forward pass left them: their copy by columns is made in that pass
         gathered = {op.writes[0].name: op.reads[0] for op in concrete.backward if _gathers(op)}
         wanted = [op.reads[1] for op in concrete.backward if self._makes_weight_gradient(op)]
         self.early = {name for name in wanted if name not in gathered}
         self.early |= {gathered[name] for name in wanted if name in gathered and form.block}
+        # where cheap operators are made again, so are casts
+        self.again = any(op.kind in (OperatorKind.NORM, OperatorKind.GEMM) and op.name.endswith(AGAIN) for op in concrete.backward)
+        self.early = set() if self.again else self.early
+        self.gone = set(weights) if form.sharded else set()
 
     def layer(self) -> ConcreteLayer:
         """The layer with both passes rewritten."""
         concrete = self.concrete
         forward, backward = self._pass(concrete.forward, forward=True), self._pass(concrete.backward, forward=False)
         layer = concrete_layer(concrete.layer, forward, backward, concrete.precision, concrete.before)
-        kept = [self._copy(name, use) for name in self.weights for use in (ROWS, COLUMNS)]
-        tensors = concrete.tensors | layer.tensors | {tensor.name: tensor for tensor in kept}
+        tensors = concrete.tensors | layer.tensors | self.given[True] | self.given[False]
         return replace(layer, tensors=tensors, narrow_weights=tuple(sorted(self.weights)), summed_into=concrete.summed_into)
 
-    def _copy(self, name: str, use: str) -> Tensor:
+    def _given(self, *, forward: bool) -> dict[str, Tensor]:
+        """Copies of weights that are there when a pass begins."""
+        there = {"": (ROWS, COLUMNS), "wide": (), "narrow": (ROWS,) if forward or not self.form.block else (COLUMNS,)}
+        copies = [self._named(name, use) for name in self.weights for use in there[self.form.sharded]]
+        return {tensor.name: tensor for tensor in copies}
+
+    def _named(self, name: str, use: str, behind: str = "") -> Tensor:
         elements = self.sizes[name] * (self.form.bytes_per_element / self.form.dtype.size_bytes)
-        return Tensor(f"{name}:{use if self.form.two_copies else ROWS}", elements, DTypeRole.NARROW)
+        return Tensor(f"{name}:{use if self.form.two_copies else ROWS}{behind}", elements, DTypeRole.NARROW)
+
+    def _copy(self, name: str, use: str) -> Tensor:
+        """A narrow copy; where that of the forward pass was let go, backward makes its own."""
+        tensor = self._named(name, use)
+        own = not self.forward and name in self.gone and tensor.name not in self.given[False]
+        return self._named(name, use, AGAIN) if own else tensor
 
     def _makes_weight_gradient(self, op: Operator) -> bool:
-        return op.kind is OperatorKind.GEMM and any(w.name.removeprefix("grad:") in self.weights for w in op.writes)
+        return op.kind in PRODUCTS and any(w.name.removeprefix("grad:") in self.weights for w in op.writes)
 
     def _uses(self, op: Operator, *, forward: bool) -> dict[str, str]:
         """Operands of a product of a linear layer and how each is read; empty for any other operator."""
-        if op.kind is not OperatorKind.GEMM:
+        if op.kind not in PRODUCTS:
             return {}
         if self._makes_weight_gradient(op):
             return {op.reads[0]: COLUMNS, op.reads[1]: COLUMNS}
         weight = _weight(op, self.weights)
-        return {op.reads[0]: ROWS, weight: ROWS if forward else COLUMNS} if weight else {}
+        by_rows = forward or op.name.endswith(AGAIN)  # a forward product that backward makes once more
+        return {op.reads[0]: ROWS, weight: ROWS if by_rows else COLUMNS} if weight else {}
 
     def _pass(self, operators: tuple[Operator, ...], *, forward: bool) -> tuple[Operator, ...]:
+        self.forward = forward
+        self.made |= self.given[forward].keys()
         needs: dict[str, set[str]] = {}
         wide: set[str] = set()
         for op in operators:
@@ -118,6 +163,8 @@ class _Narrowing:
     def _made(self, name: str, use: str) -> Tensor:
         tensor = self._copy(name, use)
         self.made.add(tensor.name)
+        if self.again and self.forward:
+            self.gone.add(name)
         return tensor
 
     def _operand(self, name: str, use: str, needed: set[str], out: list[Operator]) -> str:
@@ -157,8 +204,9 @@ class _Narrowing:
 
     def _held(self, op: Operator, out: list[Operator]) -> Operator:
         written = {w.name for o in out for w in o.writes}
-        names = {n: f"{n}:{use}" for n in op.partial for use in (ROWS, COLUMNS) if n not in written and f"{n}:{use}" in self.made}
-        names = {n: label for n, label in names.items() if n not in self.weights}
+        held = [n for n in op.partial if n not in written and n in self.sizes and n not in self.weights]
+        copies = [(n, self._copy(n, use).name) for n in held for use in (ROWS, COLUMNS)]
+        names = {n: copy for n, copy in copies if copy in self.made}
         return _renamed(op, names) if names else op
 
 
@@ -171,4 +219,4 @@ def _renamed(op: Operator, names: dict[str, str]) -> Operator:
     return replace(op, reads=reads, partial=tuple(names.get(n, n) for n in op.partial))
 
 
-__all__ = ["narrow_weights", "narrowed", "narrowed_layers"]
+__all__ = ["is_matrix", "narrow_saving_bytes", "narrow_weights", "narrowed", "narrowed_layers"]

@@ -1,20 +1,24 @@
-"""What narrow formats need: devices with the arithmetic, a model with linear layers in blocks, parameters that are not sharded."""
+"""What narrow formats need: devices with the arithmetic, a model with linear layers in blocks, weights that travel as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from simtrain.core import catalog
 from simtrain.core.errors import UnsupportedError
 from simtrain.core.hardware import Device
 from simtrain.core.precision import DType, Precision, Quantization
+from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import OperatorKind, Workload
 
 
-def settle(recipe: Precision, workload: Workload, strategy: Strategy, devices: Sequence[Device]) -> Precision:
+def settle(recipe: Precision, workload: Workload, strategy: Strategy, devices: Sequence[Device], runtime: Runtime) -> Precision:
     """Returns a recipe as devices carry it out: with one copy of each operand where none of them needs transposed ones.
+
+    Under full sharding weights arrive narrow where the framework casts them before it gathers them, or where it has no others.
 
     Blackwell and CDNA 4, told by their fp4 arithmetic, read fp8 operands along either direction (Transformer Engine's documentation,
     "Handling transposes"; of CDNA 4 assumed).
@@ -29,7 +33,9 @@ def settle(recipe: Precision, workload: Workload, strategy: Strategy, devices: S
         check_format(device, recipe)
     _refuse_models(recipe, workload, strategy)
     two = bool(form.block) or any(DType.FP4 not in device.peak_flops for device in devices)
-    return replace(recipe, narrow=replace(form, two_copies=two))
+    gathered = strategy.zero == 3 and strategy.data * strategy.context > 1
+    arrives: Literal["", "wide", "narrow"] = ("narrow" if form.primary or runtime.narrow_gather else "wide") if gathered else ""
+    return replace(recipe, narrow=replace(form, two_copies=two, sharded=arrives))
 
 
 def check_format(device: Device, recipe: Precision) -> None:
@@ -62,14 +68,8 @@ def _lacking(recipe: Precision, form: Quantization, device: Device) -> str:
 
 
 def _refuse_models(recipe: Precision, workload: Workload, strategy: Strategy) -> None:
-    if any(p.expert for layer in workload.layers for p in layer.parameters):
-        raise UnsupportedError(
-            f"precision={recipe.name} is not modelled for experts, whose products are grouped ({workload.name}): use bf16-master"
-        )
-    if strategy.zero == 3:
-        raise UnsupportedError(
-            f"precision={recipe.name} with zero=3 is not modelled (which format is gathered depends on the framework): use zero=2 or less"
-        )
+    if strategy.zero == 3 and strategy.compression != "none":
+        raise UnsupportedError(f"precision={recipe.name} with compression={strategy.compression} is not modelled: use compression=none")
     if strategy.moved.optimizer or strategy.moved.parameters:
         raise UnsupportedError(f"precision={recipe.name} with offload={strategy.offload} is not modelled: use bf16-master")
     matrices = {p.name for layer in workload.layers if layer.block for p in layer.parameters if len(p.shape) == 2 and p.trained}

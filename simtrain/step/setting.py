@@ -73,8 +73,8 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     for device in set(devices):
         for part in (recipe, *(p for _, p in recipe.layers)):
             device.peak(part.arithmetic)
-    recipe = settle(recipe, work, how, devices)
     framework = _runtime(runtime, devices)
+    recipe = settle(recipe, work, how, devices, framework)
     _refuse_exact_dropout(work, framework)
     refuse_optimizer(work, how, devices)
     refuse_mixtures(work, recipe, how)

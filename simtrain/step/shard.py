@@ -13,7 +13,7 @@ from simtrain.core.precision import Precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Form, Layer, Parameter, Workload
-from simtrain.step.narrow import narrowed_layers
+from simtrain.step.narrow import narrow_saving_bytes, narrowed_layers
 from simtrain.step.specialize import ConcreteLayer, concrete_layers
 
 REST = -1
@@ -76,6 +76,10 @@ class Chunk:
         """The same, one by one."""
         layers = (self._layers[layer],) if layer != REST else (x for x in self._layers if not x.block)
         return [p for x in layers for p in x.parameters if p.tied_to is None]
+
+    def unit_saving(self, layer: int) -> float:
+        """Bytes that full sharding need not gather because weights travel in fewer bits than the recipe's own format."""
+        return 0.0 if layer == REST else narrow_saving_bytes(self._layers[layer], self.concrete[0].precision)
 
     @property
     def trained(self) -> list[Parameter]:

@@ -12,6 +12,7 @@ from simtrain.core.workload import Layer, Operator, OperatorKind, Tensor, Worklo
 from simtrain.step.mixed import layer_recipes
 from simtrain.step.selective import AGAIN, renamed, with_recomputation
 
+PRODUCTS = (OperatorKind.GEMM, OperatorKind.BATCHED_GEMM)
 NORMS = (OperatorKind.NORM, OperatorKind.NORM_BACKWARD)
 KEPT_NAMES = ("grad:", "shared:")
 """Prefixes of tensors that other layers or the optimizer know by name."""
@@ -45,7 +46,7 @@ class ConcreteLayer:
 
     def arithmetic(self, op: Operator) -> DType:
         """Path that an operator of the layer runs on."""
-        tensor = self.tensors.get(op.reads[0]) if op.reads and op.kind is OperatorKind.GEMM else None
+        tensor = self.tensors.get(op.reads[0]) if op.reads and op.kind in PRODUCTS else None
         narrow = tensor is not None and tensor.role is DTypeRole.NARROW
         return self.precision.fastest if narrow else self.precision.arithmetic
 

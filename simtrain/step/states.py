@@ -30,6 +30,9 @@ from simtrain.step.shard import REST, Chunk
 from simtrain.step.specialize import ConcreteLayer
 from simtrain.step.workspace import blas_bytes
 
+GROUP_ELEMENTS = 1_000_000_000
+"""Gradients of a rank that DeepSpeed's ZeRO 3 widens for the update at a time. Source: `sub_group_size` of its configuration."""
+
 
 def shards(setting: Setting, *, expert: bool = False) -> int:
     """Ranks over which ZeRO shards; 1 without it.
@@ -76,14 +79,15 @@ def holds_gradients(setting: Setting) -> bool:
     """Whether gradients have a place of their own from the start, so that what a backward pass makes is added to it and let go."""
     strategy, runtime = setting.strategy, setting.runtime
     views = runtime.gradient_as_bucket_view and setting.reduces
-    return views or runtime.main_gradients or strategy.zero == 2
+    return views or runtime.main_gradients or runtime.keeps_gradients or strategy.zero == 2
 
 
 def persistent(setting: Setting, lane: Lane) -> FloatArray:
     """What is there all the time on a rank, by kind."""
     row = np.zeros(len(KINDS))
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
-    whole_size = 0 if fully_sharded(setting) and precision.master is not None else precision.parameter.size_bytes
+    from_masters = fully_sharded(setting) and precision.master is not None and not runtime.keeps_shards
+    whole_size = 0 if from_masters else precision.parameter.size_bytes
     trained = {False: 0, True: 0}
     for layer, parameter in ((x, p) for chunk in lane.chunks for x in chunk.workload.layers for p in x.parameters if p.tied_to is None):
         over = shards(setting, expert=parameter.expert)
@@ -109,7 +113,7 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
     row[COLUMN[MemoryKind.COMMUNICATION]] += held_bytes(setting, lane)
     if (rare := rare_exchange(setting, lane)) is not None:
         row[COLUMN[MemoryKind.OPTIMIZER]] += rare.state_bytes
-    if precision.narrow is not None:
+    if precision.narrow is not None and not precision.narrow.sharded:
         narrow = narrow_elements(lane)
         row[COLUMN[MemoryKind.CAST]] += narrow * precision.narrow.weight_bytes
         row[COLUMN[MemoryKind.PARAMETER]] -= narrow * precision.parameter.size_bytes * precision.narrow.primary
@@ -169,7 +173,7 @@ def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int, hol
     """Gradients that persist, and second copies of them in the buckets in which they are reduced."""
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
     gradient = COLUMN[MemoryKind.GRADIENT]
-    if strategy.zero == 3 and not runtime.main_gradients:
+    if strategy.zero == 3 and not (runtime.main_gradients or runtime.keeps_shards or runtime.keeps_gradients):
         return  # shards of gradients are new tensors in every step
     if strategy.zero >= 2:
         row[gradient] += total * gradient_bytes(precision, runtime) / over
@@ -180,9 +184,10 @@ def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int, hol
     if precision.master is not None:  # gradients in the master's format live beside those of the weights
         row[gradient] += total * precision.state.size_bytes / over
     # buckets hold the gradients themselves, or a second copy of those that are reduced
-    if runtime.gradient_as_bucket_view and setting.reduces:
+    views = runtime.gradient_as_bucket_view and setting.reduces
+    if runtime.keeps_gradients or views:
         row[gradient] += total * precision.parameter.size_bytes
-    elif holders > 1 and setting.reduces:
+    if holders > 1 and setting.reduces and not views:
         row[COLUMN[MemoryKind.COMMUNICATION]] += total * precision.parameter.size_bytes
 
 
@@ -209,6 +214,9 @@ def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
         # the casts of all gradients are alive while they are laid end to end
         both = 2 * setting.precision.state.size_bytes
         row[COLUMN[MemoryKind.TRANSIENT]] += both * sum(p.elements / shards(setting, expert=p.expert) for p, _ in trained)
+    if runtime.keeps_shards and fully_sharded(setting) and setting.precision.master is not None:
+        own = sum(p.elements / shards(setting, expert=p.expert) for p, _ in trained)
+        row[COLUMN[MemoryKind.TRANSIENT]] += min(own, GROUP_ELEMENTS) * setting.precision.state.size_bytes
     if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused" or strategy.optimizer == "adamw-8bit":
         return row
     size = setting.precision.state.size_bytes
@@ -217,7 +225,7 @@ def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
     if runtime.optimizer_style == "foreach":
         full = strategy.zero == 3
         own = sum(shard_elements(setting, p) if full else p.elements / shards(setting, expert=p.expert) for p in parameters)
-        row[COLUMN[MemoryKind.TRANSIENT]] += own * size
+        row[COLUMN[MemoryKind.TRANSIENT]] += runtime.update_copies * own * size
     elif sizes:
         # the root of the second moment and the denominator made from it, while the denominator of the parameter before is still held
         row[COLUMN[MemoryKind.TRANSIENT]] += max(2 * own + before for before, own in pairwise([0, *sizes])) * size
@@ -255,7 +263,8 @@ class FullShards:
         # quantized forms of weights and, before and after their exchange, of gradients
         narrow = self.setting.strategy.compression == "zero++"
         quantized = quantized_bytes(held, WEIGHT_BITS) + 2 * quantized_bytes(held, GRADIENT_BITS) if narrow else 0.0
-        row[COLUMN[MemoryKind.COMMUNICATION]] = held * self.setting.precision.parameter.size_bytes + quantized
+        wide = held * self.setting.precision.parameter.size_bytes - sum(chunk.unit_saving(unit) for unit in units)
+        row[COLUMN[MemoryKind.COMMUNICATION]] = wide + quantized
         return row
 
 

@@ -19,6 +19,7 @@ from simtrain.step.exchange import averaging, outer_cost, pack_cost, reductions,
 from simtrain.step.instructions import FORWARD_MODES, Step
 from simtrain.step.kernels import narrow_copy_kernels
 from simtrain.step.layout import Lane, Layout
+from simtrain.step.narrow import is_matrix
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.offload_program import HostSide
 from simtrain.step.optimizers import lane_parameters, update_kernels
@@ -96,9 +97,9 @@ def updated_bytes(layer: Layer, setting: Setting, *, expert: bool) -> float:
     """Bytes of a layer's updated parameters as ranks that share the optimizer gather them: narrow where that is all that is kept."""
     size, form = setting.precision.parameter.size_bytes, setting.precision.narrow
     whole = float(size * shared_parameters(layer, expert=expert))
-    if form is None or not form.primary or expert or not layer.block:
+    if form is None or not form.primary or not layer.block:
         return whole
-    return whole - (size - form.bytes_per_element) * sum(p.elements for p in layer.trained if len(p.shape) == 2)
+    return whole - (size - form.bytes_per_element) * sum(p.elements for p in layer.trained if is_matrix(p) and p.expert is expert)
 
 
 def gathering(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCost:
@@ -116,10 +117,11 @@ def update_cost(setting: Setting, lane: Lane) -> PassCost:
     trained = [(p, block) for p, block in lane_parameters(lane) if p.trained]
     kernels = update_kernels(setting, trained, (shards(setting), shards(setting, expert=True)))
     costs = [pass_cost(lane.place.device, k, setting.runtime) for k in kernels]
-    if setting.precision.narrow is not None:
-        narrow = narrow_copy_kernels(
-            narrow_elements(lane), sum(len(c.narrow_weights) for k in lane.chunks for c in k.concrete), setting.precision
-        )
+    form = setting.precision.narrow
+    if form is not None and form.sharded != "wide":
+        # what is gathered narrow is cast by shards
+        elements = narrow_elements(lane) // (shards(setting) if form.sharded else 1)
+        narrow = narrow_copy_kernels(elements, sum(len(c.narrow_weights) for k in lane.chunks for c in k.concrete), setting.precision)
         costs.append(pass_cost(lane.place.device, narrow, setting.runtime))
     return chain(costs)
 

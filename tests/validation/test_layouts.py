@@ -17,7 +17,7 @@ ROWS = {
     "dgxc": 68,
     "dgxc_fp8": 67,
     "internevo": 32,
-    "torchtitan": 13,
+    "torchtitan": 17,
     "nemo_launcher": 6,
     "nemo_performance": 20,
     "megatron_bridge": 34,

@@ -1,5 +1,8 @@
 import pytest
 
+from simtrain.core import catalog
+from simtrain.core.runtimes import runtime
+from simtrain.step.predict import estimate
 from validation.published import compare, load
 
 
@@ -30,6 +33,18 @@ def test_two_devices_are_faster_than_one_but_not_twice(report):
     for (model, path, devices), throughput in predicted.items():
         if devices == 2:
             assert predicted[model, path, 1] < throughput <= 2.001 * predicted[model, path, 1]
+
+
+@pytest.mark.parametrize("name", ["bert_rtx3090", "bert_single_gpu"])
+def test_the_largest_batches_that_were_run_fit_and_a_quarter_more_would_not(name):
+    """Both sources state the largest batch per memory size: BERT on 24, 40, 48 and 80 GB, whole and half precision."""
+    dataset = load(name)
+    for row in (row for row in dataset.rows if row.devices == 1):
+        framework = runtime(dataset.runtime).with_(fused_attention=dataset.fused_attention, optimizer_style=row.optimizer_style)
+        workload = catalog.workload(row.model, seq_len=dataset.sequence)
+        for batch, fits in ((row.micro_batch, True), (row.micro_batch * 5 // 4, False)):
+            memory = estimate(workload, row.device, f"micro_batch={batch},precision={row.precision}", runtime=framework).memory
+            assert (memory.device_bytes <= memory.capacity_bytes) is fits, (row.name, batch)
 
 
 def test_null_models_know_nothing_but_flops(report):

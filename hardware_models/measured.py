@@ -10,12 +10,13 @@ corrected by the operator table. Factors are `<class>.factor` in the device's `[
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 
 from hardware_models.cpu import CLASSES, kernel_class
 from hardware_models.gpu import GpuModel
+from hardware_models.gpu_constants import GpuConstants
 from hardware_models.operator_table import coordinates, correction, label
 from simtrain.core.errors import CatalogError, nearest
 from simtrain.core.hardware import Device
@@ -68,14 +69,16 @@ class MeasuredModel:
 
     def sources(self, device: Device) -> tuple[str, ...]:
         """Returns what was measured, and what the rest is taken from."""
-        factors = sorted(name.replace(f".{FACTOR}", "") for name in device.profile if name != HOST_FACTOR)
+        factors = sorted(name.replace(f".{FACTOR}", "") for name in device.profile if name in _measured_names() and name != HOST_FACTOR)
         measured = f"{device.name}: factors over the data sheet's times measured on the machine itself: {', '.join(factors)}"
         return measured, *(f"classes not measured, and how times grow with size: {s}" for s in GpuModel().sources(data_sheet(device)))
 
 
 def data_sheet(device: Device) -> Device:
-    """Returns the device without what a calibration found."""
-    return replace(device, profile={}, operator_table={}, compute_model=GpuModel.name)
+    """Returns the device without what a calibration found; what its file says of the board itself stays."""
+    found = _measured_names()
+    kept = {name: value for name, value in device.profile.items() if name not in found}
+    return replace(device, profile=kept, operator_table={}, compute_model=GpuModel.name)
 
 
 def data_sheet_times_s(device: Device, kernels: KernelBatch) -> FloatArray:
@@ -83,8 +86,12 @@ def data_sheet_times_s(device: Device, kernels: KernelBatch) -> FloatArray:
     return GpuModel().kernel_times_s(data_sheet(device), kernels)
 
 
+def _measured_names() -> tuple[str, ...]:
+    return (HOST_FACTOR, *(factor_name(name, path) for name in CLASSES for path in DType))
+
+
 def _check(device: Device) -> None:
-    known = [HOST_FACTOR, *(factor_name(name, path) for name in CLASSES for path in DType)]
+    known = [*_measured_names(), *(f.name for f in fields(GpuConstants))]
     for name in device.profile:
         if name not in known:
             near = nearest(name, known)

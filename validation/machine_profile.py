@@ -73,7 +73,7 @@ class MachineProfile:
             compute_model=MeasuredModel.name if self.on_gpu else base.compute_model,
             aliases=(),
             memory=memory,
-            profile=dict(self.constants),
+            profile=(dict(base.profile) if self.on_gpu else {}) | dict(self.constants),
             operator_table=table,
             provenance=provenance,
         )

@@ -36,7 +36,8 @@ def test_times_are_those_of_making_every_term_an_event(question, share):
 
 def test_slow_links_are_met_on():
     """Otherwise the comparison above would say nothing."""
-    program = lower(resolve(*QUESTIONS[3][:3], runtime="megatron")).program
+    fast_host = runtime("megatron").with_(launch_s=2e-6)
+    program = lower(resolve(*QUESTIONS[3][:3], runtime=fast_host)).program
     start, end = run_program(program, np.ones((2, len(program))))
     assert Meeting(program, 0.0).terms(start, end).any()
 

@@ -72,7 +72,7 @@ def test_estimate_is_close_to_the_schedule(strategy, runtime, machines):
 
 def test_sends_that_a_stage_waits_for_take_its_time_in_every_reader(gpt):
     strategy = "data=1,pipeline=4,micro_batch=1,accumulation=8,schedule=1f1b"
-    free = runtime("megatron").with_(blocking_sends=False)
+    free = runtime("megatron").with_(blocking_sends=False, launch_s=2e-6)  # devices set the pace
     results = [read(gpt, "4x rtx-3090", strategy, runtime=free.with_(blocking_sends=True)) for read in (st.estimate, st.schedule)]
     assert results[0].step_time_s == pytest.approx(results[1].step_time_s, rel=1e-9)
     assert results[0].step_time_s > st.estimate(gpt, "4x rtx-3090", strategy, runtime=free).step_time_s
@@ -125,7 +125,8 @@ def test_more_data_parallelism_never_makes_a_step_faster(gpt):
 
 def test_links_order_the_box(gpt):
     boxes = ("box-4x-rtx3090", "box-4x-rtx3090-x8", "box-4x-rtx3090-x16")
-    times = [st.schedule(gpt, box, "data=4,micro_batch=1,precision=bf16-amp").step_time_s for box in boxes]
+    fast_host = runtime("torch-eager").with_(launch_s=2e-6)
+    times = [st.schedule(gpt, box, "data=4,micro_batch=1,precision=bf16-amp", runtime=fast_host).step_time_s for box in boxes]
     assert times == sorted(times, reverse=True)
 
 

@@ -20,28 +20,10 @@ from validation.errors import ErrorSummary, skill, summarise
 from validation.fit_published import DEVICE_CONSTANTS, NETWORK_CONSTANTS, SOFTWARE_CONSTANTS, Constant, Fit, fit_constants
 from validation.fit_sources import FitProblem, fit_problem
 from validation.fit_tables import Axis, FitTable, engine_times, tabulate
-from validation.layouts import LAYOUT_SETS, load_layouts
+from validation.layouts import LAYOUT_SETS, UNSEEN, load_layouts
 from validation.statistics import RegretSummary, choices, held_out_constants, interval_of_mean, regret
 
 Progress = Callable[[str], None]
-
-UNSEEN = (
-    "nemo_launcher",
-    "nemo_performance",
-    "megatron_bridge",
-    "flash_attention",
-    "tinyllama",
-    "bigscience_v100",
-    "mlperf_gpt3",
-    "qwen_finetuning",
-    "transformers_guide",
-    "deepspeed_squad",
-    "trainium_bert",
-    "community_gpt2",
-    "rented_gpt2",
-    "book_gpt2",
-)
-"""Sources that were predicted blind: nothing is fitted to them."""
 
 FIT_SOURCES = tuple(name for name in LAYOUT_SETS if name not in ("vtrain_single_node", "megatron_reference", *UNSEEN))
 """Sources that constants are fitted to: not another simulator's output, nor small models whose times are the host's."""

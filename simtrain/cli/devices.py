@@ -28,6 +28,7 @@ def devices(
     since: Annotated[int | None, typer.Option(help="Only devices of this year and later.")] = None,
     compare: Annotated[str | None, typer.Option(help="Devices side by side, such as 'a100-sxm-80g,h100-sxm'.")] = None,
     roofline: Annotated[Path | None, typer.Option(help="Draw the rooflines of what is listed into a file (.png, .svg, .pdf).")] = None,
+    origins: Annotated[bool, typer.Option("--origins", help="Count where numbers come from, and name those nobody looked up.")] = False,
     json: JsonOption = False,
 ) -> None:
     """List devices, or show one (or a .toml file) with the source of every number; filter, compare, or draw rooflines."""
@@ -42,6 +43,8 @@ def devices(
         save_picture(roofline, lambda ax: report.plot_roofline(items, ax), height_inch=7.0)
     if json:
         write_json({"devices": [plain(item) for item in items]})
+    elif origins:
+        write_table(report.origins_table(items))
     elif compare is not None:
         write_table(report.devices_comparison(items))
     elif name is not None and len(items) == 1:

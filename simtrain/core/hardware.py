@@ -35,6 +35,11 @@ class Provenance:
     kind: ValueKind
     source: str
 
+    @property
+    def recalled(self) -> bool:
+        """Whether the number was written down from memory and nobody has looked it up since, as its source says."""
+        return "recalled" in self.source.lower()
+
 
 HOPPER_OPERATIONS = 6_000
 """Between what tensor cores of Hopper and of Blackwell do per clock."""

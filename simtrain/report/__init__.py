@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         device_details,
         devices_comparison,
         devices_table,
+        origins_table,
         workload_details,
         workloads_table,
     )
@@ -35,6 +36,7 @@ _HOME = {
     "device_details": "catalog_tables",
     "devices_comparison": "catalog_tables",
     "devices_table": "catalog_tables",
+    "origins_table": "catalog_tables",
     "page_html": "page",
     "plan_table": "tables",
     "plot_allocation": "allocation",
@@ -67,6 +69,7 @@ __all__ = [
     "device_details",
     "devices_comparison",
     "devices_table",
+    "origins_table",
     "page_html",
     "plan_table",
     "plot_allocation",

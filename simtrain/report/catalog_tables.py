@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def devices_table(devices: Iterable[Device]) -> RenderableType:
-    """Returns one row per device: memory, dense peaks, power, price, and how many of its numbers are no specifications."""
+    """Returns one row per device: memory, dense peaks, power, price, and how its numbers came about."""
     numeric = ("year", "memory", "bandwidth", "fp32", "16-bit", "power", "USD/h")
     table = plain_table("", "device", "class", *numeric, "numbers", numeric=numeric)
     for d in devices:
@@ -36,6 +36,20 @@ def devices_table(devices: Iterable[Device]) -> RenderableType:
             f"{d.price_usd_per_hour:.2f}" if d.price_usd_per_hour else "-",
             _origins(d.provenance),
         )
+    return table
+
+
+def origins_table(devices: Iterable[Device]) -> RenderableType:
+    """Returns one row per device: how many of its numbers are specified, measured, assumed and recalled, which are recalled, and the sums."""
+    columns = ("numbers", *_WORDS.values(), _RECALLED)
+    table = plain_table("", "device", *columns, "which are recalled", numeric=columns)
+    total: Counter[str] = Counter()
+    for d in devices:
+        counted = _counted(d.provenance)
+        total += counted
+        recalled = ", ".join(name for name, origin in d.provenance.items() if origin.recalled)
+        table.add_row(d.name, *_sums(counted), recalled or "-")
+    table.add_row("all", *_sums(total), f"{total[_RECALLED] / max(total.total(), 1):.0%} of all numbers")
     return table
 
 
@@ -174,9 +188,12 @@ def _node_row(node: Node) -> tuple[str, ...]:
 
 def _numbers_table(title: str, item: Any, provenance: Mapping[str, Provenance]) -> Table:
     table = plain_table(title, "number", "value", "how", "source", numeric=("value",))
+    above = ""
     for name, origin in provenance.items():
         value = _value(item, name)
-        table.add_row(name, "-" if value is None else _quantity(name, value), origin.kind.value, origin.source)
+        how = f"{origin.kind.value}, {_RECALLED}" if origin.recalled else origin.kind.value
+        table.add_row(name, "-" if value is None else _quantity(name, value), how, _SAME if origin.source == above else origin.source)
+        above = origin.source
     return table
 
 
@@ -203,10 +220,23 @@ def _quantity(name: str, value: Any) -> str:
     return f"{value * scale:g}{unit}"
 
 
+_WORDS = {ValueKind.SPECIFICATION: "specified", ValueKind.MEASUREMENT: "measured", ValueKind.ASSUMPTION: "assumed"}
+_RECALLED = "recalled"
+_SAME = "(as above)"
+
+
 def _origins(provenance: Mapping[str, Provenance]) -> str:
-    counted = Counter(p.kind for p in provenance.values())
-    words = {ValueKind.SPECIFICATION: "specified", ValueKind.MEASUREMENT: "measured", ValueKind.ASSUMPTION: "assumed"}
-    return ", ".join(f"{counted[kind]} {word}" for kind, word in words.items() if counted[kind])
+    counted = _counted(provenance)
+    return ", ".join(f"{counted[word]} {word}" for word in (*_WORDS.values(), _RECALLED) if counted[word])
+
+
+def _counted(provenance: Mapping[str, Provenance]) -> Counter[str]:
+    """Counts numbers by how they came about; what is recalled is counted as that alone."""
+    return Counter(_RECALLED if p.recalled else _WORDS[p.kind] for p in provenance.values())
+
+
+def _sums(counted: Counter[str]) -> list[str]:
+    return [str(counted.total()), *(str(counted[word]) for word in (*_WORDS.values(), _RECALLED))]
 
 
 def _distinct(links: Iterable[Link | None]) -> str:

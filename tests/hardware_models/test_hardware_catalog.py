@@ -128,8 +128,32 @@ def test_v100_refuses_bfloat16():
 
 
 def test_recalled_prices_say_so():
-    assert "recalled" in core_catalog.device("rtx-3090").provenance["price_usd_per_hour"].source
-    assert core_catalog.device("rtx-3090").provenance["price_usd_per_hour"].kind is ValueKind.ASSUMPTION
+    origin = core_catalog.device("rtx-2080-ti").provenance["price_usd_per_hour"]
+    assert origin.recalled
+    assert origin.kind is ValueKind.ASSUMPTION
+
+
+ORIGINS = [(d.name, name, p) for d in catalog.devices().values() for name, p in d.provenance.items()]
+
+
+def test_a_source_is_either_looked_up_or_recalled():
+    """Each number of a device is one or the other: "the rest recalled" would leave open which."""
+    mixed = {(device, p.source) for device, _, p in ORIGINS if p.recalled and "looked up" in p.source.replace("not looked up", "")}
+    assert not mixed
+
+
+def test_few_numbers_of_devices_are_recalled():
+    recalled = [(device, name) for device, name, p in ORIGINS if p.recalled]
+    assert len(recalled) <= 0.11 * len(ORIGINS)
+    rates = [(device, name) for device, name in recalled if name.startswith("peak_flops") or name == "memory.bandwidth_bytes_per_s"]
+    assert len(rates) <= 16
+
+
+@pytest.mark.parametrize(("name", "sold_gib"), [("t4", 16), ("a10g", 24), ("a40", 48), ("l40s", 48), ("p4", 8)])
+def test_error_correction_in_line_takes_memory(name, sold_gib):
+    """A sixteenth goes to the code words, and the driver reports what is left."""
+    left = core_catalog.device(name).memory.capacity_bytes / 2**30 / sold_gib
+    assert 0.9 < left < 15 / 16
 
 
 @pytest.mark.parametrize("link", catalog.links().values(), ids=lambda link: link.name)

@@ -131,8 +131,8 @@ class GpuConstants:
     winograd_filters: float = _constant(15.0, "traffic of Winograd's transforms over all filters once", NEUSIGHT_CONVOLUTION)
     convolution_to_filter: float = _constant(0.96, "time of the filter's gradient over forward time, filters of several pixels", DEEPBENCH)
     convolution_to_filter_point: float = _constant(1.52, "the same, filters of one pixel", DEEPBENCH)
-    convolution_to_input: float = _constant(0.99, "time of the input's gradient over forward time, stride 1", DEEPBENCH)
-    convolution_to_input_strided: float = _constant(1.79, "the same, larger strides", DEEPBENCH)
+    convolution_to_input: float = _constant(0.99, "time of the input's gradient over forward time, for the same taps", DEEPBENCH)
+    convolution_to_input_strided: float = _constant(1.79, "the same, filters of one pixel at larger strides", DEEPBENCH)
 
     convolution_converted_tf32: float = _constant(
         0.5,

@@ -40,7 +40,7 @@ def devices_table(devices: Iterable[Device]) -> RenderableType:
 
 
 def origins_table(devices: Iterable[Device]) -> RenderableType:
-    """Returns one row per device: how many of its numbers are specified, measured, assumed and recalled, which are recalled, and the sums."""
+    """Returns one row per device: how many of its numbers are specified, measured, assumed and recalled, which recalled, and sums."""
     columns = ("numbers", *_WORDS.values(), _RECALLED)
     table = plain_table("", "device", *columns, "which are recalled", numeric=columns)
     total: Counter[str] = Counter()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from hardware_models.schema import (
+    ABSENT,
     CLUSTER_NUMBERS,
     DEVICE_NUMBERS,
     LINK_NUMBERS,
@@ -66,6 +67,10 @@ def read_device(path: Path | Traversable) -> Device:
     open_numbers |= {f"profile.{key}": number for key, number in profile.items()}
     provenance = _provenance(path, text, file.sources, numbers | open_numbers, problems)
     value = {key: number.value for key, number in numbers.items()}
+    for target, (fill, said) in ABSENT.items():
+        if target not in value:
+            value[target] = fill(value["power_w"])
+            provenance[target] = Provenance(ValueKind.ASSUMPTION, said)
     return Device(
         name=file.name,
         device_class=file.device_class,
@@ -83,7 +88,7 @@ def read_device(path: Path | Traversable) -> Device:
         host_link=file.host_link,
         peer_link=file.peer_link,
         node_size=file.node_size,
-        compute_model=file.compute_model,
+        compute_model=file.compute_model or file.device_class,
         architecture={key: number.value for key, number in architecture.items()},
         profile={key: number.value for key, number in profile.items()},
         provenance=provenance,

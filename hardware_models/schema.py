@@ -7,7 +7,7 @@ the pydantic models below are built from them. `hardware_models.reading` turns f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -54,10 +54,16 @@ DEVICE_NUMBERS: Mapping[str, NumberField] = {
     "clock": NumberField("clock_hz", "Hz"),
     "cache": NumberField("cache_bytes", "B"),
     "power": NumberField("power_w", "W"),
-    "idle_power": NumberField("idle_power_w", "W", zero=True),
-    "price": NumberField("price_usd_per_hour", "USD/h", zero=True),
+    "idle_power": NumberField("idle_power_w", "W", required=False, zero=True),
+    "price": NumberField("price_usd_per_hour", "USD/h", required=False, zero=True),
 }
-"""Numbers of a device file."""
+"""Numbers of a device file; those of `ABSENT` may be left out."""
+
+ABSENT: Mapping[str, tuple[Callable[[float], float], str]] = {
+    "idle_power_w": (lambda power_w: power_w / 10, "Not stated in the file: a tenth of the power is assumed"),
+    "price_usd_per_hour": (lambda _: 0.0, "Not stated in the file: zero leaves the cost out"),
+}
+"""What stands for a number that a device file leaves out, from its power, and what is said of it."""
 
 LINK_NUMBERS: Mapping[str, NumberField] = {
     "bandwidth": NumberField("bandwidth_bytes_per_s", "B/s"),
@@ -168,14 +174,14 @@ def _device_class(raw: Any) -> str:
 
 
 class DeviceFile(_File):
-    """A device: `hardware_models/devices/*.toml`."""
+    """A device: `hardware_models/devices/*.toml`; its compute model is that of its class where none is named."""
 
     device_class: Annotated[str, BeforeValidator(_device_class)]
     vendor: str
-    compute_model: str
+    compute_model: str = ""
     memory_technology: str
     host_link: str
-    peer_link: str
+    peer_link: str = ""
     node_size: int = Field(default=8, ge=1)
     numbers: _table("DeviceNumbers", DEVICE_NUMBERS)  # type: ignore[valid-type]
     architecture: dict[str, Any] = {}

@@ -7,6 +7,7 @@ import pytest
 from hardware_models.catalog import file_readers
 from simtrain.core import catalog as core_catalog
 from simtrain.core.errors import CatalogError, UnknownNameError
+from simtrain.core.hardware import ValueKind
 
 DEVICE = """name = "Card"
 device_class = "gpu"
@@ -235,6 +236,20 @@ def test_dotted_keys_of_the_documented_form_are_found_in_their_line(tmp_path):
 
 
 def test_a_compute_model_that_does_not_exist_is_refused_at_once(tmp_path):
-    (tmp_path / "wrong.toml").write_text(documented().replace('compute_model = "gpu"', 'compute_model = "gppu"'), encoding="utf-8")
+    (tmp_path / "wrong.toml").write_text('compute_model = "gppu"\n' + documented(), encoding="utf-8")
     with pytest.raises(UnknownNameError, match="compute model 'gppu': did you mean 'gpu'"):
         core_catalog.device(str(tmp_path / "wrong.toml"))
+
+
+def test_what_a_device_file_leaves_out_is_assumed_and_said(tmp_path):
+    short = "".join(
+        line for line in DEVICE.splitlines(keepends=True) if not line.startswith(("compute_model", "peer_link", "idle_power", "price"))
+    )
+    path = tmp_path / "card.toml"
+    path.write_text(short)
+    found = core_catalog.device(str(path))
+    assert (found.compute_model, found.peer_link) == ("gpu", "")
+    assert (found.idle_power_w, found.price_usd_per_hour) == (7.2, 0.0)
+    for name in ("idle_power_w", "price_usd_per_hour"):
+        assert found.provenance[name].kind is ValueKind.ASSUMPTION
+        assert found.provenance[name].source.startswith("Not stated in the file")

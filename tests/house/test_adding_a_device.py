@@ -52,7 +52,7 @@ def test_a_class_of_ones_own_prices_a_step(tmp_path, monkeypatch):
     monkeypatch.setitem(items, "photonic", module.compute_models()["photonic"])
     catalog._by_folded.cache_clear()
     settings = re.findall(r"`((?:device_class|compute_model|architecture\.\w+) = [^`]+)`", TEXT)
-    assert len(settings) == 3
+    assert len(settings) == 2
     text = re.sub(r"(device_class|compute_model) = .*\n", "", DEVICE)
     own = tmp_path / "own.toml"
     own.write_text("\n".join(settings) + "\n" + text)

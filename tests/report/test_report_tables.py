@@ -112,13 +112,26 @@ def test_devices_in_a_list_and_one_with_every_source():
     device = catalog.device("rtx-3090")
     assert "RTX3090-24GB" in report.render(report.devices_table([device]), width=160)
     text = report.render(report.device_details(device), width=200)
+    above = ""
     for name, origin in device.provenance.items():
         assert origin.kind.value in _row(text, name)
-        assert origin.source[:40] in _row(text, name)
+        assert ("(as above)" if origin.source == above else origin.source[:40]) in _row(text, name)
+        above = origin.source
     assert "24.0 GiB" in _row(text, "memory.capacity_bytes")
     assert "936 GB/s" in _row(text, "memory.bandwidth_bytes_per_s")
     assert "350 W" in _row(text, "power_w")
     assert "1.695 GHz" in _row(text, "clock_hz")
+
+
+def test_origins_are_counted_and_what_is_recalled_is_named():
+    device = catalog.device("rtx-2080-ti")
+    text = report.render(report.origins_table([device]), width=200)
+    recalled = [name for name, origin in device.provenance.items() if origin.recalled]
+    assert recalled
+    assert ", ".join(recalled) in _row(text, device.name)
+    total = len(device.provenance)
+    assert f"{len(recalled) / total:.0%} of all numbers" in _row(text, "all")
+    assert str(total) in _row(text, "all")
 
 
 def test_names_of_constants_may_hold_dots():

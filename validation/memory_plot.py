@@ -17,6 +17,7 @@ _MARKS = {
     "every:2": ("s", "#c9a227"),
     "sqrt": ("D", "#b23a48"),
     "full": ("^", "#6a4c93"),
+    "selective": ("v", "#0f766e"),
     "partitioner": ("P", "#d97706"),
 }
 _OPTIMAL = "#1f4e79"

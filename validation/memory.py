@@ -181,8 +181,8 @@ class MemoryReport:
             lines.append(f"{text}{predicted}{same:>11}")
         lines += [f"{name:<12} {summarise(errors)}" for name, errors in self._errors().items()]
         matched = (
-            f"{m['step']:<16}optimal / {m['rival']:<16} peak {m['peak']:.3f}  time {m['time']:.3f}"
-            + (f" (each over its own step without recomputation {m['time_over_own']:.3f})" if "time_over_own" in m else "")
+            f"{m['step']:<16}optimal / {m['rival']:<16} peak {m['peak']:.3f}  time {m.get('time_over_own', m['time']):.3f}"
+            + (f" (each over its own step without recomputation; {m['time']:.3f} as it is)" if "time_over_own" in m else "")
             for m in self._matched()
         )
         return "\n".join([*lines, "at equal peak, and a quarter below no recomputation, measured over measured:", *matched])

@@ -51,7 +51,7 @@ def plot_memory_pairs(report: MemoryReport) -> Figure:
         loc="outside lower center",
         ncols=min(4, 2 * columns),
         frameon=False,
-        title="hollow: predicted",
+        title="hollow: predicted; partitioner over its own plain step",
     )
     return figure
 
@@ -69,7 +69,7 @@ def _panel(ax: Axes, step: str, rows: list[MemoryRow]) -> None:
         if name not in _MARKS:
             continue
         mark, colour = _MARKS[name]
-        label, own = ("PyTorch's partitioner, over its own step", whole) if name == "partitioner" else (name, plain)
+        label, own = ("PyTorch's partitioner", whole) if name == "partitioner" else (name, plain)
         ax.plot(r.peak_bytes / 2**20, r.step_time_s / own.step_time_s, mark, color=colour, markersize=8, linestyle="none", label=label)
         if r.predicted_bytes:
             place = r.predicted_bytes / 2**20, r.predicted_time_s / plain.predicted_time_s

@@ -231,8 +231,8 @@ def _recomputation(strategy: Strategy, model: nn.Module, blocks: Sequence[str], 
     cores = [name for name, _ in model.named_modules() if name.startswith(inside) and name.rpartition(".")[2] == CORE]
     if not cores:
         raise UnsupportedError(
-            f"checkpoint=selective makes attention's scores again, for which blocks need a module {CORE!r} that takes queries, keys and "
-            f"values; those of {type(model).__name__} have none, and fused attention keeps no scores: use none, full or layers:..."
+            f"checkpoint=selective makes attention's scores again, inside a module {CORE!r} of each block that takes queries, keys and "
+            f"values; {type(model).__name__} has none, and fused attention keeps no scores: use none, full or layers:..."
         )
     return Recomputation(model, cores, [(i, i + 1) for i in range(len(cores))], batch_norms=batch_norms)
 

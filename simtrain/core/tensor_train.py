@@ -17,6 +17,9 @@ from itertools import product
 MANY = 1 << 40
 """Rows that stand for any large number of them."""
 
+MOST_CORES = 6
+"""Of a train: layouts of more are too many to try all."""
+
 _ROW = "a"
 _LETTERS = "bcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -152,7 +155,7 @@ def _cheapest(inner: tuple[int, ...], outer: tuple[int, ...], ranks: tuple[int, 
     sizes = {**extents, _ROW: rows}
     shapes = [tuple(sizes[c] for c in term) for term in terms]
     equation = f"{','.join(terms)}->{target}"
-    path, _ = contract_path(equation, *shapes, shapes=True, optimize="optimal" if len(terms) < 7 else "dp")
+    path, _ = contract_path(equation, *shapes, shapes=True, optimize="optimal" if len(terms) < 6 else "dp")
     places, pairs, flops = list(range(len(terms))), [], 0
     for pair in path:
         a, b = (places.pop(i) for i in sorted(pair, reverse=True))
@@ -173,7 +176,8 @@ def _layouts(
         return math.prod(extents[c] for c in axes if c != _ROW)
 
     for choices in product(product((False, True), repeat=2), repeat=len(pairs)):
-        terms, steps, copied = list(first), [], [0, 0]
+        terms, copied = list(first), [0, 0]
+        steps: list[Step] = []
         for pair, (turned, by_right) in zip(pairs, choices, strict=True):
             with_rows = [place for place in pair if _ROW in terms[place]]
             places = (with_rows[0], sum(pair) - with_rows[0]) if with_rows else pair[::-1] if turned else pair
@@ -201,4 +205,4 @@ def _side(place: int, term: str, rows: str, columns: str) -> Operand:
     return Operand(place, axes, copied=term not in (rows + columns, columns + rows))
 
 
-__all__ = ["MANY", "Contraction", "Operand", "Step", "contraction", "factors"]
+__all__ = ["MANY", "MOST_CORES", "Contraction", "Operand", "Step", "contraction", "factors"]

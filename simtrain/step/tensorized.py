@@ -55,7 +55,8 @@ def train_notes(workload: Workload, samples: int, ranks_of_sequence: int = 1) ->
     if not plans:
         return ()
     rows = max(round(tokens(samples, workload.sequence) / ranks_of_sequence) for _, tokens in plans)
-    done, best = (sum(weigh(plan) for plan, _ in plans) for weigh in (lambda p: p.flops(rows), lambda p: p.flops(rows) / p.excess(rows)))
+    done = sum(plan.flops(rows) for plan, _ in plans)
+    best = sum(plan.flops(rows) / plan.excess(rows) for plan, _ in plans)
     least = max(plan.best_from for plan, _ in plans)
     said = f"trains meet {rows} rows of a micro-batch in the order with the fewest FLOPs for many, which none beats from {least} on"
     lines = [said if rows >= least else f"{said}: here it takes {done / best - 1:.1%} more than the best"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from simtrain.core.errors import InputError
-from simtrain.core.tensor_train import MANY, Step, contraction
+from simtrain.core.tensor_train import MANY, MOST_CORES, Step, contraction
 
 
 class LowRankLinear(nn.Module):
@@ -121,6 +121,8 @@ class TensorTrainLinear(nn.Module):
         super().__init__()
         if not len(inner) == len(outer) == len(ranks) + 1:
             raise InputError(f"a train of {len(inner)} input and {len(outer)} output factors needs one rank fewer, not {len(ranks)}")
+        if len(inner) > MOST_CORES:
+            raise InputError(f"a train has at most {MOST_CORES} cores, not {len(inner)}: give fewer factors")
         pairs = [a * b for a, b in zip(inner, outer, strict=True)]
         most = [min(math.prod(pairs[: k + 1]), math.prod(pairs[k + 1 :])) for k in range(len(ranks))]
         _check_ranks(ranks, most)

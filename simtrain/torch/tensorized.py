@@ -136,12 +136,12 @@ class TensorTrainLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One matrix product after the other."""
         plan = self.plan
-        cores = (core.view(shape) for core, shape in zip(self.cores, plan.shapes, strict=True))
+        cores = (core.reshape(shape) for core, shape in zip(self.cores, plan.shapes, strict=True))
         operands = dict(enumerate((x.reshape(-1, *plan.inner), *cores)))
         for place, step in enumerate(plan.steps, start=len(operands)):
             bias = self.bias if plan.makes_weight and step is plan.steps[-1] else None
             operands[place] = _multiply(operands.pop(step.left.place), operands.pop(step.right.place), step, bias)
-        y = operands.popitem()[1].permute(plan.last).reshape(*x.shape[:-1], -1)
+        y: Tensor = operands.popitem()[1].permute(plan.last).reshape(*x.shape[:-1], -1)
         return y if self.bias is None or plan.makes_weight else y + self.bias.to(y.dtype)
 
     def dense(self) -> Tensor:

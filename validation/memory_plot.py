@@ -17,6 +17,7 @@ _MARKS = {
     "every:2": ("s", "#c9a227"),
     "sqrt": ("D", "#b23a48"),
     "full": ("^", "#6a4c93"),
+    "selective": ("v", "#0f766e"),
     "partitioner": ("P", "#d97706"),
 }
 _OPTIMAL = "#1f4e79"
@@ -25,8 +26,9 @@ _OPTIMAL = "#1f4e79"
 def plot_memory_pairs(report: MemoryReport) -> Figure:
     """Draws one panel per model: optimal choices as a line, rules and partitioner as marks, predictions as hollow ones beside them.
 
-    Times are over that of the same model without recomputation, measured over measured and predicted over predicted. Tensorized weights are
-    another model and left out.
+    Times are over that of the same model without recomputation, measured over measured and predicted over predicted; those of PyTorch's
+    partitioner, whose traced operators are slower by themselves, over its own with nothing recomputed, where that was measured. Tensorized
+    weights are another model and left out.
 
     Args:
         report: Of `simtrain validate memory`.
@@ -42,18 +44,21 @@ def plot_memory_pairs(report: MemoryReport) -> Figure:
         _panel(ax, step, [r for r in rows if not r.error and not r.tensorize])
     for ax in places[len(models) :]:
         ax.axis("off")
+    labelled = {label: line for ax in places for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        *places[0].get_legend_handles_labels(),
+        labelled.values(),
+        labelled.keys(),
         loc="outside lower center",
         ncols=min(4, 2 * columns),
         frameon=False,
-        title="hollow: predicted",
+        title="hollow: predicted; partitioner over its own plain step",
     )
     return figure
 
 
 def _panel(ax: Axes, step: str, rows: list[MemoryRow]) -> None:
     plain = next(r for r in rows if r.name == "none")
+    whole = next((r for r in rows if r.name == WHOLE), plain)
     optimal = sorted({r.way: r for r in rows if r.name.startswith("optimal")}.values(), key=lambda r: r.peak_bytes)
     line = [*optimal, plain]
     ax.plot(_peaks(line), [r.step_time_s / plain.step_time_s for r in line], "o-", color=_OPTIMAL, markersize=4, label="optimal, measured")
@@ -64,8 +69,8 @@ def _panel(ax: Axes, step: str, rows: list[MemoryRow]) -> None:
         if name not in _MARKS:
             continue
         mark, colour = _MARKS[name]
-        label = "PyTorch's partitioner" if name == "partitioner" else name
-        ax.plot(r.peak_bytes / 2**20, r.step_time_s / plain.step_time_s, mark, color=colour, markersize=8, linestyle="none", label=label)
+        label, own = ("PyTorch's partitioner", whole) if name == "partitioner" else (name, plain)
+        ax.plot(r.peak_bytes / 2**20, r.step_time_s / own.step_time_s, mark, color=colour, markersize=8, linestyle="none", label=label)
         if r.predicted_bytes:
             place = r.predicted_bytes / 2**20, r.predicted_time_s / plain.predicted_time_s
             ax.plot(*place, mark, color=colour, markersize=8, markerfacecolor="none", linestyle="none")

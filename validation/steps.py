@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from simtrain.core.strategy import Strategy
 
@@ -23,6 +23,7 @@ class TrainingStep:
         sequence: Sequence length; 0 where the model has its own.
         strategy: As `Strategy.parse` reads it (micro-batch, optimizer, checkpointing, accumulation, precision).
         options: Options of the family (layers, hidden, heads, vocabulary, ...).
+        attention: "fused", or "unfused" for a transformer that writes its scores out.
     """
 
     name: str
@@ -30,6 +31,7 @@ class TrainingStep:
     sequence: int
     strategy: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    attention: Literal["fused", "unfused"] = "fused"
 
     def parsed(self) -> Strategy:
         """Returns the strategy."""
@@ -43,12 +45,14 @@ class TrainingStep:
             "sequence": self.sequence,
             "strategy": self.strategy,
             "options": dict(self.options),
+            "attention": self.attention,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingStep:
         """Reads what `to_dict` wrote."""
-        return cls(data["name"], data["workload"], int(data["sequence"]), data["strategy"], dict(data["options"]))
+        attention = data.get("attention", "fused")
+        return cls(data["name"], data["workload"], int(data["sequence"]), data["strategy"], dict(data["options"]), attention)
 
 
 GPT_POSITIONS = 1024

@@ -117,10 +117,10 @@ def build(step: TrainingStep, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...]
         return convnet.ResNet(network), convnet.example_batch(network, samples, seed=seed)
     if step.workload in vits.FAMILY.presets:
         images = vits.spec(step.workload, **step.options)
-        return vit.VisionTransformer(images), vit.example_batch(images, samples, seed=seed)
+        return vit.VisionTransformer(images, step.attention), vit.example_batch(images, samples, seed=seed)
     text = transformers.spec(step.workload, **step.options)
     batch = transformer.example_batch(text, samples, step.sequence, seed=seed)
-    return transformer.Transformer(text), batch
+    return transformer.Transformer(text, step.attention), batch
 
 
 class UserModel(nn.Module):

@@ -1,9 +1,10 @@
 """How a strategy says that the weights of a model's blocks are products of small tensors: of which form, and of which ranks.
 
 `low-rank:rank=64` replaces every linear layer of the blocks by two, `tucker:compression=4` every convolution by three, `tensor-train:...`
-every convolution by four. One rank stands throughout, each edge having at most what could change the weight; `compression=C` is the largest
-rank with which a weight becomes at least C times smaller. A layer that would not become smaller stays. Ranks under an error depend on the
-weights: `simtrain.torch.tensorize(model, kind, error=...)` finds them.
+every convolution by four and every linear layer by a train of three cores (`simtrain.core.tensor_train`). One rank stands throughout, each
+edge having at most what could change the weight; `compression=C` is the largest rank with which a weight becomes at least C times smaller.
+A layer that would not become smaller stays. Ranks under an error depend on the weights: `simtrain.torch.tensorize(model, kind, error=...)`
+finds them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from simtrain.core.errors import StrategyError, nearest
+from simtrain.core.tensor_train import Contraction, contraction, factors
 
 TensorizeKind = Literal["low-rank", "tucker", "tensor-train"]
 KINDS: tuple[TensorizeKind, ...] = ("low-rank", "tucker", "tensor-train")
@@ -61,14 +63,20 @@ class Tensorization:
             return self._largest(most, (inner, outer), (rows, columns), before)
         return ()
 
-    def train_ranks(self, cores: tuple[int, ...]) -> tuple[int, ...]:
-        """The ranks of a matrix as a train; empty where it stays as it is.
+    def matrix_train(self, inner: int, outer: int) -> Contraction | None:
+        """A linear layer of these widths as a train of three cores; `None` where it stays as it is.
 
         Args:
-            cores: Products of each core's factors of both widths.
+            inner: Width of its input.
+            outer: Width of its output.
         """
+        if self.kind != "tensor-train":
+            return None
+        ins, outs = factors(inner), factors(outer)
+        cores = [a * b for a, b in zip(ins, outs, strict=True)]
         most = tuple(min(math.prod(cores[: k + 1]), math.prod(cores[k + 1 :])) for k in range(len(cores) - 1))
-        return self._largest(most, (cores[0], cores[-1]), cores[1:-1], math.prod(cores))
+        ranks = self._largest(most, (cores[0], cores[-1]), tuple(cores[1:-1]), math.prod(cores))
+        return contraction(ins, outs, ranks) if ranks else None
 
     def _largest(self, most: tuple[int, ...], ends: tuple[int, int], between: tuple[int, ...], before: int) -> tuple[int, ...]:
         """Ranks of a chain of cores from one end to the other, each `between` two edges; with a compression, the largest that keep it."""

@@ -19,7 +19,7 @@ from simtrain.step.narrow_check import settle
 from simtrain.step.offload_checks import check_offload
 from simtrain.step.optimizers import refuse_optimizer
 from simtrain.step.shard import stated_cuts
-from simtrain.step.tensorized import tensorize
+from simtrain.step.tensorized import tensorize, train_notes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,9 +82,8 @@ def resolve(workload: Workload | str, cluster: Cluster | str, strategy: Strategy
     _refuse_formats(how, recipe, framework)
     _refuse_pieces(how, framework, machines)
     check_offload(how, framework, devices[0])
-    return Setting(
-        work, machines, how, recipe, framework, devices, stated_cuts(work.with_micro_batch(how.micro_batch), how.blocks_per_chunk)
-    )
+    cuts = stated_cuts(work.with_micro_batch(how.micro_batch), how.blocks_per_chunk)
+    return Setting(work, machines, how, recipe, framework, devices, cuts, train_notes(work, how.micro_batch, how.context))
 
 
 def _runtime(given: Runtime | str | None, devices: tuple[Device, ...]) -> Runtime:

@@ -135,9 +135,10 @@ def _expand(operators: tuple[Operator, ...], fused_attention: bool, fused_norms:
 
 
 def _recompute_scores(layer: Layer) -> tuple[Operator, ...]:
-    """The backward pass with unfused attention that makes its probabilities again from the queries and keys that it keeps anyway.
+    """The backward pass with unfused attention that makes its probabilities again from queries, keys and values as it got them.
 
-    Source: Korthikanti et al. 2022, section 5 (selective activation recomputation).
+    Source: Korthikanti et al. 2022, section 5 (selective activation recomputation). What it had copied for its products is made again too,
+    as by PyTorch's checkpoint around a module of its own.
     """
     forward = [op for op in layer.forward if op.kind is OperatorKind.ATTENTION and op.unfused]
     backward = [op for op in layer.backward if op.kind is OperatorKind.ATTENTION_BACKWARD and op.unfused]
@@ -148,7 +149,7 @@ def _recompute_scores(layer: Layer) -> tuple[Operator, ...]:
 def _scores_again(forward: Operator, backward: Operator) -> tuple[Operator, ...]:
     heads, queries, keys = (dim.size for dim in forward.dims[:3])
     square = (heads * queries * keys, queries * keys)  # scores of all heads, and the mask that they share
-    dropped = {w.name for op in forward.unfused for w in op.writes if w.elements in square}
+    dropped = {w.name for op in forward.unfused for w in op.writes if w.elements in square or op.kind is OperatorKind.COPY}
     wanted = dropped.intersection(name for op in backward.unfused for name in (*op.reads, *op.updates))
     again: list[Operator] = []
     for op in reversed(forward.unfused):
@@ -159,7 +160,12 @@ def _scores_again(forward: Operator, backward: Operator) -> tuple[Operator, ...]
     names = {name: f"{name}{AGAIN}" for name in dropped & made}
     # what an operator merely held in forward (a Python name) is not there the second time
     remade = [replace(renamed(op, names, dropped - made), name=f"{op.name}{AGAIN}") for op in again]
-    return (*remade, *(renamed(op, names, set()) for op in backward.unfused))
+    given = tuple(dict.fromkeys(r for op in again for r in op.reads if r not in made and r not in op.partial))
+    undone = [renamed(op, names, set()) for op in backward.unfused]
+    last = max(i for i, op in enumerate(undone) if set(names.values()).intersection(op.reads))
+    kept = tuple(r for r in given if r not in undone[last].reads)  # a checkpoint's input stays until the last of what it remade was read
+    undone[last] = replace(undone[last], reads=undone[last].reads + kept, partial=undone[last].partial + kept)
+    return (*remade, *undone)
 
 
 def _resolve(name: str, rename: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simtrain.core.checkpoint import inside_blocks, is_explicit, is_optimal, parse_blocks
+from simtrain.core.checkpoint import is_explicit, is_optimal, parse_blocks
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.precision import DType, Precision, precision
 from simtrain.core.strategy import Strategy, checkpoint_segment
@@ -21,6 +21,9 @@ from simtrain.torch.offloaded import ActivationOffload, offloaded_blocks
 from simtrain.torch.pieces import block_paths
 from simtrain.torch.recompute import Recomputation, block_segments, check_names
 from simtrain.torch.tensor_conversion import Converted, tensorize_blocks
+
+CORE = "core_attention"
+"""What Megatron-LM, too, calls the module from queries, keys and values to their mixture (recalled, not looked up)."""
 
 _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "sgd-momentum": torch.optim.SGD}
 
@@ -65,7 +68,7 @@ class Applied:
             self.notes.append(check_narrow(self._precision, model, self._device))
             self.narrow = quantize_blocks(model, self.blocks)
         self.tensorized = _tensorized(strategy, model, optimizer, self.blocks)
-        self._recomputation = Recomputation(model, self.blocks, _segments(strategy, self.blocks), batch_norms=batch_norms)
+        self._recomputation = _recomputation(strategy, model, self.blocks, batch_norms=batch_norms)
         self.offloaded = self._offloaded(model)
         self._formats = BlockFormats(model, self.blocks, self._precision) if self._precision.layers else None
         self.model = _wrapped(strategy, model, optimizer, self.blocks)
@@ -140,8 +143,8 @@ def apply(
     those of the converted model, and `Applied.tensorized` says how much each weight lost.
 
     Args:
-        strategy: With `checkpoint` as "none", "full", "sqrt", "every:K" or explicit blocks; what "optimal" stands for depends on the
-            machines, and `st.choose_checkpoint` tells.
+        strategy: With `checkpoint` as "none", "full", "sqrt", "every:K", explicit blocks, or "selective" for blocks whose unfused attention
+            is a module `core_attention`; what "optimal" stands for depends on the machines, and `st.choose_checkpoint` tells.
         model: Left as it is but for hooks on its blocks (sharded parameters with `zero=3`, converted layers with `tensorize`).
         optimizer: Of its parameters.
         blocks: Module paths of the blocks, in the order in which they run; by default those that a capture finds (children of
@@ -187,9 +190,8 @@ def _refuse(strategy: Strategy, optimizer: torch.optim.Optimizer) -> None:
             f"checkpoint={strategy.checkpoint} depends on the machines: "
             "st.choose_checkpoint(workload, cluster, strategy) puts blocks in its place"
         )
-    if inside_blocks(strategy.checkpoint):
-        why = "fused attention keeps no scores" if strategy.checkpoint == "selective" else "only whole blocks are wrapped"
-        raise UnsupportedError(f"checkpoint={strategy.checkpoint} is not carried out here: {why}; use none, full or layers:...")
+    if strategy.checkpoint == "selective-op":
+        raise UnsupportedError("checkpoint=selective-op is not carried out here: only modules are wrapped; use none, full or layers:...")
     _refuse_precision(strategy)
     kind, wanted = type(optimizer), _OPTIMIZERS.get(strategy.optimizer)
     if kind in _OPTIMIZERS.values() and kind is not wanted and strategy.optimizer != "muon":
@@ -215,6 +217,24 @@ def _refuse_precision(strategy: Strategy) -> None:
         raise UnsupportedError(
             f"precision={recipe.name} stores weights in 16 bit, which is the model's and the optimizer's to do: use fp32 or an -amp recipe"
         )
+
+
+def _recomputation(strategy: Strategy, model: nn.Module, blocks: Sequence[str], *, batch_norms: bool) -> Recomputation:
+    """Whole blocks, or inside each the module that makes scores.
+
+    Raises:
+        UnsupportedError: There is no such module.
+    """
+    if strategy.checkpoint != "selective":
+        return Recomputation(model, blocks, _segments(strategy, blocks), batch_norms=batch_norms)
+    inside = tuple(f"{block}." for block in blocks)
+    cores = [name for name, _ in model.named_modules() if name.startswith(inside) and name.rpartition(".")[2] == CORE]
+    if not cores:
+        raise UnsupportedError(
+            f"checkpoint=selective makes attention's scores again, inside a module {CORE!r} of each block that takes queries, keys and "
+            f"values; {type(model).__name__} has none, and fused attention keeps no scores: use none, full or layers:..."
+        )
+    return Recomputation(model, cores, [(i, i + 1) for i in range(len(cores))], batch_norms=batch_norms)
 
 
 def _segments(strategy: Strategy, blocks: Sequence[str]) -> tuple[tuple[int, int], ...]:

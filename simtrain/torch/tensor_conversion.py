@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simtrain.core.errors import InputError, UnknownNameError, UnsupportedError
+from simtrain.core.tensor_train import factors
 from simtrain.core.tensorize import KINDS, Tensorization, TensorizeKind
 from simtrain.torch.tensorized import LowRankLinear, TensorTrainConv2d, TensorTrainLinear, TuckerConv2d
 
@@ -148,8 +149,8 @@ def _ranks(layer: nn.Module, form: Tensorization) -> tuple[int, ...]:
     if isinstance(layer, nn.Conv2d):
         return form.filter_ranks(layer.in_channels, layer.out_channels, *layer.kernel_size)
     if form.kind == "tensor-train":
-        pairs = [a * b for a, b in zip(factors(layer.in_features), factors(layer.out_features), strict=True)]  # type: ignore[arg-type]
-        return form.train_ranks(tuple(pairs))
+        plan = form.matrix_train(layer.in_features, layer.out_features)  # type: ignore[arg-type]
+        return plan.ranks if plan else ()
     return form.matrix_ranks(layer.in_features, layer.out_features)  # type: ignore[arg-type]
 
 
@@ -225,19 +226,10 @@ def _train(tensor: Tensor, error: float, most: tuple[int, ...] | None) -> list[T
     return [*cores, rest.reshape(rank, tensor.shape[-1], 1)]
 
 
-def factors(width: int, count: int = 3) -> tuple[int, ...]:
-    """Splits a width into so many factors, as equal as they can be."""
-    if count == 1:
-        return (width,)
-    target = width ** (1 / count)
-    best = min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(math.log(d / target)))
-    return (best, *factors(width // best, count - 1))
-
-
 def _fill(*pairs: tuple[Any, Any]) -> None:
     for parameter, values in pairs:
         if parameter is not None and values is not None:
             parameter.data.copy_(values)
 
 
-__all__ = ["Converted", "factors", "tensorize", "tensorize_blocks"]
+__all__ = ["Converted", "tensorize", "tensorize_blocks"]

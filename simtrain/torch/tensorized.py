@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simtrain.core.errors import InputError
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from simtrain.core.tensor_train import MANY, MOST_CORES, Step, contraction
 
 
 class LowRankLinear(nn.Module):
@@ -108,23 +105,28 @@ class TensorTrainConv2d(nn.Module):
 class TensorTrainLinear(nn.Module):
     """A weight as a train of cores, each with one factor of the input's and of the output's width.
 
-    The input meets the cores in the order that takes the fewest operations for its number of rows (`opt_einsum`).
+    The input meets the cores in the order that takes the fewest operations for many rows (`simtrain.core.tensor_train`), one matrix product
+    after the other. It does not change with the rows, so that a captured model holds at every batch size; `plan.excess(rows)` says how
+    much more than the best order for so many rows it takes, `plan.best_from` from how many on there is none better.
 
     Args:
         inner: Factors of the input's width.
         outer: Factors of the output's width, as many.
         ranks: Between neighbouring cores, one fewer.
         bias: Whether there is one.
+        rows: For which the order is chosen; for many by default.
     """
 
-    def __init__(self, inner: Sequence[int], outer: Sequence[int], ranks: Sequence[int], *, bias: bool = True) -> None:
+    def __init__(self, inner: Sequence[int], outer: Sequence[int], ranks: Sequence[int], *, bias: bool = True, rows: int = MANY) -> None:
         super().__init__()
         if not len(inner) == len(outer) == len(ranks) + 1:
             raise InputError(f"a train of {len(inner)} input and {len(outer)} output factors needs one rank fewer, not {len(ranks)}")
+        if len(inner) > MOST_CORES:
+            raise InputError(f"a train has at most {MOST_CORES} cores, not {len(inner)}: give fewer factors")
         pairs = [a * b for a, b in zip(inner, outer, strict=True)]
         most = [min(math.prod(pairs[: k + 1]), math.prod(pairs[k + 1 :])) for k in range(len(ranks))]
         _check_ranks(ranks, most)
-        self.inner, self.outer = tuple(inner), tuple(outer)
+        self.plan = contraction(tuple(inner), tuple(outer), tuple(ranks), rows)
         edges = (1, *ranks, 1)
         shapes = zip(edges[:-1], inner, outer, edges[1:], strict=True)
         scale = math.prod(inner) ** (-0.5 / len(inner))
@@ -132,14 +134,15 @@ class TensorTrainLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(math.prod(outer))) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """One product after the other, pairs in the cheapest order."""
-        rows = x.reshape(-1, *self.inner)
-        operands: list[Tensor] = [rows, *self.cores]
-        for pair, subscripts in contraction(self.inner, self.outer, self._ranks, rows.shape[0]).steps:
-            a, b = (operands.pop(i) for i in sorted(pair, reverse=True))
-            operands.append(torch.einsum(subscripts, a, b))
-        y = operands[0].reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        """One matrix product after the other."""
+        plan = self.plan
+        cores = (core.reshape(shape) for core, shape in zip(self.cores, plan.shapes, strict=True))
+        operands = dict(enumerate((x.reshape(-1, *plan.inner), *cores)))
+        for place, step in enumerate(plan.steps, start=len(operands)):
+            bias = self.bias if plan.makes_weight and step is plan.steps[-1] else None
+            operands[place] = _multiply(operands.pop(step.left.place), operands.pop(step.right.place), step, bias)
+        y: Tensor = operands.popitem()[1].permute(plan.last).reshape(*x.shape[:-1], -1)
+        return y if self.bias is None or plan.makes_weight else y + self.bias.to(y.dtype)
 
     def dense(self) -> Tensor:
         """The weight that it stands for."""
@@ -148,58 +151,14 @@ class TensorTrainLinear(nn.Module):
             whole = torch.einsum("ior,rjps->ijops", whole, core).flatten(0, 1).flatten(1, 2)
         return whole[..., 0].T
 
-    @property
-    def _ranks(self) -> tuple[int, ...]:
-        return tuple(int(core.shape[3]) for core in list(self.cores)[:-1])
 
-
-@dataclass(frozen=True, slots=True)
-class Contraction:
-    """The order in which an input meets the cores of a train.
-
-    Attributes:
-        steps: Positions of each pair, and its subscripts (the later operand first, as they are taken).
-        flops: Of a forward pass.
-        between: Elements of every intermediate result, the last one being the output.
-    """
-
-    steps: tuple[tuple[tuple[int, ...], str], ...]
-    flops: int
-    between: tuple[int, ...]
-
-
-@lru_cache(maxsize=1024)
-def contraction(inner: tuple[int, ...], outer: tuple[int, ...], ranks: tuple[int, ...], rows: int) -> Contraction:
-    """Finds the cheapest order for a number of rows: two operations for every product summed.
-
-    Args:
-        inner: Factors of the input's width.
-        outer: Factors of the output's width.
-        ranks: Between cores.
-        rows: Of the input.
-    """
-    from opt_einsum import contract_path
-
-    count = len(inner)
-    letters = iter(_LETTERS)
-    row, ins, outs = next(letters), [next(letters) for _ in inner], [next(letters) for _ in outer]
-    edges = [next(letters) for _ in range(count + 1)]
-    sizes = {row: rows, **dict(zip(ins, inner, strict=True)), **dict(zip(outs, outer, strict=True))}
-    sizes |= dict(zip(edges, (1, *ranks, 1), strict=True))
-    terms = [row + "".join(ins), *(edges[k] + ins[k] + outs[k] + edges[k + 1] for k in range(count))]
-    target = row + "".join(outs)
-    shapes = [tuple(sizes[c] for c in term) for term in terms]
-    path, _ = contract_path(f"{','.join(terms)}->{target}", *shapes, shapes=True, optimize="optimal" if count < 6 else "dp")
-    steps, flops, between = [], 0, []
-    for pair in path:
-        a, b = (terms.pop(i) for i in sorted(pair, reverse=True))
-        rest = set("".join(terms)) | set(target)
-        result = "".join(c for c in dict.fromkeys(a + b) if c in rest) if terms else target
-        steps.append((tuple(pair), f"{a},{b}->{result}"))
-        flops += 2 * math.prod(sizes[c] for c in set(a + b))
-        between.append(math.prod(sizes[c] for c in result))
-        terms.append(result)
-    return Contraction(tuple(steps), flops, tuple(between))
+def _multiply(left: Tensor, right: Tensor, step: Step, bias: Tensor | None) -> Tensor:
+    """A step of a train; operands are copied only where their axes do not lie as the product needs them."""
+    _, columns, summed = step.extents
+    a = left.permute(step.left.axes).reshape(-1, summed)
+    b = right.permute(step.right.axes).reshape(summed, columns)
+    y = a @ b if bias is None else torch.addmm(bias, a, b)
+    return y.view(-1, *step.result) if step.has_rows else y.view(step.result)
 
 
 def _check_ranks(ranks: Sequence[int], most: Sequence[int]) -> None:
@@ -208,4 +167,4 @@ def _check_ranks(ranks: Sequence[int], most: Sequence[int]) -> None:
             raise InputError(f"rank {rank} must lie between 1 and {limit}: more could not change the weight")
 
 
-__all__ = ["Contraction", "LowRankLinear", "TensorTrainConv2d", "TensorTrainLinear", "TuckerConv2d", "contraction"]
+__all__ = ["LowRankLinear", "TensorTrainConv2d", "TensorTrainLinear", "TuckerConv2d"]

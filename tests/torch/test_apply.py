@@ -199,6 +199,17 @@ def test_blocks_by_name():
         trained(model, batch, "checkpoint=full", blocks=["block"])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_selective_makes_scores_again_bit_by_bit(dropout):
+    spec = transformers.spec("gpt", layers=4, hidden=32, heads=4, vocabulary=64, sequence=64, max_positions=64, dropout=dropout)
+    batch, model = transformer.example_batch(spec, 4), transformer.Transformer(spec, "unfused")
+    plain, *_ = trained(copy.deepcopy(model), batch)
+    ours, _, applied = trained(copy.deepcopy(model), batch, "checkpoint=selective")
+    assert same(plain, ours)
+    assert applied.recomputed == tuple(f"blocks.{i}.attention.core_attention" for i in range(4))
+    assert not applied.kept
+
+
 @pytest.mark.parametrize(
     ("strategy", "error", "message"),
     [

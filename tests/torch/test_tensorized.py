@@ -11,8 +11,8 @@ from torch import nn
 
 import simtrain as st
 from simtrain.core.errors import InputError, UnsupportedError
-from simtrain.torch.tensor_conversion import factors
-from simtrain.torch.tensorized import LowRankLinear, TensorTrainConv2d, TensorTrainLinear, TuckerConv2d, contraction
+from simtrain.core.tensor_train import contraction, factors
+from simtrain.torch.tensorized import LowRankLinear, TensorTrainConv2d, TensorTrainLinear, TuckerConv2d
 from tests.torch.small_models import Perceptron, cross_entropy, fake_step, peaks, samples
 
 torch.manual_seed(0)
@@ -78,11 +78,62 @@ def test_low_rank_loses_the_smallest_singular_values():
 def test_the_cheapest_order_by_hand():
     """With few rows the input meets one core after the other; with many, and a full rank, the matrix is made first."""
     few = contraction((16, 16), (16, 16), (2,), 1)
-    assert few.flops == 2 * 2 * (2 * 16**3)
+    assert few.flops(1) == 2 * 2 * (2 * 16**3)
+    assert not few.makes_weight
     rows = 10**6
-    many = contraction((16, 16), (16, 16), (256,), rows)
-    assert many.flops == 2 * 16**4 * 256 + 2 * rows * 16**4
-    assert few.between[-1] == 256
+    many = contraction((16, 16), (16, 16), (256,))
+    assert many.flops(rows) == 2 * 16**4 * 256 + 2 * rows * 16**4
+    assert many.makes_weight
+
+
+SIZES = some.integers(2, 3).flatmap(lambda n: some.tuples(*[some.lists(some.integers(2, 9), min_size=n, max_size=n)] * 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, some.data())
+def test_no_order_beats_that_of_many_rows_from_where_it_says(sizes, data):
+    """The best order is found here by trying all of them."""
+    inner, outer = map(tuple, sizes)
+    most = [min(math.prod(inner[:k] + outer[:k]), math.prod(inner[k:] + outer[k:])) for k in range(1, len(inner))]
+    ranks = tuple(data.draw(some.integers(1, m)) for m in most)
+    plan = contraction(inner, outer, ranks)
+
+    def best(rows):
+        def least(terms):
+            if len(terms) == 1:
+                return 0
+            found = []
+            for i in range(len(terms)):
+                for j in range(i):
+                    rest = [t for k, t in enumerate(terms) if k not in (i, j)]
+                    found.append(2 * math.prod(extents[c] for c in terms[i] | terms[j]) + least([*rest, terms[i] ^ terms[j]]))
+            return min(found)
+
+        n = len(inner)
+        extents = {"rows": rows} | {("in", k): inner[k] for k in range(n)} | {("out", k): outer[k] for k in range(n)}
+        extents |= {("edge", k): rank for k, rank in enumerate(ranks)}
+        edges = [{("edge", e) for e in (k - 1, k) if ("edge", e) in extents} for k in range(n)]
+        return least([{"rows", *(("in", k) for k in range(n))}, *({("in", k), ("out", k)} | edges[k] for k in range(n))])
+
+    from_on = plan.best_from
+    for rows in (from_on, 2 * from_on + 3, 1000 * from_on):
+        assert plan.flops(rows) == best(rows)
+    if from_on > 1:
+        assert plan.flops(from_on - 1) > best(from_on - 1)
+        assert plan.excess(from_on - 1) == plan.flops(from_on - 1) / best(from_on - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SIZES, some.booleans(), some.sampled_from([1, 50, 1 << 40]), some.data())
+def test_a_train_in_any_order_is_its_matrix(sizes, bias, rows, data):
+    inner, outer = sizes
+    most = [min(math.prod(inner[:k] + outer[:k]), math.prod(inner[k:] + outer[k:])) for k in range(1, len(inner))]
+    train = TensorTrainLinear(inner, outer, [data.draw(some.integers(1, min(m, 6))) for m in most], bias=bias, rows=rows).double()
+    x = torch.randn(2, 3, math.prod(inner), dtype=torch.float64, requires_grad=True)
+    y = train(x)
+    torch.testing.assert_close(y, x @ train.dense().T + (train.bias if bias else 0))
+    (y.square().sum()).backward()
+    torch.testing.assert_close(x.grad, 2 * y @ train.dense())
 
 
 @pytest.mark.parametrize("kind", ["low-rank", "tensor-train"])
@@ -101,7 +152,7 @@ def test_flops_and_memory_are_those_of_a_recorded_step(kind):
     assert abs(ours - recorded) <= 16  # but for scalars of the loss
     if kind == "tensor-train":
         layer = build().b
-        forward = contraction(layer.inner, layer.outer, layer._ranks, len(batch[0])).flops
+        forward = layer.plan.flops(len(batch[0]))
         plain = 2 * len(batch[0]) * (2 * 10 * 20 + 3 * 60 * 3)  # the first layer has no gradient of its input
         assert counted == plain + 3 * forward
 

@@ -10,9 +10,12 @@ from torch import nn
 
 import simtrain as st
 from simtrain.core.errors import StrategyError, UnsupportedError
+from simtrain.core.tensor_train import contraction
 from simtrain.core.tensorize import Tensorization, parse_tensorize
 from simtrain.torch.pieces import block_paths
 from simtrain.torch.tensor_conversion import tensorize_blocks
+from simtrain.torch.tensorized import TensorTrainLinear
+from tests.torch.small_models import peaks
 from tests.workloads.image_models import image_model
 from workloads.transformer.module import Transformer, example_batch
 from workloads.transformer.operators import workload
@@ -23,9 +26,13 @@ CASES = {
     "gpt": ("gpt", SMALL, "low-rank:rank=7"),
     "gpt without biases": ("gpt", SMALL | {"fused_qkv": False, "kv_heads": 2, "bias": False}, "low-rank:compression=3"),
     "llama": ("llama", SMALL | {"ffn": 96, "kv_heads": 2}, "low-rank:compression=2"),
+    "gpt train, core by core": ("gpt", SMALL, "tensor-train:rank=3"),
+    "gpt train, whole weight": ("gpt", SMALL, "tensor-train:compression=2"),
+    "llama train": ("llama", SMALL | {"ffn": 96, "kv_heads": 2, "bias": False}, "tensor-train:rank=2"),
     "resnet18 tucker": ("resnet18", {"image_size": 64, "width": 16}, "tucker:compression=3"),
     "resnet18 train": ("resnet18", {"image_size": 64, "width": 16}, "tensor-train:rank=20"),
     "vit": ("vit-tiny", {"layers": 3, "image_size": 64}, "low-rank:compression=4"),
+    "vit train": ("vit-tiny", {"layers": 3, "image_size": 64}, "tensor-train:compression=4"),
 }
 
 
@@ -55,7 +62,8 @@ def test_it_is_the_captured_module(case: str) -> None:
         for precision, checkpoint in (("fp32", "none"), ("bf16-amp", "full" if "resnet" not in case else "none")):
             strategy = st.Strategy(micro_batch=size, precision=precision, checkpoint=checkpoint)
             a, b = (st.schedule(w, "1x rtx-3090", strategy) for w in (ours, closed))
-            assert a.memory.allocated_bytes == pytest.approx(b.memory.allocated_bytes, rel=1e-3)
+            rel = 1e-2 if "train" in case and checkpoint == "full" else 1e-3  # a capture takes casts of views for kept ones
+            assert a.memory.allocated_bytes == pytest.approx(b.memory.allocated_bytes, rel=rel)
             assert a.step_time_s == pytest.approx(b.step_time_s, rel=1e-2)
 
 
@@ -107,7 +115,7 @@ def test_a_strategy_carries_it_into_every_prediction() -> None:
         ("tensorize=low-rank:compression=nan", "above 1"),
         ("tensorize=low-rank:error=0.1", "depend on the weights"),
         ("tensorize=low-rank:rank=9000", "give a smaller rank"),
-        ("tensorize=tucker:rank=8", "low-rank is"),
+        ("tensorize=tucker:rank=8", "low-rank and tensor-train are"),
     ],
 )
 def test_what_cannot_be_is_refused(strategy: str, what: str) -> None:
@@ -118,7 +126,6 @@ def test_what_cannot_be_is_refused(strategy: str, what: str) -> None:
 def test_what_is_not_modelled_is_refused() -> None:
     for work, strategy, what in (
         ("gpt2-small", "tensor=2,tensorize=low-rank:rank=8", "factors of a weight are not divided"),
-        ("gpt2-small", "tensorize=tensor-train:rank=8", "a train of linear layers copies"),
         ("mixtral-8x7b", "tensorize=low-rank:rank=8", "not modelled with experts"),
     ):
         with pytest.raises(UnsupportedError, match=what):
@@ -126,3 +133,44 @@ def test_what_is_not_modelled_is_refused() -> None:
     captured = st.torch.capture(nn.Sequential(nn.Linear(4, 4)), (torch.zeros(2, 4),), loss=lambda y, batch: y.sum())
     with pytest.raises(UnsupportedError, match="known by its operators alone"):
         st.tensorize(captured, "low-rank:rank=1")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-amp"])
+@pytest.mark.parametrize("form", ["tensor-train:rank=3", "tensor-train:compression=2"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_train_takes_what_a_recorded_step_takes(form: str, precision: str, bias: bool) -> None:
+    numbers = spec("gpt", **SMALL, bias=bias)
+    parsed = parse_tensorize(form)
+    assert parsed is not None
+
+    def build() -> nn.Module:
+        module = Transformer(numbers)
+        for _, block in module.blocks.named_children():
+            for path, layer in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
+                if plan := parsed.matrix_train(layer.in_features, layer.out_features):
+                    parent, _, name = path.rpartition(".")
+                    setattr(block.get_submodule(parent), name, TensorTrainLinear(plan.inner, plan.outer, plan.ranks, bias=bias))
+        return module
+
+    ours, recorded = peaks(st.tensorize(workload(numbers), form), build, example_batch(numbers, 8), None, precision)
+    assert abs(ours - recorded) <= 16  # but for scalars of the loss
+
+
+def test_trains_say_where_their_order_is_the_best() -> None:
+    def said(strategy: str) -> str:
+        return " ".join(st.schedule("gpt2-small", "1x a100-sxm-40g", strategy).assumptions)
+
+    many = said("micro_batch=8,precision=bf16-amp,tensorize=tensor-train:rank=64")
+    assert "trains meet 8192 rows of a micro-batch" in many
+    assert "none beats from 16 on" in many
+    assert "for 4 of the 4 kinds of trains that order multiplies the cores to the whole weight" in many
+    assert "whole weight" not in said("precision=bf16-amp,tensorize=tensor-train:rank=2")
+    few = st.workload("gpt2-small", sequence=8)
+    line = next(x for x in st.schedule(few, "1x a100-sxm-40g", "tensorize=tensor-train:rank=64").assumptions if "trains meet" in x)
+    best = said_best = 0
+    for inner, outer in ((768, 2304), (768, 768), (768, 3072), (3072, 768)):
+        plan = Tensorization("tensor-train", rank=64).matrix_train(inner, outer)
+        assert plan is not None
+        best += contraction(plan.inner, plan.outer, plan.ranks, 8).flops(8)
+        said_best += plan.flops(8)
+    assert f"it takes {said_best / best - 1:.1%} more than the best" in line

@@ -15,6 +15,7 @@ from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import Dim, Operator, OperatorKind, Role, Tensor, TensorKind, gemm_flops
 from workloads.common.composed_norm import composed_rms_norm, composed_rms_norm_backward
 from workloads.common.tape import Tape
+from workloads.common.trains import train
 
 LOW, HIGH, FP32, MASK = DTypeRole.LOW, DTypeRole.HIGH, DTypeRole.FP32, DTypeRole.MASK
 
@@ -45,7 +46,7 @@ def linear(
     kind: TensorKind = TensorKind.ACTIVATION,
     joins: str = "",
 ) -> str:
-    """A linear layer `out = x W^T + b`; two of them, through a narrow result, where the tape's weights are of low rank.
+    """A linear layer `out = x W^T + b`; two of them, through a narrow result, or a train, where the tape's weights are such.
 
     Args:
         tape: Where it is written.
@@ -66,6 +67,8 @@ def linear(
         with tape.whole_weights():
             linear(tape, x, f"{name}.v", narrow, tokens=tokens, inner=inner, outer=middle, bias=False, holds=held)
             return linear(tape, narrow, f"{name}.u", out, tokens=tokens, inner=middle, outer=outer, bias=bias, holds=held, kind=kind)
+    if weight is None and tape.tensorized and (plan := tape.tensorized.matrix_train(inner.width, outer.width)):
+        return train(tape, x, name, out, plan, tokens=tokens, bias=bias, holds=holds, kind=kind)
     weight = weight or tape.parameter(f"{name}.weight", outer.width, inner.width)
     b = tape.cast(tape.parameter(f"{name}.bias", outer.width), LOW) if bias else None
     w = tape.cast(weight, LOW)

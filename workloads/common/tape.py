@@ -120,12 +120,19 @@ class Tape:
         self._backward.append(Operator(f"{total.name}.add", OperatorKind.ELEMENTWISE, reads=reads, writes=(total,)))
         self._gradients[name] = total.name
 
-    def cast(self, name: str, role: DTypeRole, *, holds: Iterable[str] = ()) -> str:
-        """Converts a tensor to the number format of a role, unless it already has that role; returns the new name."""
+    def cast(self, name: str, role: DTypeRole, *, holds: Iterable[str] = (), cached: bool = True) -> str:
+        """Converts a tensor to the number format of a role, unless it already has that role; returns the new name.
+
+        Args:
+            name: Of the tensor.
+            role: Wanted.
+            holds: Tensors that Python names keep alive meanwhile.
+            cached: Whether autocast keeps it if it is of a parameter (not if it is of a view).
+        """
         source = self.tensors[name]
         if source.role is role:
             return name
-        kind = TensorKind.CAST if name in self._targets else source.kind
+        kind = TensorKind.CAST if cached and name in self._targets else source.kind
         target = Tensor(self._fresh(f"{name}.{role.value}"), source.elements, role, kind)
         self.run(Operator(f"{target.name}.cast", OperatorKind.CAST, reads=(name,), writes=(target,)), holds=holds)
         if name.startswith("input:"):

@@ -36,7 +36,7 @@ class Attention(nn.Module):
     def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
         super().__init__()
         self.spec = spec
-        self.attend = fused_attention if form == "fused" else _unfused_attention
+        self.core_attention = fused_attention if form == "fused" else UnfusedAttention()
         self.widths = [spec.query_width, spec.kv_width, spec.kv_width]
         if spec.fused_qkv:
             self.qkv = nn.Linear(spec.hidden, sum(self.widths), bias=spec.bias)
@@ -61,7 +61,7 @@ class Attention(nn.Module):
             k = rotate(k, self.get_buffer("rotation"))
         dropout = self.spec.dropout if self.training else 0.0
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        mixed: Tensor = self.proj(self.attend(q, k, v, self.spec.causal, dropout).transpose(1, 2).flatten(2))
+        mixed: Tensor = self.proj(self.core_attention(q, k, v, self.spec.causal, dropout).transpose(1, 2).flatten(2))
         return mixed
 
 
@@ -74,7 +74,7 @@ class LatentAttention(nn.Module):
     def __init__(self, spec: TransformerSpec, form: AttentionForm) -> None:
         super().__init__()
         self.spec = spec
-        self.attend = fused_attention if form == "fused" else _unfused_attention
+        self.core_attention = fused_attention if form == "fused" else UnfusedAttention()
         self.q_down = nn.Linear(spec.hidden, spec.query_rank, bias=False)
         self.q_norm = make_norm(spec, spec.query_rank)
         self.q_up = nn.Linear(spec.query_rank, spec.query_width + spec.rotary_width, bias=False)
@@ -97,7 +97,7 @@ class LatentAttention(nn.Module):
         k = torch.cat([self.k_up(latent).view(*x.shape[:2], spec.heads, -1), shared], dim=-1)
         v = self.v_up(latent).view(*x.shape[:2], spec.heads, -1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        mixed: Tensor = self.proj(self.attend(q, k, v, spec.causal, 0.0).transpose(1, 2).flatten(2))
+        mixed: Tensor = self.proj(self.core_attention(q, k, v, spec.causal, 0.0).transpose(1, 2).flatten(2))
         return mixed
 
 
@@ -106,15 +106,18 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: floa
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
 
 
-def _unfused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
-    """The same with the score matrix in memory."""
-    if k.shape[1] != q.shape[1]:
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]))
-    if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(hidden, -math.inf)
-    return F.dropout(F.softmax(scores, dim=-1), dropout) @ v
+class UnfusedAttention(nn.Module):
+    """The same with the score matrix in memory: a module of its own, so that it can be recomputed on its own."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float) -> Tensor:
+        """Writes scores, hides what lies ahead, and mixes values by the probabilities."""
+        if k.shape[1] != q.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]))
+        if causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(hidden, -math.inf)
+        return F.dropout(F.softmax(scores, dim=-1), dropout) @ v
 
 
 def rotation_table(spec: TransformerSpec) -> Tensor:

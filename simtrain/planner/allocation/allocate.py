@@ -307,8 +307,8 @@ def _check_choices(zeros: Sequence[int], sequences: Sequence[bool]) -> None:
     if others or not zeros:
         given = ", ".join(map(str, others)) or "nothing"
         raise UnsupportedError(
-            f"zeros are 0 and 1, not {given}: stages 2 and 3 exchange in every micro-batch, of which replicas have different numbers; "
-            "st.plan knows them for equal replicas"
+            f"allocations know ZeRO stages 0 and 1, not {given}: stages 2 and 3 exchange in every micro-batch, of which replicas have "
+            "different numbers; st.plan knows them for equal replicas"
         )
     if not sequences:
         raise InputError("sequences says whether tensor-parallel devices may split the sequence: give (False,), (True,) or both")

@@ -136,5 +136,5 @@ def test_bad_plans():
         st.read_plan(GPT, "2x v100-sxm2-16gb", st.Strategy(offload="optimizer", plan=(group,)))
     with pytest.raises(UnknownNameError, match="v100-sxm2-16gb"):
         st.read_plan(GPT, "2x rtx-3090", st.Strategy(precision="fp16-amp", plan=(group,)))
-    with pytest.raises(UnsupportedError, match="zeros are 0 and 1, not 2"):
+    with pytest.raises(UnsupportedError, match="ZeRO stages 0 and 1, not 2"):
         asker("2x v100-sxm2-16gb", 8, zeros=(0, 2))

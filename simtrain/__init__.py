@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from simtrain.core.workload import Workload
     from simtrain.planner.allocation.allocate import Allocator, allocate
     from simtrain.planner.allocation.result import Allocation
+    from simtrain.planner.allocation.stated import read_plan
     from simtrain.planner.objectives import Limits
     from simtrain.planner.robust import ModelError
     from simtrain.planner.search import Plan, plan
@@ -86,6 +87,7 @@ _HOME = {
     "fit_chinchilla": "simtrain.run.loss_laws",
     "link": "simtrain.core.catalog",
     "plan": "simtrain.planner.search",
+    "read_plan": "simtrain.planner.allocation.stated",
     "read_trace": "simtrain.run.faults",
     "report": "simtrain",
     "runtime": "simtrain.core.runtimes",
@@ -145,6 +147,7 @@ __all__ = [
     "fit_chinchilla",
     "link",
     "plan",
+    "read_plan",
     "read_trace",
     "report",
     "runtime",

@@ -47,7 +47,15 @@ MIXED_CONSTANTS = (
 """What is free on AMP's trials, with where it may lie: assumptions, not looked up."""
 
 SMALL_SEND_BYTES = 2 * 2**20
-"""Divided activations below this size wait in the mixed cluster; undivided ones of this size do not. Seen on these very rows."""
+"""Divided activations below this size wait in the mixed cluster; undivided ones of this size do not. Seen on these very rows.
+
+Why is not known. What DeepSpeed does with a divided tensor (`runtime/pipe/engine.py`, read: it describes it in a message of its own, the
+receiver's host reads that and gathers the parts) takes tenths of a millisecond. Over TCP on AWS, NCCL (`transport/net_socket.cc` and
+`include/socket.h`, read) spreads a message over up to 16 connections in pieces of at least 64 kB and holds no small packets back, so that
+delayed acknowledgements (40 ms) do not count. What is left of TCP's own delays is its retransmission timeout, 200 ms at least on Linux
+(recalled, not looked up): it strikes flows of few packets that lose their last ones, as from a port of 50 Gb/s into one of 10, which only
+the mixed cluster has. That would fit the sizes, the cluster and the length; the trials hold no record of losses, so it stays a guess.
+"""
 
 MIXED_VARIANTS, STEADY_VARIANTS = 12, 7
 """Ways of predicting that were tried with the errors of these rows in sight."""

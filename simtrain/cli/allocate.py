@@ -27,7 +27,8 @@ def allocate(
     cluster: ClusterOption,
     global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Samples per optimizer update.")],
     precision: Annotated[
-        str | None, typer.Option("--precision", help="Of all devices; by default the 16-bit type that they share.")
+        list[str] | None,
+        typer.Option("--precision", help="Of all devices, or repeat for several among which stages choose; by default 16-bit."),
     ] = None,
     optimizer: OptimizerOption = "adamw",
     runtime: RuntimeOption = None,
@@ -35,6 +36,13 @@ def allocate(
     tensor: Annotated[list[int] | None, typer.Option("--tensor", min=1, help="Allowed tensor widths; repeat for several.")] = None,
     checkpoint: Annotated[
         list[str] | None, typer.Option("--checkpoint", help="Allowed: none, full, selective; repeat for several.")
+    ] = None,
+    zero: Annotated[
+        list[int] | None, typer.Option("--zero", help="Allowed ZeRO stages, 0 and 1 (replicas share optimizer states); repeat for several.")
+    ] = None,
+    sequence_parallel: Annotated[
+        bool | None,
+        typer.Option("--sequence-parallel/--no-sequence-parallel", help="Of tensor-parallel devices; whatever is faster by default."),
     ] = None,
     memory_margin: MemoryMarginOption = 0.0,
     worth: Annotated[bool, typer.Option("--worth/--no-worth", help="What each kind of device adds: plans anew without it.")] = True,
@@ -45,7 +53,7 @@ def allocate(
     json: JsonOption = False,
 ) -> None:
     """Allocate layers and shares of each batch to devices that differ."""
-    from simtrain.planner.allocation.allocate import CHECKPOINTS, MICRO_BATCHES, TENSORS
+    from simtrain.planner.allocation.allocate import CHECKPOINTS, MICRO_BATCHES, SEQUENCES, TENSORS, ZEROS
     from simtrain.planner.allocation.allocate import allocate as find
     from simtrain.report.allocation import allocation_table, plot_allocation
 
@@ -60,6 +68,8 @@ def allocate(
         tensors=tuple(tensor or TENSORS),
         micro_batches=tuple(micro_batch or MICRO_BATCHES),
         checkpoints=tuple(checkpoint or CHECKPOINTS),
+        zeros=tuple(zero or ZEROS),
+        sequences=SEQUENCES if sequence_parallel is None else (sequence_parallel,),
         memory_margin=memory_margin,
         worth=worth,
     )

@@ -204,7 +204,10 @@ def _smaller(degrees: dict[str, int], devices: int) -> str:
 
 def _refuse_unmodelled(strategy: Strategy) -> None:
     if strategy.plan:
-        raise UnsupportedError("strategies with an explicit plan of replicas are not modelled yet; use data, micro_batch and accumulation")
+        raise UnsupportedError(
+            "replicas that are stated one by one (plan) are read by st.read_plan(workload, cluster, strategy), equal or not; "
+            "for a grid of equal ones use data, tensor, pipeline, micro_batch and accumulation"
+        )
     if strategy.tensorize != "none" and strategy.tensor > 1:
         raise UnsupportedError(
             f"tensorize={strategy.tensorize} with tensor={strategy.tensor} is not modelled: the factors of a weight are not divided; use "

@@ -3,55 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from math import inf
 
 import numpy as np
 
 from simtrain.core import catalog
-from simtrain.core.errors import InputError, StrategyError
+from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster
+from simtrain.core.precision import precision as precision_of
 from simtrain.core.runtime import Runtime
+from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.cost import energy
 from simtrain.cost.fabric import fabric_of
-from simtrain.planner.allocation.bound import check_bound, layer_bound_s
+from simtrain.planner.allocation.bound import check_bound
 from simtrain.planner.allocation.engine_prices import market as engine_market
-from simtrain.planner.allocation.engine_prices import synchroniser
-from simtrain.planner.allocation.families import family
-from simtrain.planner.allocation.kinds import Kind, carrier, kinds_of
-from simtrain.planner.allocation.place import Placement, improve, place_shares
+from simtrain.planner.allocation.kinds import carrier, kinds_of
+from simtrain.planner.allocation.place import Placement
+from simtrain.planner.allocation.planning import Planned, Planning
 from simtrain.planner.allocation.prices import Market, Share
-from simtrain.planner.allocation.program import Reading, read
+from simtrain.planner.allocation.program import Reading
 from simtrain.planner.allocation.result import Allocation, Worth
-from simtrain.planner.allocation.search import Found, search
 from simtrain.planner.allocation.stages import Job
+from simtrain.step.mixed import refuse_mixtures
+from simtrain.step.optimizers import refuse_optimizer
 
 TENSORS = (1, 2, 4, 8)
 MICRO_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 24, 32, 64, 128, 256)
 CHECKPOINTS = ("none", "full")
+SEQUENCES = (False, True)
 
-READ = 4
-"""Proposals of the search that fit and that the engine compares, whatever their device types."""
-
-MOST_SCOPES = 24
-"""Searches of one plan: over all devices, over fewer nodes, and again where the ledger refuses what the search took for fitting."""
-
-FAR = 1.15
-"""Proposals that the search expects to take so much longer than the best one read are not read, but for one of each choice of types."""
-
-READ_EACH = 2
-"""The same for each choice of device types."""
-
-SWAPS = 5
-"""Placements of the best that the engine reads beside the first one."""
+ZEROS = (0, 1)
+"""ZeRO stages. From stage 2 on ranks hold a share of the gradients, so that all replicas would have to exchange them in every micro-batch:
+replicas with different numbers of micro-batches cannot."""
 
 ASSUMPTIONS = (
     "gradients are reduced weighted by samples: beside the last backward passes if replicas are single stages, else behind all",
-    "optimizer states are whole in every replica (no ZeRO), and tensor-parallel ranks hold what lies between products whole (no sequence "
-    "parallelism): where these help, `plan` finds more on equal devices",
+    "gradients are whole in every replica: ZeRO stages 2 and 3 exchange in every micro-batch, of which replicas have different numbers",
     "devices that are left out are neither powered nor paid",
     "kinds are compared as their data sheets or profiles say; samples differ in share, not in length",
 )
@@ -62,31 +51,36 @@ def allocate(
     cluster: Cluster | str,
     global_batch: int,
     *,
-    precision: str | None = None,
+    precision: str | Sequence[str] | None = None,
     optimizer: str = "adamw",
     runtime: Runtime | str | None = None,
     tensors: Sequence[int] = TENSORS,
     micro_batches: Sequence[int] = MICRO_BATCHES,
     checkpoints: Sequence[str] = CHECKPOINTS,
+    zeros: Sequence[int] = ZEROS,
+    sequences: Sequence[bool] = SEQUENCES,
     memory_margin: float = 0.0,
     worth: bool = False,
 ) -> Allocation:
     """Allocates layers and shares of each batch to the devices of a cluster, equal or not.
 
-    Replicas may differ in everything: pipelines of one to three device types, cut exactly, each type with its own tensor width, precision
-    and checkpointing; their own micro-batch; their own number of micro-batches. Devices that do not help are left out.
+    Replicas may differ in everything: pipelines of one to three device types, cut exactly, each type with its own tensor width, with or
+    without sequence parallelism, each stage with its own precision and checkpointing; their own micro-batch; their own number of
+    micro-batches. They may share the optimizer's states. Devices that do not help are left out.
 
     Args:
         workload: A workload or the name of a preset.
         cluster: A cluster or its text, such as `"4x rtx-3090 + 8x v100-sxm2-16gb"`.
         global_batch: Samples of a step.
-        precision: Recipe for all devices; by default the first 16-bit recipe that all of its class (GPUs, TPUs) have, else the first
-            that each has.
+        precision: Recipe for all devices, or several that store weights and gradients alike, among which every stage takes the fastest
+            that its devices have; by default the first 16-bit recipe that all of a class (GPUs, TPUs) have, else the first that each has.
         optimizer: Which one.
         runtime: What carries it out; eager PyTorch by default.
         tensors: Tensor-parallel widths to consider.
         micro_batches: Micro-batch sizes to consider.
         checkpoints: Activation checkpointing to consider, stage by stage.
+        zeros: ZeRO stages to consider, 0 or 1.
+        sequences: Whether tensor-parallel devices may split the sequence too (true), and whether they may not (false).
         memory_margin: Share of the memory that stays free.
         worth: Whether to plan anew without one device and without all devices of each kind.
 
@@ -108,6 +102,8 @@ def allocate(
         tensors=tensors,
         micro_batches=micro_batches,
         checkpoints=checkpoints,
+        zeros=zeros,
+        sequences=sequences,
         memory_margin=memory_margin,
     ).best(worth=worth)
 
@@ -115,7 +111,7 @@ def allocate(
 class Allocator:
     """A question with its prices and templates, so that planning anew after a device has left or joined takes about a second.
 
-    Args are those of `allocate`.
+    Args are those of `allocate`; `templates` says whether to look for plans at all (false where only given ones are read).
     """
 
     def __init__(
@@ -124,28 +120,42 @@ class Allocator:
         cluster: Cluster | str,
         global_batch: int,
         *,
-        precision: str | None = None,
+        precision: str | Sequence[str] | None = None,
         optimizer: str = "adamw",
         runtime: Runtime | str | None = None,
         tensors: Sequence[int] = TENSORS,
         micro_batches: Sequence[int] = MICRO_BATCHES,
         checkpoints: Sequence[str] = CHECKPOINTS,
+        zeros: Sequence[int] = ZEROS,
+        sequences: Sequence[bool] = SEQUENCES,
         memory_margin: float = 0.0,
+        templates: bool = True,
     ) -> None:
         work = catalog.workload(workload) if isinstance(workload, str) else workload
         machines = catalog.cluster(cluster) if isinstance(cluster, str) else cluster
         if global_batch < 1:
             raise InputError(f"a global batch has at least 1 sample, not {global_batch}")
+        _check_choices(zeros, sequences)
         kinds = kinds_of(machines, runtime, precision)
         fabric = fabric_of(machines)
         fabric.latencies_s(np.zeros_like(fabric.first_of), fabric.first_of)  # refuses nodes that nothing connects
-        self.job = Job(work, machines, fabric, {k.name: k for k in kinds}, optimizer)
+        job = Job(work, machines, fabric, {k.name: k for k in kinds}, optimizer)
+        _check_work(job)
         sizes = [size for size in sorted(set(micro_batches)) if size <= global_batch]
         if not sizes:
             raise InputError(f"micro-batches of {', '.join(map(str, micro_batches))} do not go into a global batch of {global_batch}")
-        self.market = engine_market(self.job, global_batch, tensors, sizes, checkpoints, memory_margin)
-        self.family = family(self.market)
-        self._readings: dict[Placement, Reading] = {}
+        priced = engine_market(job, global_batch, tensors, sizes, checkpoints, memory_margin, sequences)
+        self.planning = Planning(job, priced, zeros if templates else ())
+
+    @property
+    def job(self) -> Job:
+        """What is allocated where."""
+        return self.planning.job
+
+    @property
+    def market(self) -> Market:
+        """The question with its prices."""
+        return self.planning.market
 
     def best(self, counts: Mapping[str, int] | None = None, *, worth: bool = False) -> Allocation:
         """The best plan.
@@ -160,13 +170,17 @@ class Allocator:
         """
         start_s = time.monotonic()
         there = self._there(counts)
-        found, placement, reading = self._plan(there)
-        check_bound(found.bound_s, reading.step_time_s)
-        value = tuple(self._worth(name, there, placement, reading) for name in there if there[name]) if worth else ()
-        return self._result(there, placement, reading, found, value, time.monotonic() - start_s)
+        best = self.planning.best(there)
+        check_bound(best.bound_s, best.reading.step_time_s)
+        value = tuple(self._worth(name, there, best) for name in there if there[name]) if worth else ()
+        return self._result(there, best, value, time.monotonic() - start_s)
 
-    def evaluate(self, plan: Sequence[Share]) -> Allocation:
+    def evaluate(self, plan: Sequence[Share], *, zero: int = 0) -> Allocation:
         """Reads a plan of one's own: the stages, copies and micro-batches of every group of replicas.
+
+        Args:
+            plan: The replicas.
+            zero: 1 where they share the optimizer's states.
 
         Raises:
             StrategyError: A replica leaves a layer out or has one twice, or the replicas do not make up the global batch.
@@ -174,11 +188,10 @@ class Allocator:
         """
         start_s = time.monotonic()
         self._check(plan)
-        placement = self._improved(self._placed(self.job.kinds, plan))
-        reading = self._read(placement)
-        found = Found((), layer_bound_s(self.market), len({s.template for s in plan}))
-        check_bound(found.bound_s, reading.step_time_s)
-        return self._result(dict(self.market.counts), placement, reading, found, (), time.monotonic() - start_s)
+        _check_choices((zero,), SEQUENCES)
+        best = self.planning.given(plan, zero)
+        check_bound(best.bound_s, best.reading.step_time_s)
+        return self._result(dict(self.market.counts), best, (), time.monotonic() - start_s)
 
     def _check(self, plan: Sequence[Share]) -> None:
         for share in plan:
@@ -195,9 +208,8 @@ class Allocator:
         if given != self.market.global_batch:
             raise StrategyError(f"the replicas process {given} samples together, the global batch is {self.market.global_batch}")
 
-    def _result(
-        self, there: Mapping[str, int], placement: Placement, reading: Reading, found: Found, worth: tuple[Worth, ...], elapsed_s: float
-    ) -> Allocation:
+    def _result(self, there: Mapping[str, int], best: Planned, worth: tuple[Worth, ...], elapsed_s: float) -> Allocation:
+        placement, reading = best.placement, best.reading
         used = _used(placement)
         kinds = tuple(kind for name, kind in self.job.kinds.items() if used.get(name))
         no_price = sorted({k.device.name for k in kinds if k.device.price_usd_per_hour <= 0})
@@ -208,7 +220,7 @@ class Allocator:
             cluster=self.job.cluster.name,
             global_batch=self.market.global_batch,
             step_time_s=reading.step_time_s,
-            bound_s=found.bound_s,
+            bound_s=best.bound_s,
             placement=placement,
             breakdown_s=reading.breakdown_s,
             synchronise_s=reading.synchronise_s,
@@ -219,8 +231,9 @@ class Allocator:
             left_out={name: n - used.get(name, 0) for name, n in there.items()},
             carrier=carrier(kinds, uneven=uneven),
             precisions={name: kind.precision for name, kind in self.job.kinds.items()},
-            templates=found.templates,
+            templates=best.templates,
             elapsed_s=elapsed_s,
+            zero=best.zero,
             assumptions=(*self.job.cluster.assumptions, *ASSUMPTIONS, *unpriced),
             events=reading.events,
         )
@@ -233,99 +246,6 @@ class Allocator:
                 raise InputError(f"{n} x {name} are not among the devices of {self.job.cluster.name!r}: it has {have}")
             whole[name] = n
         return whole
-
-    def _plan(self, counts: Mapping[str, int]) -> tuple[Found, Placement, Reading]:
-        """Searches, has the engine read the best proposals, places the fastest that fits; then the same with fewer nodes."""
-        whole: Found | None = None
-        best: Placement | None = None
-        refused = ""
-        scopes = list(self._scopes(counts))
-        for available, market in scopes:
-            if whole and best and layer_bound_s(market) >= self._read(best).step_time_s:
-                continue
-            try:
-                found = search(market, self.family)
-            except InputError as error:
-                if whole is None:
-                    raise
-                refused = str(error)
-                continue
-            whole = whole or found
-            seen: Counter[frozenset[str]] = Counter()
-            for proposal in found.proposals:
-                if seen.total() >= READ and seen[proposal.kinds] >= READ_EACH:
-                    continue
-                if best and seen[proposal.kinds] and proposal.step_time_s > FAR * self._read(best).step_time_s:
-                    continue
-                try:
-                    placement = self._placed(available, proposal.shares)
-                except InputError as error:
-                    refused = str(error)
-                    continue
-                if not self._read(placement).fits:
-                    refused = "the ledger of a stage exceeds its device's memory"
-                    if self._without(placement) and len(scopes) < MOST_SCOPES:
-                        scopes.append((available, market))  # search once more among what is left
-                    continue
-                seen[proposal.kinds] += 1
-                if best is None or self._read(placement).step_time_s < self._read(best).step_time_s:
-                    best = placement
-        if whole is None or best is None:
-            raise InputError(f"none of the plans can be placed: {refused}; give a memory_margin such as 0.05")
-        best = self._improved(best)
-        return whole, best, self._read(best)
-
-    def _without(self, placement: Placement) -> bool:
-        """Drops templates of which a stage exceeds its devices' memory; returns whether there were any left to drop."""
-        memory = iter(self._read(placement).memory)
-        full = {p.share.template for p in placement if not all(next(memory).fits for _ in p.share.template.stages)}
-        kept = [t not in full for t in self.family.templates]
-        self.family = self.family.chosen(kept)
-        return not all(kept)
-
-    def _scopes(self, counts: Mapping[str, int]) -> Iterator[tuple[dict[str, Kind], Market]]:
-        """All devices; then each kind alone in fewer nodes, for where what lies between nodes is slow."""
-        available = self._available(counts)
-        yield available, replace(self.market, counts=dict(counts))
-        gradients = max(float(price.gradient_bytes.sum()) for price in self.market.prices.values())
-        for name, kind in available.items():
-            nodes = [ranks for ranks in kind.nodes if ranks]
-            few = len(nodes) // 2
-            while few:
-                alone = {name: replace(kind, nodes=tuple(nodes[:few]))}
-                there = {k: alone[k].count if k in alone else 0 for k in counts}
-                fewer = synchroniser(replace(self.job, kinds=alone), gradients)
-                yield alone, replace(self.market, counts=there, synchronise_s=fewer)
-                few //= 2
-
-    def _placed(self, available: Mapping[str, Kind], plan: Sequence[Share]) -> Placement:
-        """The faster of two placements, where there is a choice."""
-        first = place_shares(available, plan)
-        if len(self.job.cluster.nodes) == 1 or all(len(s.template.stages) == 1 for s in plan):
-            return first
-        return min((first, place_shares(available, plan, together="stage")), key=lambda p: self._read(p).step_time_s)
-
-    def _improved(self, placement: Placement) -> Placement:
-        if len(self.job.cluster.nodes) == 1 or all(len(p.share.template.stages) == 1 for p in placement):
-            return placement
-        return improve(placement, lambda p: self._read(p).step_time_s, SWAPS)[0]
-
-    def _available(self, counts: Mapping[str, int]) -> dict[str, Kind]:
-        """Kinds with so many devices: the last ones are those that are not there."""
-        kinds = {}
-        for name, kind in self.job.kinds.items():
-            gone, nodes = kind.count - counts[name], []
-            for ranks in reversed(kind.nodes):
-                kept = ranks[: max(len(ranks) - gone, 0)]
-                gone -= len(ranks) - len(kept)
-                nodes.append(kept)
-            kinds[name] = replace(kind, nodes=tuple(reversed(nodes)))
-        return kinds
-
-    def _read(self, placement: Placement) -> Reading:
-        if placement not in self._readings:
-            self._readings[placement] = read(self.job, self.market, placement)
-        return self._readings[placement]
 
     def _energy_j(self, reading: Reading) -> dict[str, float]:
         """Energy of the devices used, by device name."""
@@ -340,8 +260,9 @@ class Allocator:
         nodes = {int(self.job.fabric.node_of[r]) for r in ranks}
         return self.job.cluster.host_power_w * len(nodes) * reading.step_time_s
 
-    def _worth(self, name: str, there: Mapping[str, int], placement: Placement, reading: Reading) -> Worth:
+    def _worth(self, name: str, there: Mapping[str, int], best: Planned) -> Worth:
         """Plans anew without one device of a kind, and without all of them."""
+        placement, reading = best.placement, best.reading
         kind = self.job.kinds[name]
         pairs = zip(reading.lanes, reading.busy_s, strict=True)
         busy = [(b, len(lane.rank_class.ranks)) for lane, b in pairs if _lane_kind(self.job, lane.rank_class.ranks) == name]
@@ -350,25 +271,25 @@ class Allocator:
         none = self._otherwise({**there, name: 0})
         energies = self._energy_j(reading)
         before = sum(energies.values()) + self._hosts_j(placement, reading)
-        after = sum(self._energy_j(none[1]).values()) + self._hosts_j(*none) if none else inf
+        after = sum(self._energy_j(none.reading).values()) + self._hosts_j(none.placement, none.reading) if none else inf
         return Worth(
             kind=name,
             devices=there[name],
             used=used,
             share=self._share(name, placement),
             busy=sum(b * n for b, n in busy) / used / reading.step_time_s if used else 0.0,
-            without_one_s=one[1].step_time_s if one else inf,
-            without_all_s=none[1].step_time_s if none else inf,
+            without_one_s=one.reading.step_time_s if one else inf,
+            without_all_s=none.reading.step_time_s if none else inf,
             energy_j=sum(energy.device_energy_j(kind.device, reading.step_time_s, b) * n for b, n in busy),
             energy_saved_j=before - after,
             cost_usd=used * energy.device_cost_usd(kind.device, reading.step_time_s),
         )
 
-    def _otherwise(self, counts: Mapping[str, int]) -> tuple[Placement, Reading] | None:
+    def _otherwise(self, counts: Mapping[str, int]) -> Planned | None:
         if not any(counts.values()):
             return None
         try:
-            return self._plan(counts)[1:]
+            return self.planning.best(counts)
         except InputError:
             return None
 
@@ -379,6 +300,27 @@ class Allocator:
             own = sum(s.end - s.start for s in p.share.template.stages if s.unit.kind == name)
             total += p.share.samples * own / self.market.layers
         return total / self.market.global_batch
+
+
+def _check_choices(zeros: Sequence[int], sequences: Sequence[bool]) -> None:
+    others = [zero for zero in zeros if zero not in ZEROS]
+    if others or not zeros:
+        given = ", ".join(map(str, others)) or "nothing"
+        raise UnsupportedError(
+            f"allocations know ZeRO stages 0 and 1, not {given}: stages 2 and 3 exchange in every micro-batch, of which replicas have "
+            "different numbers; st.plan knows them for equal replicas"
+        )
+    if not sequences:
+        raise InputError("sequences says whether tensor-parallel devices may split the sequence: give (False,), (True,) or both")
+
+
+def _check_work(job: Job) -> None:
+    """Refuses optimizers and mixtures of formats that do not fit the model."""
+    for kind in job.kinds.values():
+        for name in kind.precisions:
+            strategy = Strategy(precision=name, optimizer=job.optimizer)
+            refuse_optimizer(job.workload, strategy, (kind.device,))
+            refuse_mixtures(job.workload, precision_of(name), strategy)
 
 
 def _lane_kind(job: Job, ranks: Sequence[int]) -> str:

@@ -40,12 +40,12 @@ class _Shapes:
 def _shapes(market: Market, family: Family) -> _Shapes:
     single: dict[str, dict[int, list[int]]] = {kind: {} for kind in market.counts}
     mixed: dict[tuple[int, ...], list[int]] = {}
-    for i, template in enumerate(family.templates):
-        taken = tuple(template.devices(kind) for kind in market.counts)
-        if len(template.kinds) == 1:
-            single[template.kinds[0]].setdefault(sum(taken), []).append(i)
+    for i, need in enumerate(family.needs):
+        if len(need) == 1:
+            ((kind, taken),) = need.items()
+            single[kind].setdefault(taken, []).append(i)
         else:
-            mixed.setdefault(taken, []).append(i)
+            mixed.setdefault(tuple(need.get(kind, 0) for kind in market.counts), []).append(i)
     return _Shapes(single, mixed)
 
 
@@ -90,7 +90,7 @@ def _reaches(market: Market, family: Family, shapes: _Shapes, theta_s: float) ->
             best, picked = float(total[at]), (index, int(copies[at]))
     if best < market.global_batch:
         return None
-    taken = tuple(family.templates[picked[0]].devices(kind) * picked[1] if picked[1] else 0 for kind in market.counts)
+    taken = tuple(family.needs[picked[0]].get(kind, 0) * picked[1] if picked[1] else 0 for kind in market.counts)
     chosen: Chosen = [picked] if picked[1] else []
     for (_, choice), n, t in zip(sacks.values(), counts, taken, strict=True):
         chosen += _unpacked(choice, family, n - t)

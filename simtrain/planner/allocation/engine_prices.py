@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from simtrain.cost.collectives import collective, point_to_point
 from simtrain.planner.allocation.kinds import Kind
 from simtrain.planner.allocation.prices import LayerPrices, Market, Unit
 from simtrain.planner.allocation.stages import Cuts, Job
-from simtrain.step.buckets import gradient_bytes, reduced_bytes
+from simtrain.step.buckets import reduced_bytes
 from simtrain.step.instructions import chunk_costs
 from simtrain.step.layout import Lane
 from simtrain.step.ledger import ledger
@@ -21,17 +23,26 @@ from simtrain.step.schedules import Action, plan
 from simtrain.step.setting import Setting
 from simtrain.step.shard import rank_form, tied_parameter
 from simtrain.step.states import persistent
-from simtrain.step.synchronise import update_cost
+from simtrain.step.synchronise import update_cost, updated_bytes
 
 REPLICAS = 2
 """Replicas that a stage is priced with: more than one, so that it holds buckets and copies gradients into them."""
+
+MANY = 1 << 20
+"""Replicas that leave next to nothing to each of what they share."""
 
 COMMUNICATORS = 4
 """Communicators that a rank is assumed to hold in a mixed job: tensor, pipeline, gradients, and all ranks."""
 
 
 def market(
-    job: Job, global_batch: int, tensors: Sequence[int], micro_batches: Sequence[int], checkpoints: Sequence[str], memory_margin: float
+    job: Job,
+    global_batch: int,
+    tensors: Sequence[int],
+    micro_batches: Sequence[int],
+    checkpoints: Sequence[str],
+    memory_margin: float,
+    sequences: Sequence[bool] = (False, True),
 ) -> Market:
     """Prices every layer on every unit.
 
@@ -44,6 +55,7 @@ def market(
         micro_batches: Sizes to consider.
         checkpoints: Checkpointing to consider.
         memory_margin: Share of the memory that stays free.
+        sequences: Whether tensor-parallel devices may split the sequence too, and whether they may not.
 
     Raises:
         UnsupportedError: No unit can run the model; the message is that of the last refusal.
@@ -51,17 +63,12 @@ def market(
     cuts = _layer_cuts(job)
     prices: dict[tuple[Unit, int], LayerPrices] = {}
     refused: UnsupportedError | StrategyError | None = None
-    for kind in job.kinds.values():
-        for tensor in tensors:
-            if tensor > kind.per_node:
-                continue
-            for checkpoint in checkpoints:
-                for size in micro_batches:
-                    unit = Unit(kind.name, tensor, checkpoint)
-                    try:
-                        prices[unit, size] = _layer_prices(job, unit, size, cuts)
-                    except (UnsupportedError, StrategyError) as error:
-                        refused = error
+    for unit in _units(job, tensors, checkpoints, sequences):
+        for size in micro_batches:
+            try:
+                prices[unit, size] = _layer_prices(job, unit, size, cuts)
+            except (UnsupportedError, StrategyError) as error:
+                refused = error
     if not prices:
         raise UnsupportedError(f"no device can run {job.workload.name}: {refused}") from None
     gradients = max(float(price.gradient_bytes.sum()) for price in prices.values())
@@ -76,6 +83,24 @@ def market(
         most_stages=min(8, len(cuts)),
         memory_margin=memory_margin,
     )
+
+
+def _units(job: Job, tensors: Sequence[int], checkpoints: Sequence[str], sequences: Sequence[bool]) -> Iterator[Unit]:
+    """What a stage may run on and how: everything that goes into the nodes."""
+    for kind in job.kinds.values():
+        for tensor in (t for t in tensors if t <= kind.per_node):
+            splits = [s for s in sequences if not s or _goes_in_pieces(job, kind, tensor)] if tensor > 1 else [False]
+            for checkpoint, sequence, recipe in product(checkpoints, splits, kind.precisions):
+                yield Unit(kind.name, tensor, checkpoint, sequence, recipe if len(kind.precisions) > 1 else "")
+
+
+def _goes_in_pieces(job: Job, kind: Kind, tensor: int) -> bool:
+    """Whether a runtime that moves parts of a sequence in pieces has peer links between all devices of a stage."""
+    if not (kind.runtime.split_gathers or kind.runtime.scatter_pieces > 1):
+        return True
+    node = job.cluster.nodes[int(job.fabric.node_of[kind.nodes[0][0]])]
+    reach = (node.peer_group or len(node.devices)) if node.peer_link else 1
+    return reach % tensor == 0
 
 
 def _layer_cuts(job: Job) -> Cuts:
@@ -105,7 +130,7 @@ def _layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPr
             known[key] = _one(setting, job.lane(setting, chunk, groups), len(cuts), tied if chunk.last and not chunk.first else 0.0)
         columns.append(known[key][0])
         transient = max(transient, known[key][1])
-    device_f, host_f, device_b, host_b, least, update, gradient, fixed, kept = np.array(columns).T
+    device_f, host_f, device_b, host_b, least, update, gradient, fixed, kept, shared, shared_update, parameters = np.array(columns).T
     hosted = host_f.sum() + host_b.sum() > device_f.sum() + device_b.sum()  # the host sets the pace of the whole model
     runtime = kind.runtime
     outside = runtime.context_bytes + COMMUNICATORS * runtime.communicator_bytes
@@ -118,6 +143,9 @@ def _layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPr
         fixed_bytes=fixed,
         kept_bytes=kept,
         spare_bytes=(kind.device.memory.capacity_bytes - outside) / max(runtime.reserved_factor, 1.0) - transient,
+        shared_bytes=shared,
+        shared_update_s=shared_update,
+        parameter_bytes=parameters,
     )
 
 
@@ -133,6 +161,8 @@ def _one(setting: Setting, lane: Lane, layers: int, tied: float) -> tuple[FloatA
     # the first stage of a longer pipeline keeps one more micro-batch in flight
     peaks = [ledger(setting, lane, plan("1f1b", stages, 1, 4)).peak_bytes for stages in ((2, 3) if layers > 1 else (1, 1))]
     kept = peaks[1] - peaks[0] if layers > 1 else 0.0
+    shared = replace(setting, strategy=setting.strategy.with_(zero=1, data=MANY))
+    weights = sum(updated_bytes(layer, setting, expert=expert) for layer in lane.chunks[0].workload for expert in (False, True))
     column = np.array(
         [
             *(sum(s.cost.device_s for s in forward), sum(s.cost.host_s for s in forward)),
@@ -142,15 +172,23 @@ def _one(setting: Setting, lane: Lane, layers: int, tied: float) -> tuple[FloatA
             held,
             states if layers > 1 else peaks[0],
             kept,
+            states - float(persistent(shared, lane).sum()),
+            update_cost(setting, lane).device_s - update_cost(shared, lane).device_s,
+            weights - tied * parameter_share(setting),
         ]
     )
     return column, max(peaks[0] - 2 * kept - states, 0.0) if layers > 1 else 0.0
 
 
 def tied_bytes(job: Job, setting: Setting) -> float:
-    """Gradient bytes on a device of the weight that both ends of a pipeline hold; 0 where there is none."""
+    """Gradient bytes on a device of the weight that both ends of a pipeline hold, as replicas reduce them; 0 where there is none."""
     parameter = tied_parameter(job.workload, rank_form(job.workload, setting.strategy, setting.runtime, setting.devices))
-    return parameter.elements * gradient_bytes(setting.precision, setting.runtime) if parameter else 0.0
+    return parameter.elements * reduced_bytes(setting.precision, setting.runtime) if parameter else 0.0
+
+
+def parameter_share(setting: Setting) -> float:
+    """Bytes of an updated parameter as it is gathered, over those of its gradient as it is reduced, where no narrow form is."""
+    return setting.precision.parameter.size_bytes / reduced_bytes(setting.precision, setting.runtime)
 
 
 def _groups(kind: Kind, tensor: int) -> list[tuple[int, ...]]:
@@ -167,11 +205,12 @@ def _sender(job: Job, cuts: Cuts) -> Callable[[Unit, Unit, int, bool], float]:
         key = (a, b, micro_batch, together)
         if key not in known:
             setting = job.setting(a, micro_batch, 1, 2, 1)
+            parts = max(a.tensor, b.tensor) if a.sequence or b.sequence else 1
             sizes = [
                 layers[end - 1].cut(micro_batch, job.workload.sequence) * setting.precision.dtype(layers[end - 1].cut_role).size_bytes
                 for _, end in cuts[:-1]
             ]
-            known[key] = _between(job, a, b, max(sizes, default=0.0), together=together)
+            known[key] = _between(job, a, b, max(sizes, default=0.0) / parts, together=together)
         return known[key]
 
     return send_s
@@ -195,6 +234,15 @@ def transfer_pairs(source: Sequence[int], target: Sequence[int]) -> list[tuple[i
     """Who sends to whom between two tensor-parallel groups: every rank of the wider one takes part."""
     n = max(len(source), len(target))
     return [(source[i * len(source) // n], target[i * len(target) // n]) for i in range(n)]
+
+
+def sharing_factor(job: Job) -> float:
+    """Time to exchange gradients and updated parameters where replicas share the optimizer's states, over that of reducing gradients."""
+    parts = [
+        (0.5 if kind.runtime.scatter_gradients else 1.0) + 0.5 * parameter_share(job.setting(Unit(kind.name, 1), 1, 1, 1, REPLICAS))
+        for kind in job.kinds.values()
+    ]
+    return max(parts)
 
 
 def synchroniser(job: Job, whole_bytes: float) -> Callable[[float, int, frozenset[str]], float]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from simtrain.core.errors import UnsupportedError
+from simtrain.core.errors import InputError, UnsupportedError
 from simtrain.core.hardware import Cluster, Device
 from simtrain.core.precision import DType, precision
 from simtrain.core.runtime import Runtime
 from simtrain.core.runtimes import runtime as find_runtime
+from simtrain.step.buckets import reduced_bytes
 from simtrain.step.narrow_check import check_format
 
 SIXTEEN_BIT = (("bf16-amp", DType.BF16), ("fp16-amp", DType.FP16))
@@ -28,14 +30,19 @@ class Kind:
         device: What they are.
         nodes: Ranks of this kind in each node.
         runtime: What carries work out on them.
-        precision: Recipe that they run.
+        precisions: Recipes that its stages may run; each stage takes the one with which it is faster.
     """
 
     name: str
     device: Device
     nodes: tuple[tuple[int, ...], ...]
     runtime: Runtime
-    precision: str
+    precisions: tuple[str, ...]
+
+    @property
+    def precision(self) -> str:
+        """The recipe of a stage that names none."""
+        return self.precisions[0]
 
     @property
     def count(self) -> int:
@@ -48,18 +55,20 @@ class Kind:
         return max(map(len, self.nodes))
 
 
-def kinds_of(cluster: Cluster, runtime: Runtime | str | None, recipe: str | None) -> tuple[Kind, ...]:
+def kinds_of(cluster: Cluster, runtime: Runtime | str | None, recipes: str | Sequence[str] | None) -> tuple[Kind, ...]:
     """Sorts the devices of a cluster into kinds.
 
     Args:
         cluster: Whose devices.
         runtime: What carries work out; by default eager PyTorch, on CPUs that of CPUs.
-        recipe: Precision; by default the first 16-bit recipe that all devices of its class have, else the first that it has, else
-            fp32.
+        recipes: Precision, or several among which every stage may choose, as far as its device has them; by default the first 16-bit
+            recipe that all devices of its class have, else the first that it has, else fp32.
 
     Raises:
-        UnsupportedError: A device lacks the arithmetic of the recipe, or CPUs are mixed with accelerators.
+        UnsupportedError: A device lacks the arithmetic of all recipes, or CPUs are mixed with accelerators.
+        InputError: Recipes under which replicas would hold gradients or weights in different formats.
     """
+    asked = (recipes,) if isinstance(recipes, str) else tuple(dict.fromkeys(recipes or ()))
     on_cpu = {d.device_class == "cpu" for d in cluster.devices}
     if len(on_cpu) > 1:
         raise UnsupportedError(f"{cluster.name}: CPUs and accelerators in one job are not modelled: leave the CPUs out")
@@ -81,12 +90,44 @@ def kinds_of(cluster: Cluster, runtime: Runtime | str | None, recipe: str | None
     for i, (key, nodes) in enumerate(found.items()):
         device = devices[str(key[0])]
         alike = tuple(d for d in devices.values() if d.device_class == device.device_class)
-        own = recipe or _common(alike) or _common((device,)) or "fp32"
-        device.peak(precision(own).arithmetic)
-        check_format(device, precision(own))
+        own = _able(device, asked) if asked else (_common(alike) or _common((device,)) or "fp32",)
         number = f"#{names[: i + 1].count(names[i])}" if names.count(names[i]) > 1 else ""
         made.append(Kind(f"{device.name}{number}", device, tuple(nodes), framework, own))
+    _refuse_sums(made)
     return tuple(made)
+
+
+def _able(device: Device, recipes: Sequence[str]) -> tuple[str, ...]:
+    """Those of the recipes that a device can run."""
+    able: list[str] = []
+    refused: UnsupportedError | None = None
+    for name in recipes:
+        try:
+            device.peak(precision(name).arithmetic)
+            check_format(device, precision(name))
+        except UnsupportedError as error:
+            refused = error
+        else:
+            able.append(name)
+    if not able and refused is not None:
+        raise refused
+    return tuple(able)
+
+
+def _refuse_sums(kinds: Sequence[Kind]) -> None:
+    """Refuses a choice of recipes under which replicas would have to sum gradients of one layer in different formats."""
+    formats = {
+        name: (recipe.parameter, recipe.master, reduced_bytes(recipe, k.runtime))
+        for k in kinds
+        for name, recipe in ((n, precision(n)) for n in k.precisions)
+    }
+    first, *rest = formats
+    for other in rest if any(len(k.precisions) > 1 for k in kinds) else ():
+        if formats[other] != formats[first]:
+            raise InputError(
+                f"stages in {first} and {other} hold weights or gradients in different formats, which replicas cannot sum: choose among "
+                "recipes that store them alike, such as bf16-master and fp8"
+            )
 
 
 def _common(devices: tuple[Device, ...]) -> str | None:
@@ -115,7 +156,7 @@ def carrier(kinds: tuple[Kind, ...], *, uneven: bool) -> Carrier:
     """
     devices = {k.device.name: k.device for k in kinds}
     vendors = {d.vendor.lower() for d in devices.values()}
-    recipes = {k.precision for k in kinds}
+    recipes = {" or ".join(k.precisions) for k in kinds}
     names = " and ".join(sorted(devices))
     if len(devices) == 1:
         only = next(iter(devices.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -24,11 +24,20 @@ class Unit(NamedTuple):
         kind: Device type, as the question names it.
         tensor: Devices.
         checkpoint: Activation checkpointing.
+        sequence: Whether its devices split what lies between their products along the sequence, too.
+        precision: Recipe; "" for that of the device type.
     """
 
     kind: str
     tensor: int
     checkpoint: str = "none"
+    sequence: bool = False
+    precision: str = ""
+
+    @property
+    def shape(self) -> tuple[str, int, bool]:
+        """What is decided before a pipeline is cut; checkpointing and precision are chosen stage by stage."""
+        return self.kind, self.tensor, self.sequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +53,9 @@ class LayerPrices:
         fixed_bytes: Persistent memory on each device.
         kept_bytes: What a micro-batch in flight keeps on each device.
         spare_bytes: Memory of a device for all that.
+        shared_bytes: Part of the persistent memory that replicas share under ZeRO stage 1.
+        shared_update_s: Part of the optimizer's time that they share.
+        parameter_bytes: Updated parameters on each device, which they gather.
     """
 
     forward_s: FloatArray
@@ -54,6 +66,15 @@ class LayerPrices:
     fixed_bytes: FloatArray
     kept_bytes: FloatArray
     spare_bytes: float
+    shared_bytes: FloatArray | float = 0.0
+    shared_update_s: FloatArray | float = 0.0
+    parameter_bytes: FloatArray | float = 0.0
+
+    def shared(self, replicas: int) -> LayerPrices:
+        """The same where so many replicas share the optimizer's states."""
+        gone = 1 - 1 / replicas
+        fixed, update = self.fixed_bytes - gone * self.shared_bytes, self.update_s - gone * self.shared_update_s
+        return replace(self, fixed_bytes=fixed, update_s=update)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +95,7 @@ class Market:
         memory_margin: Share of the memory that stays free.
         known: Sums over ranges of layers that were asked for before.
         known_sends: Transfers that were.
+        known_room: What fits where.
     """
 
     counts: Mapping[str, int]
@@ -87,6 +109,7 @@ class Market:
     memory_margin: float = 0.0
     known: dict[object, FloatArray] = field(default_factory=dict, repr=False)
     known_sends: dict[object, tuple[float, ...]] = field(default_factory=dict, repr=False)
+    known_room: dict[object, tuple[bytes, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.global_batch < 1:
@@ -103,21 +126,32 @@ class Market:
     def units(self) -> tuple[Unit, ...]:
         """Units that have a price, in order of kinds."""
         order = list(dict.fromkeys([*self.counts, *(unit.kind for unit, _ in self.prices)]))
-        return tuple(sorted({unit for unit, _ in self.prices}, key=lambda u: (order.index(u.kind), u.tensor)))
+        return tuple(sorted({unit for unit, _ in self.prices}, key=lambda u: (order.index(u.kind), *u[1:])))
+
+    def shared(self, replicas: int, factor: float) -> Market:
+        """The same under ZeRO stage 1.
+
+        Args:
+            replicas: How many share the optimizer's states at least; with fewer of them memory would not suffice for all that fits here.
+            factor: Time to scatter gradients and gather parameters, over that of reducing gradients.
+        """
+        prices = {key: price.shared(replicas) for key, price in self.prices.items()}
+        whole = self.synchronise_s
+        return replace(self, prices=prices, synchronise_s=lambda *held: factor * whole(*held), known={}, known_room={})
 
     @cached_property
-    def _variants(self) -> dict[tuple[str, int, int], tuple[Unit, ...]]:
-        found: dict[tuple[str, int, int], tuple[Unit, ...]] = {}
+    def _variants(self) -> dict[tuple[tuple[str, int, bool], int], tuple[Unit, ...]]:
+        found: dict[tuple[tuple[str, int, bool], int], tuple[Unit, ...]] = {}
         for unit in self.units:
             for size in self.micro_batches:
                 if (unit, size) in self.prices:
-                    key = (unit.kind, unit.tensor, size)
+                    key = (unit.shape, size)
                     found[key] = (*found.get(key, ()), unit)
         return found
 
     def variants(self, unit: Unit, micro_batch: int) -> tuple[Unit, ...]:
-        """The same devices with every checkpointing that has a price."""
-        return self._variants.get((unit.kind, unit.tensor, micro_batch), ())
+        """The same devices with every checkpointing and precision that has a price."""
+        return self._variants.get((unit.shape, micro_batch), ())
 
     @cached_property
     def micro_batches(self) -> tuple[int, ...]:
@@ -196,9 +230,10 @@ class StageUse:
     end: int
 
     def __str__(self) -> str:
-        width = f" x{self.unit.tensor}" if self.unit.tensor > 1 else ""
+        width = f" x{self.unit.tensor}{' of a sequence' * self.unit.sequence}" if self.unit.tensor > 1 else ""
         kept = f" {self.unit.checkpoint} checkpoint" if self.unit.checkpoint != "none" else ""
-        return f"{self.unit.kind}{width}[{self.start}:{self.end}]{kept}"
+        recipe = f" {self.unit.precision}" if self.unit.precision else ""
+        return f"{self.unit.kind}{width}[{self.start}:{self.end}]{recipe}{kept}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """An allocation as the engine's own program: a lane for every stage of every template, read like any other step.
 
-Replicas run their pipelines one forward, one backward; gradients are reduced (`reduction`), then every stage updates.
+Replicas run their pipelines one forward, one backward; gradients are reduced (`reduction`), then every stage updates. Where replicas share
+the optimizer's states, the next step's first passes wait for the parameters that they gather.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from simtrain.cost.collectives import CollectiveCost, point_to_point
 from simtrain.planner.allocation.engine_prices import COMMUNICATORS, transfer_pairs
 from simtrain.planner.allocation.place import PlacedShare, Placement
 from simtrain.planner.allocation.prices import Market
-from simtrain.planner.allocation.reduction import reduction
+from simtrain.planner.allocation.reduction import gathering, reduction
 from simtrain.planner.allocation.stages import Job
 from simtrain.step.breakdown import breakdown, busy_s
 from simtrain.step.buckets import gradient_buckets, gradient_bytes
@@ -66,7 +67,7 @@ class Reading:
         lanes: Who.
         memory: Of each lane.
         events: One steady step.
-        synchronise_s: Reduction of gradients alone.
+        synchronise_s: Reduction of gradients alone, and gathering of parameters where replicas share the optimizer's states.
     """
 
     step_time_s: float
@@ -106,8 +107,8 @@ def read(job: Job, market: Market, placement: Placement) -> Reading:
     """Has the engine read an allocation: longest path through its program, in the steady state."""
     lines = lines_of(job, placement)
     lanes = tuple(lane for line in lines for lane in line.lanes)
-    exchanged = reduction(job, market, placement)
-    program = build(job, lines, exchanged)
+    exchanged, gathered = reduction(job, market, placement), gathering(job, market, placement)
+    program = build(job, lines, exchanged, gathered)
     share = max(line.settings[0].runtime.communication_share for line in lines)
     steady, _ = contended_state(program, share)
     slowest = slowest_class(program, steady.start_s, steady.end_s)
@@ -119,7 +120,7 @@ def read(job: Job, market: Market, placement: Placement) -> Reading:
         lanes,
         tuple(memory for line in lines for memory in memories(line)),
         trace_events(program, steady.start_s - offset, steady.end_s - offset, steady.period_s),
-        exchanged.time_s,
+        exchanged.time_s + gathered.time_s,
     )
 
 
@@ -132,8 +133,15 @@ def memories(line: Line) -> list[MemoryReport]:
     return found
 
 
-def build(job: Job, lines: Sequence[Line], exchanged: CollectiveCost) -> Program:
-    """Lowers an allocation to a program."""
+def build(job: Job, lines: Sequence[Line], exchanged: CollectiveCost, gathered: CollectiveCost | None = None) -> Program:
+    """Lowers an allocation to a program.
+
+    Args:
+        job: What is trained.
+        lines: Its replicas.
+        exchanged: Reduction of their gradients.
+        gathered: Gathering of updated parameters.
+    """
     settings = [setting for line in lines for setting in line.settings]
     lanes = [lane for line in lines for lane in line.lanes]
     build_ = Builder(settings[0].runtime, tuple(lane.rank_class for lane in lanes), any(s.precision.loss_scaling for s in settings))
@@ -141,10 +149,11 @@ def build(job: Job, lines: Sequence[Line], exchanged: CollectiveCost) -> Program
     levels = np.concatenate([line.order.level for line in lines])
     last: list[list[int]] = []
     made: list[dict[int, int]] = []
+    opened: dict[int, int] = {}
     first = 0
     for line in lines:
         made.append({})
-        last.append(_pipeline(job, build_, line, first, made[-1]))
+        last.append(_pipeline(job, build_, line, first, made[-1], opened))
         first += len(line.order)
     build_.begin(len(levels))  # what follows all pipelines
     for line, own in zip(lines, last, strict=True):
@@ -155,17 +164,22 @@ def build(job: Job, lines: Sequence[Line], exchanged: CollectiveCost) -> Program
         done = []
         for cost, waits in _parts(lines, exchanged, last, made):
             done.append(build_.transfer(TermKind.COLLECTIVE, stream, "reduce gradients, weighted", cost, waits or ends))
+    updates = []
     for setting, lane in zip(settings, lanes, strict=True):
         if setting.reduces:
             _restore(build_, setting, lane, done)
-        build_.work(lane.index, TermKind.OPTIMIZER, "optimizer", update_cost(setting, lane), -1, done, sync=True)
+        updates.append(build_.work(lane.index, TermKind.OPTIMIZER, "optimizer", update_cost(setting, lane), -1, done, sync=True))
+    if gathered is not None and (gathered.loads or gathered.latency_s):
+        stream = build_.stream(range(len(lanes)), "communication")
+        term = build_.transfer(TermKind.COLLECTIVE, stream, "gather parameters", gathered, updates)
+        build_.carries += [(term, begun, 0.0) for begun in opened.values()]
     return build_.finish(np.append(levels, levels.max() + 1))[0]
 
 
-def _pipeline(job: Job, build_: Builder, line: Line, first: int, made: dict[int, int]) -> list[int]:
+def _pipeline(job: Job, build_: Builder, line: Line, first: int, made: dict[int, int], opened: dict[int, int]) -> list[int]:
     """Passes and sends of equal replicas, their instructions being numbered from `first`; returns the last term of each stage.
 
-    Where a replica is one stage, `made` gets the term that ends the gradients of each layer.
+    `opened` gets the first term of each lane; where a replica is one stage, `made` gets the term that ends the gradients of each layer.
     """
     order = line.order
     costs = [chunk_costs(setting, lane, lane.chunks[0]) for setting, lane in zip(line.settings, line.lanes, strict=True)]
@@ -184,12 +198,14 @@ def _pipeline(job: Job, build_: Builder, line: Line, first: int, made: dict[int,
         if order.stages == 1:  # pass by pass, as the host may be so many kernels ahead and no more
             for step in steps:
                 last[s] = build_.work(lane.index, TERM_KINDS[step.which.mode], label, step.cost, micro_batch)
+                opened.setdefault(lane.index, last[s])
                 if step.last and step.ends_gradients:
                     made[step.which.layer] = last[s]
             continue
         if (s, id(steps)) not in known:  # the costs keep the lists
             known[s, id(steps)] = chain([step.cost for step in steps])
         last[s] = build_.work(lane.index, TERM_KINDS[steps[-1].which.mode], label, known[s, id(steps)], micro_batch, waits)
+        opened.setdefault(lane.index, last[s])
         for target in targets[i]:
             to = int(order.rank[target])
             stream = build_.stream((lane.index,), f"send {label}")
@@ -243,6 +259,9 @@ def _send(job: Job, line: Line, source: int, target: int) -> CollectiveCost:
     held = lane.chunks[0].concrete
     edge = held[-1].layer if target > source else held[0].before
     size = crossing_bytes(line.settings[source], edge, lane, forward=target > source)
+    widths = [line.settings[s].strategy.tensor for s in (source, target)]
+    if any(line.settings[s].strategy.sequence_parallel for s in (source, target)):
+        size *= widths[0] / max(widths)  # each rank has a part of the sequence, of which it sends each of its partners theirs
     slowest = CollectiveCost("none", 0.0, {})
     domain = job.fabric.domain_of
     pairs = [pair for copy in line.placed.copies for pair in transfer_pairs(copy[source], copy[target])]

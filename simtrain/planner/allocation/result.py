@@ -56,14 +56,15 @@ class Allocation:
         bound_s: What no allocation can beat.
         placement: Replicas with their ranks.
         breakdown_s: Of the slowest stage; sums to the step time.
-        synchronise_s: Reduction of gradients alone.
+        synchronise_s: Reduction of gradients alone, and gathering of parameters where replicas share the optimizer's states.
         memory: Of every stage of every group of replicas.
         energy_j: Of a step, devices used and their hosts.
         cost_usd: Of a step, devices used.
         worth: What each kind adds; empty where that was not asked for.
         left_out: Devices that the plan leaves idle, by kind.
         carrier: What could carry it out.
-        precisions: Recipe of each kind.
+        precisions: Recipe of each kind, for stages that name none.
+        zero: 1 where replicas share the optimizer's states (ZeRO stage 1), else 0.
         templates: How many templates the search looked at.
         elapsed_s: How long it took.
         assumptions: What was assumed or left out, in words.
@@ -87,6 +88,7 @@ class Allocation:
     precisions: Mapping[str, str]
     templates: int
     elapsed_s: float
+    zero: int = 0
     assumptions: tuple[str, ...] = ()
     events: tuple[TraceEvent, ...] = field(default=(), repr=False)
 
@@ -116,10 +118,11 @@ class Allocation:
                         "device": stage.unit.kind,
                         "devices": stage.unit.tensor * share.copies,
                         "tensor": stage.unit.tensor,
+                        "sequence_parallel": stage.unit.sequence,
                         "first_layer": stage.start,
                         "layers": stage.end - stage.start,
                         "checkpoint": stage.unit.checkpoint,
-                        "precision": self.precisions[stage.unit.kind],
+                        "precision": stage.unit.precision or self.precisions[stage.unit.kind],
                         "micro_batch": template.micro_batch,
                         "micro_batches": share.micro_batches,
                         "batch_share": share.samples / self.global_batch,
@@ -149,7 +152,7 @@ class Allocation:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON; timelines are left out."""
         plain = ("workload", "cluster", "global_batch", "step_time_s", "samples_per_s", "bound_s", "gap", "synchronise_s")
-        more = ("energy_j", "cost_usd", "templates", "elapsed_s", "assumptions")
+        more = ("energy_j", "cost_usd", "zero", "templates", "elapsed_s", "assumptions")
         data = {name: getattr(self, name) for name in (*plain, *more)}
         data["breakdown_s"], data["left_out"] = dict(self.breakdown_s), dict(self.left_out)
         data["executable"], data["carrier"] = self.carrier.executable, self.carrier.reason
@@ -164,6 +167,7 @@ class Allocation:
             f"{self.samples_per_s:.4g} samples/s",
             f"no allocation is faster than {format_time(self.bound_s)} (gap {self.gap:.0%})",
             *(f"  {p.share.copies} x ({p.share.template}), {p.share.micro_batches} micro-batches each" for p in self.placement),
+            *["  optimizer states shared by the replicas (ZeRO stage 1)"] * (self.zero > 0),
             *(f"  left out: {n} x {kind}" for kind, n in self.left_out.items() if n),
             f"{'executable' if self.carrier.executable else 'hypothetical'}: {self.carrier.reason}",
             f"memory at most {max(m.device_bytes / m.capacity_bytes for m in self.memory):.0%} of a device "

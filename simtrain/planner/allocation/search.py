@@ -76,7 +76,7 @@ def search(market: Market, templates: Family | None = None) -> Found:
         NothingFitsError: The message says which layer is in the way, if one is.
     """
     known = family(market) if templates is None else templates
-    known = known.chosen([all(t.devices(k) <= market.counts.get(k, 0) for k in t.kinds) for t in known.templates])
+    known = known.chosen([all(n <= market.counts.get(k, 0) for k, n in need.items()) for need in known.needs])
     if not known.templates:
         raise NothingFitsError(_nothing_fits(market))
     bound = layer_bound_s(market)
@@ -85,7 +85,7 @@ def search(market: Market, templates: Family | None = None) -> Found:
     for size in range(len(present), 0, -1):
         for kinds in combinations(present, size):
             part = replace(market, counts={k: market.counts[k] for k in kinds})
-            own = known.chosen([set(t.kinds) <= set(kinds) for t in known.templates])
+            own = known.chosen([need.keys() <= set(kinds) for need in known.needs])
             fastest = min((p.step_time_s for p in proposals), default=np.inf)
             # a part is searched as if alone, since what is estimated of others may be wrong, but not where it cannot be faster
             if own.templates and layer_bound_s(part) < fastest:

@@ -43,6 +43,19 @@ def splits(market: Market, units: Sequence[Unit], micro_batch: int, caps: FloatA
     return found
 
 
+def room(market: Market, units: Sequence[Unit], micro_batch: int) -> tuple[tuple[bytes, ...], ...]:
+    """Which ranges of layers fit on each stage, with each checkpointing and precision: where nothing else differs, equal cuts follow."""
+    return tuple(_room(market, unit, micro_batch, len(units) - s) for s, unit in enumerate(units))
+
+
+def _room(market: Market, unit: Unit, micro_batch: int, in_flight: int) -> tuple[bytes, ...]:
+    key = (unit.shape, micro_batch, in_flight)
+    if key not in market.known_room:
+        costs = (_fitting(market, v, micro_batch, in_flight) for v in market.variants(unit, micro_batch))
+        market.known_room[key] = tuple(np.packbits(np.isfinite(cost)).tobytes() for cost in costs)
+    return market.known_room[key]
+
+
 def load_bytes(market: Market, template: Template) -> float:
     """Most gradient bytes on a device of a replica."""
     return max(float(market.gradients(s.unit, template.micro_batch)[s.start, s.end - 1]) for s in template.stages)
@@ -51,7 +64,7 @@ def load_bytes(market: Market, template: Template) -> float:
 def stage_costs(market: Market, units: Sequence[Unit], stage: int, micro_batch: int) -> FloatArray:
     """What a micro-batch takes a stage, transfers that it waits for included, for every range of layers; infinite where it does not fit."""
     unit = units[stage]
-    key = ("fitting", unit[:2], micro_batch, len(units) - stage)
+    key = ("fitting", unit.shape, micro_batch, len(units) - stage)
     if key not in market.known:
         variants = market.variants(unit, micro_batch)
         market.known[key] = np.min([_fitting(market, v, micro_batch, len(units) - stage) for v in variants], axis=0)
@@ -59,7 +72,7 @@ def stage_costs(market: Market, units: Sequence[Unit], stage: int, micro_batch: 
 
 
 def _fitting(market: Market, unit: Unit, micro_batch: int, in_flight: int) -> FloatArray:
-    """Times of one kind of checkpointing, infinite where memory does not suffice."""
+    """Times of one kind of checkpointing and precision, infinite where memory does not suffice."""
     key = ("variant", unit, micro_batch, in_flight)
     if key not in market.known:
         fits = market.memory_bytes(unit, micro_batch, in_flight) <= market.spare_bytes(unit, micro_batch)

@@ -16,6 +16,8 @@ from simtrain.planner.allocation.kinds import Kind
 from simtrain.planner.allocation.prices import Unit
 from simtrain.step.costs import Place
 from simtrain.step.layout import Lane
+from simtrain.step.mixed import split_formats
+from simtrain.step.narrow_check import settle
 from simtrain.step.network import Wire, place
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, chunks, rank_form
@@ -33,6 +35,7 @@ class Job:
         fabric: Its routes.
         kinds: Kinds of devices, by name.
         optimizer: Which one.
+        zero: 1 where replicas share the optimizer's states (ZeRO stage 1), else 0.
     """
 
     workload: Workload
@@ -40,26 +43,31 @@ class Job:
     fabric: Fabric
     kinds: Mapping[str, Kind]
     optimizer: str
+    zero: int = 0
 
     def setting(self, unit: Unit, micro_batch: int, micro_batches: int, stages: int, replicas: int) -> Setting:
         """The setting of a stage, as if the whole job were like it."""
         kind = self.kinds[unit.kind]
+        recipe = unit.precision or kind.precision
         strategy = Strategy(
             data=replicas,
             micro_batch=micro_batch,
             accumulation=micro_batches,
-            precision=kind.precision,
+            precision=recipe,
             optimizer=self.optimizer,
             checkpoint=unit.checkpoint,
+            zero=self.zero,
             tensor=unit.tensor,
+            sequence_parallel=unit.sequence,
             pipeline=stages,
         )
         devices = (kind.device,) * unit.tensor
-        return Setting(self.workload, self.cluster, strategy, precision(kind.precision), kind.runtime, devices)
+        formats = settle(precision(recipe), self.workload, strategy, devices, kind.runtime)
+        return Setting(self.workload, self.cluster, strategy, formats, kind.runtime, devices)
 
     def pieces(self, setting: Setting, cuts: Cuts) -> tuple[Chunk, ...]:
         """The layers of every stage, as a rank of this setting runs them."""
-        local = rank_form(self.workload, setting.strategy, setting.runtime, setting.devices)
+        local = split_formats(rank_form(self.workload, setting.strategy, setting.runtime, setting.devices), setting.precision)
         return chunks(local, cuts, setting.precision, setting.runtime, selective=inside_blocks(setting.strategy.checkpoint))
 
     def lane(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from simtrain.core import catalog
 from simtrain.core.errors import InputError
@@ -23,8 +23,11 @@ from simtrain.planner.found import Failure, Plan
 from simtrain.planner.objectives import OBJECTIVES, PRICED, Judge, Limits, Objective, Weights, check_degrees, weights_of
 from simtrain.planner.robust import FINALISTS, ModelError, check_robust, order, outlooks, settled
 from simtrain.planner.rounds import PATIENCE_S, Search
-from simtrain.planner.space import Candidate, Wishes, blocks, check_fixed, default_runtimes, merged
+from simtrain.planner.space import Block, Candidate, Wishes, blocks, check_fixed, default_runtimes, merged
 from simtrain.planner.why import feasible, near_limits, why
+
+
+T = TypeVar("T")
 
 
 def plan(
@@ -87,24 +90,28 @@ def plan(
     _check_prices(machines, judge, kept_to)
     check_robust(robust, judge.objectives[0], jitter)
     wishes = Wishes(
-        precisions=None if precisions is None else tuple(precisions),
-        checkpoints=None if checkpoints is None else tuple(checkpoints),
-        zeros=None if zeros is None else tuple(zeros),
-        optimizer=optimizer,
+        *(_listed(precisions), _listed(checkpoints), _listed(zeros), optimizer),
         devices=machines.size if devices is None else devices,
         fixed=check_fixed(fixed or {}),
         customary=runtime is None,
     )
     batches = (global_batch,) if isinstance(global_batch, int) else tuple(global_batch)
-    if not batches:
-        raise InputError("give at least one global batch")
-    check_degrees(wishes.fixed, wishes.devices, batches)
     frameworks = default_runtimes(machines, work) if runtime is None else _runtimes(runtime)
-    space = merged([block for batch in batches for block in blocks(work, machines, batch, frameworks, wishes)[0]])
+    space = _space(work, machines, batches, frameworks, wishes)
     found = Search(work, machines, space, judge, kept_to, progress, patience_s).run(batches[0])
     if robust and found.best is not None:
         found = _robust(found, work, machines, frameworks, robust, errors, jitter)
     return _explained(found, work, machines, frameworks, kept_to) if explain else found
+
+
+def _space(
+    workload: Workload, cluster: Cluster, batches: Sequence[int], frameworks: Sequence[Runtime], wishes: Wishes
+) -> tuple[Block, ...]:
+    """What is searched: the blocks of all global batches."""
+    if not batches:
+        raise InputError("give at least one global batch")
+    check_degrees(wishes.fixed, wishes.devices, batches)
+    return merged([block for batch in batches for block in blocks(workload, cluster, batch, frameworks, wishes)[0]])
 
 
 def _explained(found: Plan, workload: Workload, cluster: Cluster, frameworks: Sequence[Runtime], limits: Limits) -> Plan:
@@ -138,6 +145,10 @@ def _check_prices(cluster: Cluster, judge: Judge, limits: Limits) -> None:
     unpriced = sorted({d.name for d in cluster.devices if d.price_usd_per_hour <= 0})
     if unpriced and (limits.budget_usd or any(o in PRICED for o in judge.objectives)):
         raise InputError(f"no price is known of {', '.join(unpriced)}: plan for throughput or energy, or give a device file with a price")
+
+
+def _listed(choices: Sequence[T] | None) -> tuple[T, ...] | None:
+    return None if choices is None else tuple(choices)
 
 
 def _runtimes(given: Runtime | str | Sequence[Runtime | str]) -> tuple[Runtime, ...]:

@@ -28,7 +28,7 @@ from simtrain.step.schedules import Action
 from simtrain.step.setting import Setting
 from simtrain.step.shard import REST
 from simtrain.step.states import gathered_elements
-from simtrain.step.synchronise import update_cost
+from simtrain.step.synchronise import sum_tied, update_cost
 
 Visit = tuple[int, int]
 """A chunk and a layer in it, or `REST`."""
@@ -234,9 +234,11 @@ class FullySharded:
             self._add(lanes)
             self._reduce_late(lanes)
         updates = []
-        everyone = [*self.reduced.values(), *last]
+        reduced = {stage: [term] for stage, term in self.reduced.items()}
+        tied = sum_tied(self.layout, self.build, [[last[lane.index], *reduced.get(lane.stage, [])] for lane in self.layout.lanes])
+        everyone = [*self.reduced.values(), *last, *(term for terms in tied.values() for term in terms)]
         for lane in self.layout.lanes:
-            own = [self.reduced[lane.stage]] if lane.stage in self.reduced else []
+            own = [*reduced.get(lane.stage, []), *tied.get(lane.stage, [])]
             waits = everyone if self.setting.runtime.global_norm else own
             if self.host:
                 updates.append(self.host.update(lane, [*waits, last[lane.index]]))

@@ -123,9 +123,7 @@ def assemble(
     samples_per_s = strategy.global_batch / step_time_s
     busy = busy_by_rank if busy_by_rank is not None else [busy_s.get("compute", 0.0)] * len(devices)
     energy_j = sum(energy.device_energy_j(d, step_time_s, b) for d, b in zip(devices, busy, strict=True))
-    nodes_used = _nodes_used(setting)
-    energy_j += setting.cluster.host_power_w * nodes_used * step_time_s
-    moved = [*shortage(host_memory(layout)), *offload_notes(setting, busy_s)]
+    energy_j += setting.cluster.host_power_w * _nodes_used(setting) * step_time_s
     return Result(
         workload=workload.name,
         cluster=setting.cluster.name,
@@ -148,18 +146,17 @@ def assemble(
         power_w=energy_j / step_time_s,
         cost_usd=sum(energy.device_cost_usd(d, step_time_s) for d in devices),
         bound_by=max(breakdown_s, key=lambda k: breakdown_s[k]),
-        assumptions=(
-            *setting.cluster.assumptions,
-            *layout.local.assumptions,
-            *setting.notes,
-            *_notes(setting),
-            *moved,
-            *notes,
-            *NOT_MODELLED,
-        ),
+        assumptions=(*_assumptions(layout, busy_s), *notes, *NOT_MODELLED),
         sources=_sources(setting),
         events=tuple(events),
     )
+
+
+def _assumptions(layout: Layout, busy_s: Mapping[str, float]) -> list[str]:
+    """What holds whoever reads: of the machines, the model, the question, and what is moved to hosts."""
+    setting = layout.setting
+    stated = [*setting.cluster.assumptions, *layout.local.assumptions, *setting.notes, *_notes(setting)]
+    return [*stated, *shortage(host_memory(layout)), *offload_notes(setting, busy_s)]
 
 
 def _notes(setting: Setting) -> list[str]:

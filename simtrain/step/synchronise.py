@@ -133,15 +133,38 @@ def updates_cost(setting: Setting, lane: Lane) -> PassCost:
 
 
 def tie_cost(layout: Layout) -> CollectiveCost | None:
-    """What it costs to sum the gradients of a weight that both ends of a pipeline hold; `None` where there is none."""
+    """What it costs to sum the gradients of a weight that both ends of a pipeline hold, shards of it where all is sharded; else `None`."""
     setting, plan = layout.setting, layout.plan
     parameter = tied_parameter(setting.workload, layout.local) if layout.grid.pipeline > 1 else None
     first, end = plan.holders[0][0], plan.holders[-1][0]
     if parameter is None or first == end:
         return None
-    size = parameter.elements * gradient_bytes(setting.precision, setting.runtime)
+    held = shards(setting) if setting.strategy.zero == 3 else 1
+    size = parameter.elements * gradient_bytes(setting.precision, setting.runtime) / held
     pairs = list(zip(layout.grid.stage(first), layout.grid.stage(end), strict=True))
     return cost(layout.fabric, Collective.ALL_REDUCE, place(layout.fabric, pairs), size)
+
+
+def sum_tied(layout: Layout, build: Builder, ready: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """Sums the gradients of a weight that both ends of a pipeline hold.
+
+    Args:
+        layout: Who holds what.
+        build: Takes the term.
+        ready: For each lane, the terms after which its gradients are there.
+
+    Returns:
+        The term by stage; nothing where no weight is tied.
+    """
+    price = tie_cost(layout)
+    if price is None:
+        return {}
+    first, end = layout.plan.holders[0][0], layout.plan.holders[-1][0]
+    lanes = [lane for s in (first, end) for lane in layout.by_stage[s]]
+    stream = build.stream([lane.index for lane in lanes], "tied weights")
+    waits = [t for lane in lanes for t in ready[lane.index]]
+    term = build.transfer(TermKind.COLLECTIVE, stream, "reduce tied gradients", price, waits)
+    return {first: [term], end: [term]}
 
 
 class Replicated:
@@ -242,7 +265,8 @@ class Replicated:
                     self.reduced[stage, chunk].append((bucket, placed, term))
         compressed = self.setting.strategy.compression != "none"
         restored: list[list[int]] = [self._restore(lane) if compressed else [] for lane in layout.lanes]
-        tied = self._tie([[end, *own] for end, own in zip(last, restored, strict=True)])
+        ready = [[end, *own, *self._reduced_terms(lane)] for end, own, lane in zip(last, restored, layout.lanes, strict=True)]
+        tied = sum_tied(layout, self.build, ready)
         if not compressed:
             restored = [self._restore(lane) for lane in layout.lanes]
         ends = [self._reduced_terms(lane) + tied.get(lane.stage, []) for lane in layout.lanes]
@@ -294,19 +318,6 @@ class Replicated:
                     label = "copy bucket back" if self.setting.strategy.compression == "none" else "decompress bucket"
                     terms.append(self.build.work(lane.index, TermKind.GRADIENT_COPY, label, price, -1, [term]))
         return terms
-
-    def _tie(self, ready: Sequence[Sequence[int]]) -> dict[int, list[int]]:
-        """Sums the gradients of a weight that both ends of a pipeline hold; returns the term by stage."""
-        layout, plan = self.layout, self.layout.plan
-        price = tie_cost(layout)
-        if price is None:
-            return {}
-        first, end = plan.holders[0][0], plan.holders[-1][0]
-        lanes = [lane for s in (first, end) for lane in layout.by_stage[s]]
-        waits = [t for lane in lanes for t in (*ready[lane.index], *self._reduced_terms(lane))]
-        stream = self.build.stream([lane.index for lane in lanes], "tied weights")
-        term = self.build.transfer(TermKind.COLLECTIVE, stream, "reduce tied gradients", price, waits)
-        return {first: [term], end: [term]}
 
     def _gather(self, updates: Sequence[int]) -> None:
         """Gathers updated parameters; the next step's forward passes wait for theirs, or all of them for everything."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.precision import precision
 from simtrain.core.program import IntArray
+from simtrain.planner.arrays.gathers import gather_counts, gather_quantities
 from simtrain.planner.arrays.holding import Held, Placed, alike
 from simtrain.planner.arrays.layers import PASSES, ROLES, LayerRow
 from simtrain.planner.arrays.paths import WIDTH, Part, find_paths, projected_micro_batches, walk
-from simtrain.planner.arrays.sharded import Replicas, gather_pipeline
+from simtrain.planner.arrays.sharded import Replicas
 from simtrain.planner.arrays.stages import Division
 from simtrain.planner.arrays.tables import Tables
 from simtrain.planner.screen import ROUNDS
@@ -27,8 +28,8 @@ SCHEDULES = ("1f1b", "interleaved")
 CHECKPOINTS = ("none", "full", "selective")
 
 CLOSE, LOOSE, ROUGH = 0.01, 0.05, 0.25
-"""Shares of the step time by which it may be off: even stages; stages with unequal blocks, and pipelines that gather parameters; where
-hosts hold up their devices, or gathers a pipeline."""
+"""Shares of the step time by which it may be off: even stages; stages with unequal blocks, and pipelines whose passes wait for what they
+gather and scatter; where hosts hold up their devices."""
 
 REPEATS = 2
 """Times that overlaps of reductions and passes are found anew."""
@@ -153,7 +154,7 @@ class _Part:
         self.sharded = self._reduces & (np.array(block.zeros)[self.forms[:, 3]] == 3)
         self._price()
         uneven = np.array([v in self.used[5] and len(set(self._division(v).counts)) > 1 for v in range(len(block.schedules))])
-        loose = (self.stages > 1) & self.sharded | uneven[self.forms[:, 5]]
+        loose = uneven[self.forms[:, 5]]
         self.within = np.where(loose, LOOSE, CLOSE)[self.profile]
 
     def _price(self) -> None:
@@ -175,6 +176,7 @@ class _Part:
         self.device = np.zeros((*shape, WIDTH))
         self.host = np.zeros((*shape, WIDTH))
         self.copies = np.zeros((*shape, 3))
+        self.turns = np.zeros((*shape, 3))
         self.passes: dict[tuple[int, int, int], dict[int, LayerRow]] = {}
         self.crossing = np.zeros(shape)
         memory = (2, len(ROLES), len(PASSES), len(self.lengths), len(KINDS))
@@ -189,6 +191,7 @@ class _Part:
             self.device[own, r, c, s] = [row.device_s for row in rows]
             self.host[own, r, c, s] = [row.host_s for row in rows]
             self.copies[own, r, c, s] = [row.copies_s for row in rows]
+            self.turns[own, r, c, s] = [row.turns_s for row in rows]
             self.crossing[own, r, c, s] = [row.crossing_bytes for row in rows]
             for z in {int(block.zeros[i] == 3) for i in used[3]}:
                 held = tables.memory_of(strategy.with_(zero=3 * z), block.runtime, wire, sizes, self.lengths)
@@ -235,6 +238,11 @@ class _Part:
     def _reduces(self) -> bool:
         return bool(self.block.degrees["data"] * self.block.degrees["context"] > 1)
 
+    @property
+    def _gathers(self) -> bool:
+        """Whether stages of a pipeline gather parameters."""
+        return bool(self.stages > 1 and self.sharded.any())
+
     def _quantities(self) -> tuple[FloatArray, FloatArray]:
         """Seconds of every `Part` on the device, and on the host."""
         runtime, codes = self.block.runtime, self.forms
@@ -260,9 +268,15 @@ class _Part:
         exposed[:, [0, -1]] += self._gather("tied_s")[:, None]
         q[:, Part.TAIL_FIRST : Part.TAIL_LAST + 1] = exposed[:, ends]
         start = self._gather("start_s")
-        if self.stages > 1 and self.sharded.any():
-            lags = gather_pipeline(q, exposed, start, self._gather("moved_s"), self.sharded, runtime.communication_share)
-            self.within[lags[self.profile]] = ROUGH
+        if self._gathers:
+            moved = np.where(self.sharded[:, None, None], self._gather("moved_s"), 0.0)
+            q, lags = gather_quantities(q, moved, self.turns[at], runtime.communication_share)
+            self.within[lags[self.profile]] = LOOSE
+            # the first stage begins and ends with what stands before the blocks, others with blocks
+            start += moved[:, :, 0]
+            exposed += moved[:, :, 1]
+            start[:, 0] += moved[:, 0, 2] - moved[:, 0, 0]
+            exposed[:, 0] += moved[:, 0, 3] - np.minimum(moved[:, 0, 1], q[:, Part.BACKWARD_BEFORE])
             q[:, Part.TAIL_FIRST : Part.TAIL_LAST + 1] = exposed[:, ends]
         q[:, Part.START_FIRST : Part.START_LAST + 1] = start[:, ends]
         send = self._gather("send_s")
@@ -354,13 +368,15 @@ class _Part:
     def _paths(self, v: int, micro_batches: int, quantities: FloatArray) -> FloatArray:
         schedule, chunks = self.block.schedules[v]
         division = self._division(v)
-        key = (schedule, chunks, self.stages, micro_batches, division.counts, division.per_node)
+        key: tuple[Any, ...] = (schedule, chunks, self.stages, micro_batches, division.counts, division.per_node, self._gathers)
         if self.stages == 1:
-            key = (*key[:3], micro_batches, division.counts, 1)
+            key = (*key[:3], micro_batches, division.counts, 1, False)
         if key not in self.tables.paths:
             name = schedule if self.stages > 1 else "1f1b"
             order = plan(name, self.stages, chunks if self.stages > 1 else 1, micro_batches)
             graph = walk(order, division.counts, division.per_node, self.block.runtime.blocking_sends)
+            if self._gathers:
+                graph = replace(graph, more=gather_counts(order, division.counts))
             self.tables.paths[key] = find_paths(graph, quantities)
         return self.tables.paths[key]
 

@@ -15,6 +15,9 @@ from simtrain.step.schedules import Action, SchedulePlan
 GROUPS = 3
 """Chunks that hold an end of the model, others, and others with fewer blocks."""
 
+FEW_ROUNDS = 2
+"""Micro-batches per stage from which every stage but the last runs forward passes between backward passes."""
+
 FEATURES = 5 * GROUPS
 """Columns of `moments`: what a forward pass leaves, by group; what gradients take, by group; and for each group the fullest moments of a
 forward pass, of a backward pass that adds to gradients and of one that makes them."""
@@ -61,10 +64,33 @@ def moments(plan: SchedulePlan, stage: int, blocks: tuple[int, ...]) -> FloatArr
             if chunk not in begun:
                 begun.add(chunk)
                 held[GROUPS + group] += 1
-    rows = np.array(sorted(found))
-    # nothing with as much of everything at the same kind of moment
+    return _most(np.array(sorted(found)))
+
+
+def _most(rows: FloatArray) -> FloatArray:
+    """Moments without those for which another of the same kind has as much of everything."""
     above = np.all(rows[None] >= rows[:, None], axis=2) & np.any(rows[None] > rows[:, None], axis=2)
     return np.asarray(rows[~above.any(axis=1)])
+
+
+@lru_cache(maxsize=2048)
+def moments_between(plan: SchedulePlan, stage: int, blocks: tuple[int, ...]) -> FloatArray:
+    """`moments` of a stage, and of those behind it which hold the same.
+
+    Where a step has few micro-batches, a stage has run all its forward passes before the first gradient is there, and one behind it that
+    has not holds more.
+
+    Args:
+        plan: The schedule.
+        stage: Which.
+        blocks: Of every position of the model.
+    """
+    few = plan.micro_batches < FEW_ROUNDS * plan.stages and 0 < stage < plan.stages - 1
+    held = [blocks[p] for p in plan.placement[stage]]
+    others = [s for s in range(stage + 1, plan.stages - 1) if few and [blocks[p] for p in plan.placement[s]] == held]
+    if not others:
+        return moments(plan, stage, blocks)
+    return _most(np.unique(np.concatenate([moments(plan, s, blocks) for s in (stage, *others)]), axis=0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,7 +203,7 @@ class Held:
             coefficients = np.zeros((len(profile), total.shape[1]))
             fullest = np.zeros(len(profile))
             for number, rows in numbers:
-                counts = moments(orders[number], placed.stage, blocks)[:, placed.columns]
+                counts = moments_between(orders[number], placed.stage, blocks)[:, placed.columns]
                 reached = total[back[rows]] @ counts.T
                 coefficients[rows] = counts[reached.argmax(axis=1)]
                 fullest[rows] = reached.max(axis=1)

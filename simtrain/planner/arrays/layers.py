@@ -90,6 +90,14 @@ class LayerRow:
     order: Passes
     passes_s: FloatArray
 
+    @property
+    def turns_s(self) -> tuple[float, float, float]:
+        """The last pass before the blocks, forward and backward, and the last pass of all."""
+        wide = len(self.order.forward)
+        forward, backward = self.order.forward.index(True), self.order.backward.index(True)
+        before, behind = (float(self.passes_s[at - 1]) if at > start else 0.0 for at, start in ((forward, 0), (wide + backward, wide)))
+        return before, behind, 0.0 if self.order.backward[-1] else float(self.passes_s[wide + len(self.order.backward) - 1])
+
 
 @dataclass(frozen=True, eq=False)
 class Probe:

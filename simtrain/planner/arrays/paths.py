@@ -73,12 +73,18 @@ class Walk:
         blocks: How many blocks each position of the model has.
         per_node: Stages on one node (1 where a stage fills a node or several).
         blocking: Whether a stage waits until what it sends has left.
+        more: Counts of further quantities behind every `Part`: of each instruction, and of the way to it from the one before on its stage.
     """
 
     plan: SchedulePlan
     blocks: tuple[int, ...]
     per_node: int
     blocking: bool
+    more: tuple[FloatArray, FloatArray] | None = None
+
+    @property
+    def _width(self) -> int:
+        return self.more[0].shape[1] if self.more else WIDTH
 
     @cached_property
     def _nodes(self) -> tuple[FloatArray, IntArray, list[IntArray]]:
@@ -118,7 +124,9 @@ class Walk:
 
     def _counts(self, source: IntArray, target: IntArray, none: int) -> FloatArray:
         plan, count = self.plan, len(self.plan)
-        counts = np.zeros((none + 1, WIDTH))
+        counts = np.zeros((none + 1, self._width))
+        if self.more:
+            counts[:count] = self.more[0]
         base = np.array([_OF_ACTION[Action(a)] for a in range(len(Action))])[plan.action]
         held = np.array(self.blocks)[plan.position]
         rows = np.arange(count)
@@ -145,6 +153,7 @@ class Walk:
         counts, waits, levels = self._nodes
         plan, count = self.plan, len(self.plan)
         takes = counts @ quantities.T
+        behind = self.more[1] @ quantities.T if self.more else None
         ends = np.zeros_like(takes)
         stage = np.arange(plan.stages)
         begins = 2 * count + stage
@@ -152,9 +161,11 @@ class Walk:
         chosen = np.zeros(takes.shape, dtype=np.int8)
         for nodes in levels:
             options = ends[waits[nodes]]
+            if behind is not None and nodes[0] < count:
+                options[:, 0] += behind[nodes]
             chosen[nodes] = options.argmax(axis=1)
             ends[nodes] = options.max(axis=1) + takes[nodes]
-        tails = np.zeros((plan.stages, WIDTH))
+        tails = np.zeros((plan.stages, self._width))
         tails[stage, Part.TAIL_FIRST + _class(stage, plan.stages)] = 1
         final = plan.rank_order[plan.rank_pointer[1:] - 1]
         whole = ends[final] + tails @ quantities.T
@@ -165,6 +176,8 @@ class Walk:
             while path[-1] < 2 * count:
                 path.append(int(waits[path[-1], chosen[path[-1], k]]))
             paths[k] += counts[path].sum(axis=0)
+            if self.more:
+                paths[k] += self.more[1][[i for i in path if i < count and chosen[i, k] == 0]].sum(axis=0)
         return whole.max(axis=0), paths
 
 

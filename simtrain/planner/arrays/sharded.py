@@ -2,7 +2,7 @@
 
 Replicas of one stage are walked in full: gathers, passes and scatters in the order of their queues, as `simtrain.step.estimate_chunks` does
 for one strategy. Strategies with the same layers differ in what passes and messages take, not in their order, so that one walk on vectors
-serves them all. Of pipelines, blocks and both ends of a micro-batch become longer by what their passes do not hide.
+serves them all. Pipelines are in `simtrain.planner.arrays.gathers`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import IntArray
-from simtrain.planner.arrays.paths import Part
 
 REST, BLOCK = 0, 1
 """What a pass needs gathered: what is no block, or a block."""
@@ -136,50 +135,3 @@ class Replicas:
                 moving.append((start, wire))
                 at = at if self.overlaps else wire
         return np.asarray(np.maximum(at, wire))
-
-
-def gather_pipeline(
-    q: FloatArray, exposed: FloatArray, start: FloatArray, moved: FloatArray, chosen: np.ndarray, share: float
-) -> np.ndarray:
-    """Adds what gathers and scatters of a pipeline's stages take beyond what passes hide, in place.
-
-    They go in order on one stream, one layer ahead. A block's pass takes at least as long as what moves beside it. Between two
-    micro-batches what is no block is scattered and gathered anew, and the first block after it.
-
-    Args:
-        q: Seconds of every `Part` (profiles, parts).
-        exposed: How long after its last pass each stage has its gradients (profiles, stages).
-        start: What each stage takes before it can begin.
-        moved: See `simtrain.planner.arrays.stages.StageRow`.
-        chosen: Which profiles shard everything.
-        share: Of the multiprocessors that a message takes from a pass beside it.
-
-    Returns:
-        Where what moves lags behind the passes, by how much differs from one micro-batch to the next, so that this is rough.
-    """
-    moved = np.where(chosen[:, None, None], moved, 0.0)
-    gather, scatter = moved[:, 0, 0], moved[:, 0, 1]
-    copied, last = moved[:, 0, 4:], moved[:, -1, 4:]
-    q[:, Part.FORWARD] += copied[:, 0]
-    q[:, Part.BACKWARD] += copied[:, 0] + copied[:, 1]
-    q[:, Part.FORWARD_BEFORE] += copied[:, 2]
-    q[:, Part.BACKWARD_BEFORE] += copied[:, 3]
-    q[:, Part.FORWARD_BEHIND] += last[:, 2]
-    q[:, Part.BACKWARD_BEHIND] += last[:, 3]
-    forward, backward = q[:, Part.FORWARD].copy(), q[:, Part.BACKWARD].copy()
-    q[:, Part.FORWARD] = np.maximum(forward + share * np.minimum(gather, forward), gather)
-    both = gather + scatter
-    q[:, Part.BACKWARD] = np.maximum(backward + share * np.minimum(both, backward), both)
-    rest_gather, rest_scatter = moved[:, 0, 2], moved[:, 0, 3]
-    embed, back = q[:, Part.FORWARD_BEFORE], q[:, Part.BACKWARD_BEFORE]
-    between = np.maximum(back, scatter + rest_gather) + np.maximum(embed, rest_scatter + gather) - back - embed
-    begins = rest_gather + np.maximum(embed, gather) - embed
-    hidden = np.maximum(scatter - back, 0.0)
-    q[:, Part.BACKWARD_BEFORE] += np.where(chosen, between, 0.0)
-    q[:, Part.LAST_BEFORE] -= np.where(chosen, between, 0.0)
-    # the first stage ends with what stands before the blocks and begins with it, others with blocks
-    exposed[chosen] += moved[chosen, :, 1]
-    exposed[:, 0] += np.where(chosen, hidden - scatter + rest_scatter, 0.0)
-    start[chosen] += moved[chosen, :, 0]
-    start[:, 0] += np.where(chosen, begins - gather, 0.0)
-    return np.asarray((gather > forward) | (both > backward))

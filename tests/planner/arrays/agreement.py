@@ -22,6 +22,8 @@ class Question:
     runtimes: tuple[str, ...]
     precisions: tuple[str, ...]
     sizes: tuple[tuple[str, int], ...] = ()
+    zeros: tuple[int, ...] | None = None
+    piped: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Gap:
 def gaps(question: Question, count: int, seed: int, longest: int) -> list[Gap]:
     """Draws strategies that the arrays know, with steps of at most so many instructions, and reads them both ways."""
     workload, cluster = st.workload(question.workload, **dict(question.sizes)), st.cluster(question.cluster)
-    wishes = Wishes(question.precisions, None, None, "adamw", cluster.size, {})
+    wishes = Wishes(question.precisions, None, question.zeros, "adamw", cluster.size, {})
     space = blocks(workload, cluster, question.global_batch, [runtime(n) for n in question.runtimes], wishes)[0]
+    space = tuple(b for b in space if not question.piped or b.degrees["pipeline"] > 1)
     tables = Tables(workload, cluster)
     chooser = np.random.default_rng(seed)
     few = [space[i] for i in chooser.permutation(len(space))[: max(count // 4, 4)].tolist()]

@@ -9,7 +9,7 @@ from simtrain.core.strategy import Strategy
 from simtrain.planner.arrays.compose import CLOSE, estimate_block
 from simtrain.planner.arrays.tables import Tables
 from simtrain.planner.space import Wishes, blocks
-from tests.planner.arrays.agreement import QUESTIONS, gaps, summary, worst
+from tests.planner.arrays.agreement import QUESTIONS, Question, gaps, summary, worst
 
 
 def test_random_strategies_agree_with_schedule_and_the_ledger():
@@ -74,3 +74,19 @@ def test_a_schedule_that_cannot_run_is_left_to_who_says_why(cluster):
     known = _covered(gpt, cluster, fixed)
     assert known.any()
     assert not known.all(), "fewer micro-batches than stages do not interleave"
+
+
+GATHERING = (
+    Question("llama3-8b", "32x h100-sxm", 96, ("fsdp2",), ("bf16-amp",), zeros=(3,), piped=True),
+    Question("gpt", "8x rtx-3090", 32, ("fsdp2",), ("fp16-amp", "fp32"), QUESTIONS[2].sizes, zeros=(3,), piped=True),
+    Question("gpt3-175b", "64x a100-sxm-80g", 192, ("fsdp2",), ("bf16-amp",), zeros=(3,), piped=True),
+)
+
+
+def test_pipelines_that_gather_parameters_agree_as_well():
+    found = [gap for seed, question in enumerate(GATHERING) for gap in gaps(question, 16, seed, longest=200)]
+    print(summary(found))
+    even = [g for g in found if g.even]
+    assert np.mean([g.within == CLOSE for g in even]) > 0.9
+    assert all(gap <= within for within, gap in worst(found).items()), summary(found)
+    assert max(abs(g.memory) for g in found) < 0.001, summary(found)

@@ -32,6 +32,10 @@ from simtrain.core.strategy import Strategy
 from simtrain.core.units import parse_quantity
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from simtrain.core.hardware import Cluster
+    from simtrain.core.workload import Workload
     from simtrain.planner.launchers import Job
     from simtrain.planner.search import Plan
 
@@ -81,7 +85,6 @@ def plan(
     from simtrain.planner.launchers import Job, check_launcher, runtimes_of
     from simtrain.planner.objectives import Limits
     from simtrain.planner.space import blocks_of, default_runtimes
-    from simtrain.step.predict import schedule
 
     check_outputs(timeline=timeline, memory_plot=memory_plot, trace=trace, report=report)
     if emit is not None:
@@ -100,7 +103,7 @@ def plan(
             runtime=runtime or (runtimes_of(emit, default_runtimes(where, what)) if emit else None),
             fixed=read_pairs(fixed, "--fixed"),
             devices=devices,
-            limits=Limits(memory_margin, power, budget, tokens, parse_quantity(deadline, "s") if deadline else 0.0, memory_risk),
+            limits=Limits(memory_margin, power, budget, tokens, parse_quantity(deadline or "0 s", "s"), memory_risk),
             robust=robust.replace("-", "_"),
             jitter=jitter,
             weights={name: _number(value, name) for name, value in read_pairs(weights, "--weights").items()} or None,
@@ -112,13 +115,21 @@ def plan(
         _emit(found, emit, Job(min(len(node.devices) for node in where.nodes), blocks_of(what)))
     else:
         _print(found, top, json=json)
-    if found.ranked and (timeline or memory_plot or trace):
-        best = found.ranked[0]
-        full = best if best.events else schedule(what, where, best.strategy, runtime=best.runtime)
-        write_files(full, timeline=timeline, memory=memory_plot, trace=trace)
+    if timeline or memory_plot or trace:
+        _draw(found, what, where, timeline, memory_plot, trace)
     write_report(found, report)
     if not found.ranked:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def _draw(found: Plan, workload: Workload, cluster: Cluster, timeline: Path | None, memory: Path | None, trace: Path | None) -> None:
+    """Writes files of the best step, read by `schedule` where it was not read with its events."""
+    from simtrain.step.predict import schedule
+
+    if found.best is not None:
+        best = found.best
+        full = best if best.events else schedule(workload, cluster, best.strategy, runtime=best.runtime)
+        write_files(full, timeline=timeline, memory=memory, trace=trace)
 
 
 def _print(found: Plan, top: int | None, *, json: bool) -> None:

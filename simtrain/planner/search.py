@@ -26,7 +26,6 @@ from simtrain.planner.rounds import PATIENCE_S, Search
 from simtrain.planner.space import Block, Candidate, Wishes, blocks, check_fixed, default_runtimes, merged
 from simtrain.planner.why import feasible, near_limits, why
 
-
 T = TypeVar("T")
 
 

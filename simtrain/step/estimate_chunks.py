@@ -17,7 +17,7 @@ from simtrain.step.breakdown import PARTS
 from simtrain.step.costs import PassCost, chain
 from simtrain.step.exchange import Quantized, averaging, pack_cost, reductions, restore_cost
 from simtrain.step.fully_sharded import gathered_bytes, prefetched, scattered_bytes, scattered_parameters, stage_visits
-from simtrain.step.instructions import Step, chunk_costs
+from simtrain.step.instructions import Step, chunk_costs, gradient_order
 from simtrain.step.layout import Lane, Layout
 from simtrain.step.network import Placed, cost, place
 from simtrain.step.results import assemble, by_rank, memory_report
@@ -90,9 +90,10 @@ class _Walk:
         }
         self.updates = [updates_cost(layout.setting, lane) for lane in self.lanes]
         self.passes: list[list[PassCost]] = [[] for _ in stages]
-        self.known: dict[int, tuple[PassCost, FloatArray]] = {}
+        self.known: dict[tuple[int, ...], tuple[tuple[Step, ...], PassCost, FloatArray]] = {}
         plan = layout.plan
-        self.actions = actions(plan.action)
+        self.actions, self.codes = actions(plan.action), plan.action.tolist()
+        self.ends = {(s, c): gradient_order(plan, s, c) for s, c in self.costs}
         self.chunk_of, self.micro_batch_of = plan.chunk.tolist(), plan.micro_batch.tolist()
         self.synchronised = layout.setting.precision.loss_scaling and layout.setting.runtime.run_ahead_launches > 0
         # a host that has waited for the reduction issues the update first, then the passes of the next step: there the clock starts
@@ -149,10 +150,7 @@ class _Walk:
 
     def _instruction(self, i: int, stage: int, at: float) -> float:
         chunk = self.chunk_of[i]
-        steps = self.costs[stage, chunk].steps(self.actions[i], self.micro_batch_of[i], self.layout.plan, stage, chunk)
-        if id(steps) not in self.known:  # what an instruction does is listed once and kept by its costs
-            self.known[id(steps)] = (chain([s.cost for s in steps]), np.cumsum([s.cost.device_s for s in steps]))
-        whole, offsets = self.known[id(steps)]
+        steps, whole, offsets = self._listed(i, stage, chunk)
         self.passes[stage].append(whole)
         if self.synchronised:
             at, self.issued[stage] = max(at, self.issued[stage] + whole.lead_s), self.issued[stage] + whole.host_s
@@ -166,6 +164,15 @@ class _Walk:
             return at + whole.device_s
         ends = at + offsets
         return float(ends[-1]) + self._reduce(stage, chunk, steps, ends)
+
+    def _listed(self, i: int, stage: int, chunk: int) -> tuple[tuple[Step, ...], PassCost, FloatArray]:
+        """Passes of an instruction, all of them as one and when each ends; the same for all micro-batches but the first and the last."""
+        micro_batch, order = self.micro_batch_of[i], self.ends[stage, chunk]
+        key = (stage, chunk, self.codes[i], micro_batch == order[0], micro_batch == order[-1])
+        if key not in self.known:
+            steps = self.costs[stage, chunk].steps(self.actions[i], micro_batch, self.layout.plan, stage, chunk)
+            self.known[key] = (steps, chain([s.cost for s in steps]), np.cumsum([s.cost.device_s for s in steps]))
+        return self.known[key]
 
     def _reduce(self, stage: int, chunk: int, steps: Sequence[Step], ends: FloatArray) -> float:
         """Reduces the buckets that the last backward pass of a chunk completes; returns what that takes from the pass."""

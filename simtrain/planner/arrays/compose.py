@@ -56,12 +56,13 @@ class Estimates:
     kinds_bytes: np.ndarray
 
 
-def estimate_block(tables: Tables, block: Block) -> Estimates:
+def estimate_block(tables: Tables, block: Block, most_bytes: float = np.inf) -> Estimates:
     """Step time, memory and energy of all candidates of a block that the tables cover.
 
     Args:
         tables: Shared by the blocks of a search.
         block: Candidates with the same runtime and degrees.
+        most_bytes: What a device may need; the step time of candidates that need more is not asked for and given as infinite.
 
     Raises:
         StrategyError: The model does not divide so.
@@ -83,7 +84,7 @@ def estimate_block(tables: Tables, block: Block) -> Estimates:
     kinds = np.zeros((len(block), len(KINDS)), dtype=np.float32)
     if covered.any():
         part = _Part(tables, block, np.flatnonzero(covered))
-        times[covered], device[covered], energy[covered], kinds[covered] = part.evaluate()
+        times[covered], device[covered], energy[covered], kinds[covered] = part.evaluate(most_bytes)
         within[covered] = part.within
     return Estimates(covered, within, times, device, energy, kinds)
 
@@ -212,16 +213,19 @@ class _Part:
             table[key] = getattr(row, name)
         return np.asarray(table[tuple(self.forms[:, i] for i in (1, 5, 4, 3))])
 
-    def evaluate(self) -> tuple[FloatArray, FloatArray, FloatArray, np.ndarray]:
+    def evaluate(self, most_bytes: float) -> tuple[FloatArray, FloatArray, FloatArray, np.ndarray]:
         """Step times, bytes on the device, energies, bytes by kind."""
         quantities, host = self._quantities()
         steps = {a: projected_micro_batches(self.stages, a) for a in np.unique(self.accumulation).tolist()}
-        times = np.zeros(len(self.profile))
-        for v in self.used[5]:
-            rows = np.flatnonzero(self.forms[self.profile, 5] == v)
-            times[rows] = self._times(rows, quantities, host, v, steps)
         device, kinds = self._memory()
-        return times, device, self._energy(times, quantities), kinds
+        times, fits = np.zeros(len(self.profile)), device <= most_bytes
+        for v in self.used[5]:
+            rows = np.flatnonzero(fits & (self.forms[self.profile, 5] == v))
+            if len(rows):
+                times[rows] = self._times(rows, quantities, host, v, steps)
+        energy_j = self._energy(times, quantities)
+        times[~fits] = energy_j[~fits] = np.inf
+        return times, device, energy_j, kinds
 
     def _energy(self, times: FloatArray, quantities: FloatArray) -> FloatArray:
         """Energy of a step, each device as busy as the mean of all stages (`simtrain.cost.energy`)."""

@@ -91,7 +91,8 @@ def screen_blocks(
         tick: Told how many candidates are done.
         late: Whether to stop; what is left is neither among the rest nor counted.
     """
-    read = _Read()
+    capacity = min(d.memory.capacity_bytes for d in cluster.devices) * (1 - limits.memory_margin)
+    read = _Read(capacity * (1 + MEMORY_ERROR))
     tables = Tables(workload, cluster)
     skipped: tuple[Block, ...] = ()
     for number, block in enumerate(blocks):
@@ -100,8 +101,7 @@ def screen_blocks(
             break
         tick(read.take(tables, number, block))
     rest, failed, every = read.rest, read.failed, _joined(read.columns)
-    capacity = min(d.memory.capacity_bytes for d in cluster.devices) * (1 - limits.memory_margin)
-    over, sure = every.memory > capacity * (1 + MEMORY_ERROR), every.within <= LOOSE
+    over, sure = every.memory > read.most_bytes, every.within <= LOOSE
     carried = np.array([block.runtime.name for block in blocks])[every.block]
     close = ~over & ~sure & _may_be_fastest(every, ~over, carried)
     timed = all(o in TIMED for o in objectives)
@@ -131,12 +131,14 @@ class _Read:
     """What the tables say of the blocks so far.
 
     Attributes:
+        most_bytes: What a device may need so that the step time is asked for.
         columns: Of each block that they cover.
         largest: By block, the kind of memory that each candidate has most of.
         rest: Candidates that they do not cover.
         failed: Candidates that cannot be, and why.
     """
 
+    most_bytes: float
     columns: list[_Columns] = field(default_factory=list)
     largest: dict[int, np.ndarray] = field(default_factory=dict)
     rest: list[Candidate] = field(default_factory=list)
@@ -145,7 +147,7 @@ class _Read:
     def take(self, tables: Tables, number: int, block: Block) -> int:
         """Reads a block and returns how many of its candidates are done."""
         try:
-            found = estimate_block(tables, block)
+            found = estimate_block(tables, block, self.most_bytes)
         except (StrategyError, UnsupportedError) as error:
             self.failed += [(block.candidate(i), refusal(block.candidate(i), str(error))) for i in range(len(block))]
             return len(block)

@@ -82,10 +82,10 @@ def _passes(plan: SchedulePlan, blocks: tuple[int, ...], stage: int) -> Iterator
     """Passes of a stage in their order; see `simtrain.step.fully_sharded.stage_visits`."""
     rest: set[int] = set()
     latest: tuple[int, bool] | None = None
-    for i in plan.of_rank(stage).tolist():
-        position, back = int(plan.position[i]), bool(plan.action[i] != Action.FORWARD)
+    own, final = plan.of_rank(stage), len(blocks) - 1
+    for i, position, back in zip(own.tolist(), plan.position[own].tolist(), (plan.action[own] != Action.FORWARD).tolist(), strict=True):
         count = blocks[position]
-        ends = ((Unit.BEFORE,) if position == 0 else (), (Unit.BEHIND,) if position == plan.positions - 1 else ())
+        ends = ((Unit.BEFORE,) if position == 0 else (), (Unit.BEHIND,) if position == final else ())
         for unit in ends[back]:
             yield _Pass(i, unit, back, Unit.NOTHING if position in rest else unit, unit if back and unit is Unit.BEHIND else Unit.NOTHING)
             rest = rest - {position} if back else rest | {position}

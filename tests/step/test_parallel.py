@@ -180,6 +180,16 @@ def test_full_sharding_carries_what_recorded_ranks_carry():
     assert sent["scatter gradients"] == pytest.approx(share * everything, rel=1e-3)
 
 
+def test_both_ends_of_a_sharded_pipeline_sum_their_shares_of_a_tied_weight():
+    sent = []
+    for zero in (1, 3):
+        program = lower(resolve(model(), BOX, f"data=4,pipeline=2,accumulation=2,zero={zero}", "fsdp2")).program
+        (term,) = [i for i in range(len(program)) if program.labels[program.label[i]] == "reduce tied gradients"]
+        sent.append(program.demand_amount[program.demand_pointer[term] : program.demand_pointer[term + 1]].max())
+    assert sent[0] == 4 * SIZES["vocabulary"] * SIZES["hidden"]
+    assert sent[1] == pytest.approx(sent[0] / 4)
+
+
 @pytest.mark.parametrize("gather_shards", [False, True])
 def test_all_readers_gather_updated_parameters_alike(gather_shards):
     runtime = RUNTIMES["megatron"].with_(gather_shards=gather_shards, communication_share=0.0)

@@ -15,7 +15,7 @@ from simtrain.core.program import IntArray
 from simtrain.planner.arrays.gathers import gather_counts, gather_quantities
 from simtrain.planner.arrays.holding import Held, Placed, alike
 from simtrain.planner.arrays.layers import PASSES, ROLES, LayerRow
-from simtrain.planner.arrays.paths import WIDTH, Part, find_paths, projected_micro_batches, walk
+from simtrain.planner.arrays.paths import WIDTH, Part, both_passes, find_paths, paced, projected_micro_batches, walk
 from simtrain.planner.arrays.sharded import Replicas
 from simtrain.planner.arrays.stages import Division
 from simtrain.planner.arrays.tables import Tables
@@ -95,31 +95,6 @@ def _exposed(q: FloatArray, tails: FloatArray) -> FloatArray:
     before = q[:, Part.BACKWARD_BEFORE] + q[:, Part.LAST_BEFORE]
     left = tails[..., 0] - tails[..., 1] * backward[:, None, None] - tails[..., 2] * before[:, None, None]
     return np.asarray(left.max(axis=2))
-
-
-def _passes(parts: FloatArray) -> FloatArray:
-    """Both passes of a block, of what stands before the blocks and behind them; shape (candidates, 3)."""
-    return parts[:, Part.FORWARD : Part.FORWARD + 3] + parts[:, Part.BACKWARD : Part.BACKWARD + 3]
-
-
-def _paced(quantities: FloatArray, host: FloatArray, own: FloatArray, issued: FloatArray, counts: IntArray) -> FloatArray:
-    """Quantities of profiles with the passes of a stage and of a block as long as their hosts take.
-
-    Args:
-        quantities: On the device.
-        host: On the host.
-        own: Passes of the first stage, one between and the last, on the device.
-        issued: The same on the host.
-        counts: Blocks of each stage.
-    """
-    passes = _passes(quantities)
-    stage = np.maximum(own, issued)
-    block = np.maximum(passes[:, 0], _passes(host)[:, 0])
-    ends = np.stack([stage[:, 0] - counts[0] * block, stage[:, 2] - counts[-1] * block], axis=1)
-    scale = np.stack([block / passes[:, 0], *(ends / passes[:, 1:]).T], axis=1)
-    paced = quantities.copy()
-    paced[:, : Part.FIRST] *= np.tile(scale, 2)
-    return paced
 
 
 def _allowed(values: Sequence[Any], known: Sequence[Any]) -> np.ndarray:
@@ -232,7 +207,7 @@ class _Part:
         cluster, degrees = self.tables.cluster, self.block.degrees
         ranks = int(np.prod([degrees[n] for n in ("data", "tensor", "pipeline", "context")]))
         device, blocks = cluster.devices[0], self.tables.pattern.blocks if self.tables.pattern else 0
-        work = _passes(quantities) @ np.array([blocks, 1.0, 1.0]) / self.stages
+        work = both_passes(quantities) @ np.array([blocks, 1.0, 1.0]) / self.stages
         update = self._gather("update_s").mean(axis=1)
         busy = np.minimum(self.accumulation * work[self.profile] + update[self.profile], times)
         hosts = -(-ranks // len(cluster.nodes[0].devices)) * cluster.host_power_w * times
@@ -306,7 +281,7 @@ class _Part:
         else:
             middle = counts[1:-1].max() if self.stages > 2 else 0
             shares = np.array([[counts[0], 1.0, 0.0], [middle, 0.0, 0.0], [counts[-1], 0.0, 1.0]]).T
-        own, issued = _passes(quantities) @ shares, _passes(host) @ shares
+        own, issued = both_passes(quantities) @ shares, both_passes(host) @ shares
         profile, accumulation = self.profile[rows], self.accumulation[rows]
         found = self._longest(quantities, v, profile, accumulation, steps)
         whole = np.flatnonzero(self.sharded[profile] & (self.stages == 1))
@@ -317,8 +292,8 @@ class _Part:
         slow = np.flatnonzero(held_up[profile])
         self.within[rows[slow]] = ROUGH
         if len(slow) and self.stages > 1:  # where hosts are slower than devices, what they may be ahead is all that helps
-            paced = _paced(quantities, host, own, issued, counts)
-            longest = self._longest(paced, v, profile[slow], accumulation[slow], steps) - self._ahead(profile[slow])
+            slower = paced(quantities, host, own, issued, counts)
+            longest = self._longest(slower, v, profile[slow], accumulation[slow], steps) - self._ahead(profile[slow])
             found[slow] = np.maximum(found[slow], longest)
         return np.asarray(found)
 

@@ -230,3 +230,28 @@ def projected_micro_batches(stages: int, micro_batches: int) -> tuple[int, int]:
         return micro_batches, micro_batches
     rest = micro_batches % stages
     return FEW_ROUNDS * stages + rest, (FEW_ROUNDS + 1) * stages + rest
+
+
+def both_passes(parts: FloatArray) -> FloatArray:
+    """Both passes of a block, of what stands before the blocks and behind them; shape (candidates, 3)."""
+    return parts[:, Part.FORWARD : Part.FORWARD + 3] + parts[:, Part.BACKWARD : Part.BACKWARD + 3]
+
+
+def paced(quantities: FloatArray, host: FloatArray, own: FloatArray, issued: FloatArray, counts: IntArray) -> FloatArray:
+    """Quantities of profiles with the passes of a stage and of a block as long as their hosts take.
+
+    Args:
+        quantities: On the device.
+        host: On the host.
+        own: Passes of the first stage, one between and the last, on the device.
+        issued: The same on the host.
+        counts: Blocks of each stage.
+    """
+    passes = both_passes(quantities)
+    stage = np.maximum(own, issued)
+    block = np.maximum(passes[:, 0], both_passes(host)[:, 0])
+    ends = np.stack([stage[:, 0] - counts[0] * block, stage[:, 2] - counts[-1] * block], axis=1)
+    scale = np.stack([block / passes[:, 0], *(ends / passes[:, 1:]).T], axis=1)
+    found = quantities.copy()
+    found[:, : Part.FIRST] *= np.tile(scale, 2)
+    return found

@@ -197,13 +197,14 @@ class Held:
         found: list[tuple[FloatArray, FloatArray, np.ndarray]] = []
         used, back = np.unique(profile, return_inverse=True)
         back = back.ravel()
+        listed = moments if always.all() else moments_between  # with gradients there from the start, the first stages are fullest
         for i, placed in enumerate(stages):
             features = self.features(placed, tuple(a[used] for a in at), always[used])
             total = features.sum(axis=2)
             coefficients = np.zeros((len(profile), total.shape[1]))
             fullest = np.zeros(len(profile))
             for number, rows in numbers:
-                counts = moments_between(orders[number], placed.stage, blocks)[:, placed.columns]
+                counts = listed(orders[number], placed.stage, blocks)[:, placed.columns]
                 reached = total[back[rows]] @ counts.T
                 coefficients[rows] = counts[reached.argmax(axis=1)]
                 fullest[rows] = reached.max(axis=1)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from hardware_models.schema import (
+    CLASS_SPREAD,
     CLUSTER_NUMBERS,
     DEVICE_NUMBERS,
     LINK_NUMBERS,
@@ -66,6 +67,8 @@ def read_device(path: Path | Traversable) -> Device:
     open_numbers |= {f"profile.{key}": number for key, number in profile.items()}
     provenance = _provenance(path, text, file.sources, numbers | open_numbers, problems)
     value = {key: number.value for key, number in numbers.items()}
+    if "speed_spread" not in numbers and file.device_class in CLASS_SPREAD:
+        value["speed_spread"], provenance["speed_spread"] = CLASS_SPREAD[file.device_class]
     return Device(
         name=file.name,
         device_class=file.device_class,
@@ -88,6 +91,7 @@ def read_device(path: Path | Traversable) -> Device:
         profile={key: number.value for key, number in profile.items()},
         provenance=provenance,
         aliases=tuple(file.aliases),
+        speed_spread=value.get("speed_spread", 0.0),
     )
 
 

@@ -19,6 +19,7 @@ from simtrain.step.layout import Lane
 from simtrain.step.network import Wire, place
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, chunks, rank_form
+from simtrain.step.slowest import slowdown
 
 Cuts = tuple[tuple[int, int], ...]
 
@@ -76,6 +77,8 @@ class Job:
             name: For reports.
         """
         wire = Wire(self.fabric, {"tensor": place(self.fabric, groups)} if setting.strategy.tensor > 1 else {})
-        at = Place(setting.devices[0], setting.strategy.micro_batch, piece.workload.sequence, setting.runtime, wire)
+        device = setting.devices[0]
+        slower = slowdown(device, self.cluster.devices.count(device))
+        at = Place(device, setting.strategy.micro_batch, piece.workload.sequence, setting.runtime, wire, slower)
         ranks = tuple(sorted(r for group in groups for r in group))
-        return Lane(index, RankClass(name, ranks, setting.devices[0]), stage, 0, at, (piece,))
+        return Lane(index, RankClass(name, ranks, device), stage, 0, at, (piece,))

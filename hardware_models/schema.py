@@ -65,7 +65,7 @@ CLASS_SPREAD: Mapping[str, tuple[float, Provenance]] = {
         0.017,
         Provenance(
             ValueKind.ASSUMPTION,
-            "speed_spread of GPUs: fp32 products (25,536 cubed, 100 in a row) on V100 boards of TACC's Longhorn, measured for Sinha et al., "
+            "speed_spread of GPUs: fp32 products (25,536 cubed, 100 calls) on V100 boards of TACC's Longhorn, measured for Sinha et al., "
             "Not All GPUs Are Created Equal (SC 2022, arXiv 2208.11035), published as aggregated_data/sim/sgemm-longhorn-agg.csv in "
             "hal-uw/blox-pal at 1a26bbf, looked up in part: of 84 boards of one sweep the 81 that draw their 300 W have a standard "
             "deviation of 1.7 % of the time (the slowest 4.0 % above the mean; a board repeats to 0.14 %); three that heat holds below it, "

@@ -155,10 +155,10 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     local_s = _local_times(local, kernels, concrete, place) / _library_speed(local, place)
     clocked = np.array([op.kind in ARITHMETIC for op in local], dtype=bool) & ~_memory_limits(place.device, kernels, local_s)
     local_s[clocked] *= place.slowdown
-    parts = {"memory_s": _memory_bound_s(place.device, kernels, local_s), "arithmetic_s": float(local_s[clocked].sum())}
+    memory_s, arithmetic_s = _memory_bound_s(place.device, kernels, local_s), float(local_s[clocked].sum())
     if len(local) == len(operators):
         alone = interlock(local_s, kernels.launches * host_launch_s(place.device, place.runtime), int(kernels.launches.sum()))
-        return replace(alone, **parts)
+        return replace(alone, memory_s=memory_s, arithmetic_s=arithmetic_s)
     if place.wire is None:
         raise InternalError(f"layer {concrete.layer.name!r} communicates, but nobody shares it")
     wired = np.array([op.kind is OperatorKind.COLLECTIVE for op in operators], dtype=bool)
@@ -177,7 +177,7 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
         ranks = len(place.wire.groups[operators[i].group].ranks)
         times[i] = exposed_s(operators, alone_s, i, place.runtime, ranks, block=concrete.layer.block)
     cost = interlock(times, launches * host_launch_s(place.device, place.runtime), int(launches.sum()))
-    return replace(cost, wire_s=float(times[wired].sum()), loads=dict(loads), **parts)
+    return replace(cost, wire_s=float(times[wired].sum()), memory_s=memory_s, arithmetic_s=arithmetic_s, loads=dict(loads))
 
 
 def _sent_bytes(op: Operator, concrete: ConcreteLayer, place: Place) -> float:

@@ -64,7 +64,15 @@ class Job:
         return chunks(local, cuts, setting.precision, setting.runtime, selective=inside_blocks(setting.strategy.checkpoint))
 
     def lane(
-        self, setting: Setting, piece: Chunk, groups: Sequence[tuple[int, ...]], *, index: int = 0, stage: int = 0, name: str = ""
+        self,
+        setting: Setting,
+        piece: Chunk,
+        groups: Sequence[tuple[int, ...]],
+        *,
+        index: int = 0,
+        stage: int = 0,
+        name: str = "",
+        alike: int = 0,
     ) -> Lane:
         """The lane of a stage.
 
@@ -75,10 +83,11 @@ class Job:
             index: Among all lanes.
             stage: Among those of its replica.
             name: For reports.
+            alike: How many devices wait for the slowest of them; by default all of the groups.
         """
         wire = Wire(self.fabric, {"tensor": place(self.fabric, groups)} if setting.strategy.tensor > 1 else {})
         device = setting.devices[0]
-        slower = slowdown(device, self.cluster.devices.count(device))
-        at = Place(device, setting.strategy.micro_batch, piece.workload.sequence, setting.runtime, wire, slower)
         ranks = tuple(sorted(r for group in groups for r in group))
+        slower = slowdown(device, alike or len(ranks))
+        at = Place(device, setting.strategy.micro_batch, piece.workload.sequence, setting.runtime, wire, slower)
         return Lane(index, RankClass(name, ranks, device), stage, 0, at, (piece,))

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from hardware_models.schema import (
     ABSENT,
+    CLASS_SPREAD,
     CLUSTER_NUMBERS,
     DEVICE_NUMBERS,
     LINK_NUMBERS,
@@ -71,6 +72,8 @@ def read_device(path: Path | Traversable) -> Device:
         if target not in value:
             value[target] = fill(value["power_w"])
             provenance[target] = Provenance(ValueKind.ASSUMPTION, said)
+    if "speed_spread" not in numbers and file.device_class in CLASS_SPREAD:
+        value["speed_spread"], provenance["speed_spread"] = CLASS_SPREAD[file.device_class]
     return Device(
         name=file.name,
         device_class=file.device_class,
@@ -93,6 +96,7 @@ def read_device(path: Path | Traversable) -> Device:
         profile={key: number.value for key, number in profile.items()},
         provenance=provenance,
         aliases=tuple(file.aliases),
+        speed_spread=value.get("speed_spread", 0.0),
     )
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
 
 from simtrain.core.errors import QuantityError, nearest
-from simtrain.core.hardware import ValueKind
+from simtrain.core.hardware import Provenance, ValueKind
 from simtrain.core.precision import DType
 from simtrain.core.units import DIMENSIONS, parse_quantity
 
@@ -56,14 +56,30 @@ DEVICE_NUMBERS: Mapping[str, NumberField] = {
     "power": NumberField("power_w", "W"),
     "idle_power": NumberField("idle_power_w", "W", required=False, zero=True),
     "price": NumberField("price_usd_per_hour", "USD/h", required=False, zero=True),
+    "speed_spread": NumberField("speed_spread", "1", required=False, zero=True, maximum=0.5),
 }
-"""Numbers of a device file; those of `ABSENT` may be left out."""
+"""Numbers of a device file; those of `ABSENT` may be left out, and without `speed_spread` that of its class is taken (`CLASS_SPREAD`)."""
 
 ABSENT: Mapping[str, tuple[Callable[[float], float], str]] = {
     "idle_power_w": (lambda power_w: power_w / 10, "Not stated in the file: a tenth of the power is assumed"),
     "price_usd_per_hour": (lambda _: 0.0, "Not stated in the file: zero leaves the cost out"),
 }
 """What stands for a number that a device file leaves out, from its power, and what is said of it."""
+
+CLASS_SPREAD: Mapping[str, tuple[float, Provenance]] = {
+    "gpu": (
+        0.017,
+        Provenance(
+            ValueKind.ASSUMPTION,
+            "speed_spread of GPUs: fp32 products (25,536 cubed, 100 calls) on V100 boards of TACC's Longhorn, measured for Sinha et al., "
+            "Not All GPUs Are Created Equal (SC 2022, arXiv 2208.11035), published as aggregated_data/sim/sgemm-longhorn-agg.csv in "
+            "hal-uw/blox-pal at 1a26bbf, looked up in part: of 84 boards of one sweep the 81 that draw their 300 W have a standard "
+            "deviation of 1.7 % of the time (the slowest 4.0 % above the mean; a board repeats to 0.14 %); three that heat holds below it, "
+            "6 to 9 % slower, are left out as a cluster would take them out. Other GPUs are taken to differ as much",
+        ),
+    )
+}
+"""Relative standard deviation, from board to board, of what arithmetic limits, by class; other classes have none (nothing was found)."""
 
 LINK_NUMBERS: Mapping[str, NumberField] = {
     "bandwidth": NumberField("bandwidth_bytes_per_s", "B/s"),

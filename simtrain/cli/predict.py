@@ -45,6 +45,9 @@ def predict(
     reader: Annotated[Reader | None, typer.Option("--reader", help="From fast to full; schedule by default.")] = None,
     runtime: RuntimeOption = None,
     seq_len: SeqLenOption = None,
+    speed_spread: Annotated[
+        float | None, typer.Option("--speed-spread", help="How much boards of a kind differ; 0 for not at all.")
+    ] = None,
     jitter: Annotated[float, typer.Option("--jitter", min=0.0, help="Relative standard deviation of compute (simulate).")] = 0.0,
     straggler: Annotated[list[str] | None, typer.Option("--straggler", metavar="RANK=FACTOR", help="A slow rank (simulate).")] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the jitter (simulate).")] = None,
@@ -63,6 +66,7 @@ def predict(
     dynamics = {name: value for name, value in dynamics.items() if value is not None}
     chosen = _choose_reader(reader, tuple(dynamics), files=(timeline, memory_plot, trace))
     what, where = catalog.workload(workload, seq_len=seq_len), catalog.cluster(cluster)
+    where = where if speed_spread is None else where.with_speed_spread(speed_spread)
     result = _read(chosen, what, where, how, runtime=runtime, **dynamics)
     if json:
         write_json(result.to_dict())

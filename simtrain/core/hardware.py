@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -98,6 +98,7 @@ class Device:
         provenance: Origin of each number, by field name.
         aliases: Other names.
         assumptions: What a prediction with it should say, in words.
+        speed_spread: Relative standard deviation, from board to board, of the time of what arithmetic limits.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Device:
     architecture: Mapping[str, float] = field(default_factory=dict)
     operator_table: Mapping[str, FloatArray] = field(default_factory=dict, repr=False)
     assumptions: tuple[str, ...] = ()
+    speed_spread: float = 0.0
 
     def peak(self, dtype: DType) -> float:
         """Dense peak FLOP/s of an arithmetic path.
@@ -286,6 +288,12 @@ class Cluster:
     def size(self) -> int:
         """Number of ranks the cluster can hold."""
         return sum(len(node.devices) for node in self.nodes)
+
+    def with_speed_spread(self, speed_spread: float) -> Cluster:
+        """Returns the cluster with devices that differ by so much from board to board: 0 for none (`simtrain.step.slowest`)."""
+        other = {device: replace(device, speed_spread=speed_spread) for device in dict.fromkeys(self.devices)}
+        nodes = tuple(replace(node, devices=tuple(other[device] for device in node.devices)) for node in self.nodes)
+        return replace(self, nodes=nodes)
 
 
 class ComputeModel(Protocol):

@@ -25,6 +25,7 @@ from simtrain.planner.resources import RESOURCES, scaled
 from simtrain.planner.screen import projected_s
 from simtrain.planner.space import Candidate
 from simtrain.step.predict import estimate
+from simtrain.step.slowest import expected_largest
 
 CHOICES = ("expected", "worst_decile")
 FINALISTS = 5
@@ -193,13 +194,6 @@ def _slowest_of(result: Result, jitter: float) -> float:
     return 1 + share * jitter * expected_largest(result.devices)
 
 
-def expected_largest(count: int) -> float:
-    """The expected largest of so many standard normal numbers, by quantiles of its distribution."""
-    middle = (np.arange(DRAWS) + 0.5) / DRAWS
-    quantile = NormalDist().inv_cdf
-    return float(np.mean([quantile(float(u)) for u in middle ** (1 / count)]))
-
-
 def _chances(finalists: Sequence[tuple[Candidate, Result]], times: Sequence[FloatArray]) -> list[float]:
     if not finalists:
         return []
@@ -226,4 +220,4 @@ def order(found: Sequence[Outlook], results: Sequence[Result], objective: str, b
     return sorted(range(len(found)), key=value)
 
 
-__all__ = ["ModelError", "Outlook", "check_robust", "expected_largest", "order", "outlooks", "settled"]
+__all__ = ["ModelError", "Outlook", "check_robust", "order", "outlooks", "settled"]

@@ -22,7 +22,14 @@ from simtrain.core.runtime import Runtime
 from simtrain.core.workload import Collective, Operator, OperatorKind
 from simtrain.step.fuse import fused_operators
 from simtrain.step.join import joined_operators
-from simtrain.step.kernels import accumulation_kernels, bucket_copy_kernels, operator_kernels, payload_bytes, shard_copy_kernels
+from simtrain.step.kernels import (
+    CONVOLUTIONS,
+    accumulation_kernels,
+    bucket_copy_kernels,
+    operator_kernels,
+    payload_bytes,
+    shard_copy_kernels,
+)
 from simtrain.step.network import Wire
 from simtrain.step.occupancy import Mode, mode_operators
 from simtrain.step.overlap import exposed_s
@@ -42,6 +49,8 @@ ADDS_GRADIENTS = (Mode.BACKWARD, Mode.BACKWARD_ACCUMULATING, Mode.WEIGHT_GRADIEN
 """Modes that make gradients of parameters."""
 ATTENTION = (OperatorKind.ATTENTION, OperatorKind.ATTENTION_BACKWARD)
 PRODUCTS = (OperatorKind.GEMM, OperatorKind.BATCHED_GEMM)
+ARITHMETIC = (*PRODUCTS, *ATTENTION, *CONVOLUTIONS)
+"""Kinds whose time follows the clock, unless memory limits them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,7 @@ class PassCost:
         wire_s: Part of the device time that is communication inside the layer.
         recompute_s: Part of the device time that recomputes.
         memory_s: Part of the device time in which memory is the limit.
+        arithmetic_s: Part of the device time that goes with the clock: products, convolutions and attention that memory does not limit.
         loads: Bytes that collectives inside the layer put on links.
     """
 
@@ -69,6 +79,7 @@ class PassCost:
     wire_s: float = 0.0
     recompute_s: float = 0.0
     memory_s: float = 0.0
+    arithmetic_s: float = 0.0
     loads: Mapping[Resource, float] = field(default_factory=dict, compare=False)
 
 
@@ -88,8 +99,12 @@ def host_launch_s(device: Device, runtime: Runtime) -> float:
 
 def _memory_bound_s(device: Device, kernels: KernelBatch, times_s: np.ndarray) -> float:
     """Time of the kernels that need more than half of the memory's peak: they are what memory limits."""
+    return float(times_s[_memory_limits(device, kernels, times_s)].sum())
+
+
+def _memory_limits(device: Device, kernels: KernelBatch, times_s: np.ndarray) -> np.ndarray:
     needed = kernels.bytes_moved / device.memory.bandwidth_bytes_per_s
-    return float(times_s[needed > times_s / 2].sum())
+    return np.asarray(needed > times_s / 2)
 
 
 def interlock(device_times_s: np.ndarray, host_times_s: np.ndarray, launches: int) -> PassCost:
@@ -114,6 +129,7 @@ class Place:
         sequence: Sequence length.
         runtime: What launches the kernels.
         wire: Collectives inside layers; `None` where nobody shares a layer.
+        slowdown: How much longer the slowest of the devices that do the same takes for what arithmetic limits (`simtrain.step.slowest`).
     """
 
     device: Device
@@ -121,6 +137,7 @@ class Place:
     sequence: int
     runtime: Runtime
     wire: Wire | None = None
+    slowdown: float = 1.0
 
 
 def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place: Place) -> PassCost:
@@ -136,10 +153,12 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     local = [op for op in operators if op.kind is not OperatorKind.COLLECTIVE]
     kernels = operator_kernels(local, concrete, place.batch, place.sequence)
     local_s = _local_times(local, kernels, concrete, place) / _library_speed(local, place)
-    memory_s = _memory_bound_s(place.device, kernels, local_s)
+    clocked = np.array([op.kind in ARITHMETIC for op in local], dtype=bool) & ~_memory_limits(place.device, kernels, local_s)
+    local_s[clocked] *= place.slowdown
+    memory_s, arithmetic_s = _memory_bound_s(place.device, kernels, local_s), float(local_s[clocked].sum())
     if len(local) == len(operators):
         alone = interlock(local_s, kernels.launches * host_launch_s(place.device, place.runtime), int(kernels.launches.sum()))
-        return replace(alone, memory_s=memory_s)
+        return replace(alone, memory_s=memory_s, arithmetic_s=arithmetic_s)
     if place.wire is None:
         raise InternalError(f"layer {concrete.layer.name!r} communicates, but nobody shares it")
     wired = np.array([op.kind is OperatorKind.COLLECTIVE for op in operators], dtype=bool)
@@ -158,7 +177,7 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
         ranks = len(place.wire.groups[operators[i].group].ranks)
         times[i] = exposed_s(operators, alone_s, i, place.runtime, ranks, block=concrete.layer.block)
     cost = interlock(times, launches * host_launch_s(place.device, place.runtime), int(launches.sum()))
-    return replace(cost, wire_s=float(times[wired].sum()), memory_s=memory_s, loads=dict(loads))
+    return replace(cost, wire_s=float(times[wired].sum()), memory_s=memory_s, arithmetic_s=arithmetic_s, loads=dict(loads))
 
 
 def _sent_bytes(op: Operator, concrete: ConcreteLayer, place: Place) -> float:
@@ -250,7 +269,7 @@ def _hooks(device: Device, saved: int, runtime: Runtime) -> PassCost:
 
 def chain(costs: Sequence[PassCost]) -> PassCost:
     """Composes passes that follow each other on the same host and device."""
-    device_s = host_s = lead_s = wire_s = recompute_s = memory_s = 0.0
+    device_s = host_s = lead_s = wire_s = recompute_s = memory_s = arithmetic_s = 0.0
     launches, loads = 0, Counter[Resource]()
     for cost in costs:
         # the device must start late enough for the passes before and for this one
@@ -261,5 +280,6 @@ def chain(costs: Sequence[PassCost]) -> PassCost:
         wire_s += cost.wire_s
         recompute_s += cost.recompute_s
         memory_s += cost.memory_s
+        arithmetic_s += cost.arithmetic_s
         loads.update(cost.loads)
-    return PassCost(device_s, host_s, max(lead_s, 0.0), launches, wire_s, recompute_s, memory_s, dict(loads))
+    return PassCost(device_s, host_s, max(lead_s, 0.0), launches, wire_s, recompute_s, memory_s, arithmetic_s, dict(loads))

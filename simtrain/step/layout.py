@@ -21,6 +21,7 @@ from simtrain.step.remat import segments
 from simtrain.step.schedules import SchedulePlan, plan
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, chunks, even_cuts, rank_form
+from simtrain.step.slowest import slowdowns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,12 +139,14 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
     for stage in range(grid.pipeline):
         wire = stage_wire(fabric, grid, stage)
         held = tuple(pieces[position] for position in order.placement[stage])
+        ranks = grid.stage(stage)
+        slower = slowdowns(setting.devices[ranks.start : ranks.stop])
         for kind, (devices, holders) in enumerate(kinds):
-            ranks = tuple(grid.rank(stage, h, t) for h in holders for t in range(grid.tensor))
+            own = tuple(grid.rank(stage, h, t) for h in holders for t in range(grid.tensor))
             device = devices[stage]
-            name = _name(grid, stage, device, ranks, split)
-            place = Place(device, strategy.micro_batch, local.sequence, setting.runtime, wire)
-            lanes.append(Lane(len(lanes), RankClass(name, ranks, device), stage, kind, place, held))
+            name = _name(grid, stage, device, own, split)
+            place = Place(device, strategy.micro_batch, local.sequence, setting.runtime, wire, slower[device])
+            lanes.append(Lane(len(lanes), RankClass(name, own, device), stage, kind, place, held))
     return Layout(setting, grid, fabric, local, order, tuple(lanes), split)
 
 

@@ -155,7 +155,7 @@ def assemble(
 def _assumptions(layout: Layout, busy_s: Mapping[str, float]) -> list[str]:
     """What holds whoever reads: of the machines, the model, the question, and what is moved to hosts."""
     setting = layout.setting
-    stated = [*setting.cluster.assumptions, *layout.local.assumptions, *setting.notes, *_notes(setting)]
+    stated = [*setting.cluster.assumptions, *layout.local.assumptions, *setting.notes, *_notes(setting), *_slowest_notes(layout)]
     return [*stated, *shortage(host_memory(layout)), *offload_notes(setting, busy_s)]
 
 
@@ -170,6 +170,19 @@ def _notes(setting: Setting) -> list[str]:
     notes += _uncounted_memory(setting)
     if setting.strategy.checkpoint != "none" and (kept := [layer.name for layer in layers if not layer.safe_to_recompute]):
         notes.append(f"not recomputed, because batch norms would update their running statistics twice: {', '.join(kept)}")
+    return notes
+
+
+def _slowest_notes(layout: Layout) -> list[str]:
+    """Says what waiting for the slowest device of a stage costs."""
+    slowed = {(lane.place.device, lane.place.slowdown): lane.stage for lane in layout.lanes if lane.place.slowdown > 1}
+    notes = []
+    for (device, slowdown), stage in slowed.items():
+        count = sum(layout.setting.devices[rank] is device for rank in layout.grid.stage(stage))
+        notes.append(
+            f"the slowest of {count} {device.name} sets the pace of a stage: products, convolutions and attention take {slowdown - 1:.1%} "
+            f"longer than on a typical one (speed_spread {device.speed_spread:g})"
+        )
     return notes
 
 

@@ -50,7 +50,7 @@ def test_every_command_has_help_and_takes_json(command):
 
 
 OPTIONS = {
-    "predict": "cluster strategy reader runtime seq-len jitter straggler seed steps timeline memory-plot trace report json",
+    "predict": "cluster strategy reader runtime seq-len speed-spread jitter straggler seed steps timeline memory-plot trace report json",
     "plan": "patience budget checkpoint cluster deadline devices emit fixed global-batch jitter json memory-margin memory-plot memory-risk "
     "objective optimizer power precision report robust runtime seq-len timeline tokens top trace weights why zero",
     "allocate": "checkpoint cluster timeline gantt global-batch json memory-margin micro-batch optimizer precision runtime seq-len tensor "

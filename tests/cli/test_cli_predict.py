@@ -58,6 +58,15 @@ def test_a_strategy_can_come_from_a_file(run_json, tmp_path):
     assert run_json(*PREDICT, "--strategy", path) == run_json(*PREDICT, "--strategy", STRATEGY)
 
 
+def test_boards_that_are_all_alike_are_faster_than_the_slowest_of_many(run_json):
+    asked = ("predict", "gpt2-small", "--cluster", "8x a100-sxm-80g", "--strategy", "data=8,micro_batch=8,precision=bf16-amp")
+    _, usual = run_json(*asked)
+    _, alike = run_json(*asked, "--speed-spread", "0")
+    assert alike["step_time_s"] < usual["step_time_s"]
+    assert any("speed_spread" in a for a in usual["assumptions"])
+    assert not any("speed_spread" in a for a in alike["assumptions"])
+
+
 def test_stragglers_and_jitter_are_simulated_without_being_told_to(run_json):
     _, base = run_json(*PREDICT, "--strategy", STRATEGY, "--reader", "simulate")
     _, slow = run_json(*PREDICT, "--strategy", STRATEGY, "--straggler", "3=1.5")

@@ -10,7 +10,7 @@ from simtrain.core.errors import InputError, UnknownNameError
 from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import Strategy
 from simtrain.planner.objectives import OBJECTIVES, Judge, Limits, Weights
-from simtrain.planner.robust import ModelError, Outlook, expected_largest, order, outlooks, settled
+from simtrain.planner.robust import ModelError, Outlook, order, outlooks, settled
 from simtrain.planner.space import Candidate
 from tests.report.conftest import make_result
 
@@ -104,12 +104,6 @@ def test_a_risk_of_memory_is_a_margin():
     assert settled(Limits(memory_risk=0.05, memory_margin=0.3), error).memory_margin == 0.3
     assert SURE.runs_out(result(memory=25.0)) == 1
     assert SURE.runs_out(result(memory=23.0)) == 0
-
-
-@pytest.mark.parametrize(("count", "largest"), [(1, 0.0), (2, 1 / sqrt(pi)), (100, 2.5076)])
-def test_expected_largest_of_normal_numbers(count, largest):
-    """1/sqrt(pi) in closed form for two; 2.5076 for a hundred: tables of normal order statistics."""
-    assert expected_largest(count) == pytest.approx(largest, abs=2e-3)
 
 
 @pytest.fixture(scope="module")

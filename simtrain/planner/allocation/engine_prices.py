@@ -127,7 +127,8 @@ def _layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPr
     for chunk in job.pieces(setting, cuts):
         key = (*map(id, chunk.concrete), chunk.first, chunk.last)  # equal layers are one object
         if key not in known:
-            known[key] = _one(setting, job.lane(setting, chunk, groups), len(cuts), tied if chunk.last and not chunk.first else 0.0)
+            lane = job.lane(setting, chunk, groups, alike=unit.tensor)  # at least so many wait for each other: bounds stay bounds
+            known[key] = _one(setting, lane, len(cuts), tied if chunk.last and not chunk.first else 0.0)
         columns.append(known[key][0])
         transient = max(transient, known[key][1])
     device_f, host_f, device_b, host_b, least, update, gradient, fixed, kept, shared, shared_update, parameters = np.array(columns).T

@@ -21,6 +21,7 @@ from simtrain.step.narrow_check import settle
 from simtrain.step.network import Wire, place
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, chunks, rank_form
+from simtrain.step.slowest import slowdown
 
 Cuts = tuple[tuple[int, int], ...]
 
@@ -71,7 +72,15 @@ class Job:
         return chunks(local, cuts, setting.precision, setting.runtime, selective=inside_blocks(setting.strategy.checkpoint))
 
     def lane(
-        self, setting: Setting, piece: Chunk, groups: Sequence[tuple[int, ...]], *, index: int = 0, stage: int = 0, name: str = ""
+        self,
+        setting: Setting,
+        piece: Chunk,
+        groups: Sequence[tuple[int, ...]],
+        *,
+        index: int = 0,
+        stage: int = 0,
+        name: str = "",
+        alike: int = 0,
     ) -> Lane:
         """The lane of a stage.
 
@@ -82,8 +91,11 @@ class Job:
             index: Among all lanes.
             stage: Among those of its replica.
             name: For reports.
+            alike: How many devices wait for the slowest of them; by default all of the groups.
         """
         wire = Wire(self.fabric, {"tensor": place(self.fabric, groups)} if setting.strategy.tensor > 1 else {})
-        at = Place(setting.devices[0], setting.strategy.micro_batch, piece.workload.sequence, setting.runtime, wire)
+        device = setting.devices[0]
         ranks = tuple(sorted(r for group in groups for r in group))
-        return Lane(index, RankClass(name, ranks, setting.devices[0]), stage, 0, at, (piece,))
+        slower = slowdown(device, alike or len(ranks))
+        at = Place(device, setting.strategy.micro_batch, piece.workload.sequence, setting.runtime, wire, slower)
+        return Lane(index, RankClass(name, ranks, device), stage, 0, at, (piece,))

@@ -31,6 +31,7 @@ from simtrain.step.occupancy import KINDS
 from simtrain.step.schedules import Action
 from simtrain.step.setting import Setting
 from simtrain.step.shard import Chunk, rank_form
+from simtrain.step.slowest import slowdown
 from simtrain.step.specialize import ConcreteLayer, concrete_layers
 
 ROLES = ("first", "middle", "last", "whole")
@@ -72,7 +73,7 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerRow:
-    """What passes of the layers of one form cost.
+    """What passes of the layers of one form cost, on the slowest of all devices.
 
     Attributes:
         device_s: Device time of each `Part` (passes only).
@@ -81,6 +82,8 @@ class LayerRow:
         crossing_bytes: What a stage sends to the next.
         order: Passes of a micro-batch.
         passes_s: Device time of each of them under full sharding: forward, backward that adds to gradients, backward that makes them.
+        arithmetic_s: What arithmetic limits of `device_s`.
+        passes_arithmetic_s: The same of `passes_s`.
     """
 
     device_s: FloatArray
@@ -89,6 +92,14 @@ class LayerRow:
     crossing_bytes: float
     order: Passes
     passes_s: FloatArray
+    arithmetic_s: FloatArray
+    passes_arithmetic_s: FloatArray
+
+    def rated(self, slowdown: float) -> LayerRow:
+        """The same on a device that takes so much longer for what arithmetic limits; what products hide stays hidden."""
+        more = slowdown - 1
+        device_s, passes_s = self.device_s + more * self.arithmetic_s, self.passes_s + more * self.passes_arithmetic_s
+        return replace(self, device_s=device_s, passes_s=passes_s)
 
     @property
     def turns_s(self) -> tuple[float, float, float]:
@@ -128,7 +139,9 @@ class Probe:
     def place(self) -> Place:
         """Where passes run."""
         setting = self.setting
-        return Place(setting.devices[0], setting.strategy.micro_batch, self.local.sequence, setting.runtime, self.wire)
+        device = setting.devices[0]
+        slower = slowdown(device, len(setting.devices))
+        return Place(device, setting.strategy.micro_batch, self.local.sequence, setting.runtime, self.wire, slower)
 
     def costs(self) -> LayerRow:
         """Prices the passes of all layers.
@@ -141,12 +154,12 @@ class Probe:
         keeps = setting.runtime.main_gradients
         chunk = _chunk(self.local, self.concrete, 1, "whole")
         priced = ChunkCosts(chunk, self.place, setting.strategy.checkpoint, keeps, copies=not keeps)
-        found = np.zeros((2, WIDTH))
+        found = np.zeros((3, WIDTH))
 
         def fill(part: Part, action: Action, *, adding: bool = True, last: bool = False) -> None:
             for step in priced.listed(action, adding=adding, last=last):
                 where = 0 if chunk.is_block(step.which.layer) else 1 if step.which.layer < pattern.before else 2
-                found[:, part + where] += (step.cost.device_s, step.cost.host_s)
+                found[:, part + where] += (step.cost.device_s, step.cost.host_s, step.cost.arithmetic_s)
 
         fill(Part.FORWARD, Action.FORWARD)
         fill(Part.BACKWARD, Action.BACKWARD)
@@ -168,8 +181,8 @@ class Probe:
         forward = sharded.listed(Action.FORWARD, adding=False, last=False)
         adds, makes = (sharded.listed(Action.BACKWARD, adding=adding, last=False) for adding in (True, False))
         flags = (tuple(chunk.is_block(step.which.layer) for step in steps) for steps in (forward, adds))
-        every = np.array([step.cost.device_s for steps in (forward, adds, makes) for step in steps])
-        return LayerRow(found[0], found[1], copies, float(crossing), Passes(*flags), every)
+        every = np.array([(step.cost.device_s, step.cost.arithmetic_s) for steps in (forward, adds, makes) for step in steps]).T
+        return LayerRow(found[0], found[1], copies, float(crossing), Passes(*flags), every[0], found[2], every[1])
 
     def moments(self) -> list[Moments]:
         """Memory of instructions over a few blocks, for every role and pass (`PASSES`), roles first."""

@@ -21,6 +21,7 @@ from simtrain.step.grid import Grid
 from simtrain.step.network import Wire, stage_wire
 from simtrain.step.schedules import find
 from simtrain.step.setting import resolve
+from simtrain.step.slowest import slowdown
 
 COVERED = frozenset(
     {
@@ -91,11 +92,12 @@ class Tables:
 
     def layers_of(self, strategy: Strategy, runtime: Runtime, wire: Wire | None, sizes: Sequence[int]) -> list[LayerRow]:
         """What the passes of a strategy's layers cost with so many samples."""
-        known = self.layers.setdefault((*_form(strategy, runtime), id(wire)), {})
+        known = self.layers.setdefault((*_form(strategy, runtime), strategy.ranks, id(wire)), {})
         for n in sizes:
             if n not in known:
                 known[n] = Probe(resolve(self.workload, self.cluster, strategy.with_(micro_batch=n), runtime), wire).costs()
-        return [known[n] for n in sizes]
+        stage, every = (slowdown(self.cluster.devices[0], strategy.ranks // stages) for stages in (strategy.pipeline, 1))
+        return [known[n].rated(stage / every) for n in sizes]
 
     def memory_of(
         self, strategy: Strategy, runtime: Runtime, wire: Wire | None, sizes: Sequence[int], lengths: tuple[int, ...]

@@ -72,6 +72,14 @@ class Layout:
         return tuple(tuple(lane for lane in self.lanes if lane.stage == s) for s in range(self.grid.pipeline))
 
     @cached_property
+    def models(self) -> tuple[int, ...]:
+        """For each lane the first that holds the same layers on the same device and wire: passes and updates cost the two the same."""
+        checkpoint, first = self.setting.strategy.checkpoint, dict[object, int]()
+        held = (tuple(chunk.content(checkpoint) for chunk in lane.chunks) for lane in self.lanes)
+        keys = ((id(lane.place.device), lane.place.wire, chunks) for lane, chunks in zip(self.lanes, held, strict=True))
+        return tuple(first.setdefault(key, index) for index, key in enumerate(keys))
+
+    @cached_property
     def _sends(self) -> dict[tuple[int, int, float], CollectiveCost]:
         return {}
 
@@ -86,7 +94,7 @@ class Layout:
             ranks = lane.rank_class.ranks if self.split else self.grid.stage(lane.stage)
             wire = send(self.fabric, ranks, self.grid.rank(target) - self.grid.rank(lane.stage), size)
             described_s = self.setting.runtime.divided_send_s if self.grid.tensor > 1 else 0.0
-            self._sends[key] = replace(wire, latency_s=wire.latency_s + described_s)
+            self._sends[key] = replace(wire, latency_s=wire.latency_s + described_s) if described_s else wire
         return self._sends[key]
 
     @property

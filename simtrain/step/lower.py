@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 
 from simtrain.core.program import IntArray, Program
 from simtrain.core.workload import Workload
 from simtrain.cost.collectives import CollectiveCost
-from simtrain.step.builder import Builder, Piece
+from simtrain.step.builder import Builder, Piece, Table
 from simtrain.step.costs import TERM_KINDS, chain
 from simtrain.step.fully_sharded import FullySharded
 from simtrain.step.instructions import Step, chunk_costs
@@ -83,19 +84,22 @@ class _Lowering:
         self.build = Builder(setting.runtime, layout.classes, setting.precision.loss_scaling)
         self.sync: Synchroniser = FullySharded(layout, self.build) if fully_sharded(setting) else Replicated(layout, self.build)
         self.moves = ActivationMoves.of(layout, self.build)
-        self.costs = {(lane.index, c): chunk_costs(setting, lane, chunk) for lane in layout.lanes for c, chunk in enumerate(lane.chunks)}
+        alike = [layout.lanes[model] for model in dict.fromkeys(layout.models)]
+        self.costs = {(lane.index, c): chunk_costs(setting, lane, chunk) for lane in alike for c, chunk in enumerate(lane.chunks)}
+        self.known: dict[tuple[int, ...], _Task] = {}
         self.coarse = layout.grid.pipeline > 1 and not self.sync.gathers and self.moves is None
         kinds = len(layout.by_stage[0])
         # first and last compute term of each instruction, on each kind of replica
         self.first, self.last = (np.full((len(self.plan), kinds), -1) for _ in range(2))
-        self.passes: list[tuple[int, IntArray, IntArray]] = []
+        self.passes = Table("iii")  # lane, compute term, passes in it
 
     def run(self) -> Lowered:
         plan, layout = self.plan, self.layout
-        tasks, task_of = self._tasks()
-        opens = (plan.action == Action.FORWARD) & (plan.micro_batch == 0)
-        alone = np.array([any(lane_task.acts for lane_task in task) for task in tasks])[task_of] | opens
-        self._together(np.flatnonzero(~alone), tasks, task_of)
+        stages, tasks, task_of = self._tasks()
+        alone = np.array([any(lane_task.acts for lane_task in task) for task in tasks])[task_of]
+        if self.sync.opens:
+            alone |= (plan.action == Action.FORWARD) & (plan.micro_batch == 0)
+        self._together(np.flatnonzero(~alone), stages, tasks, task_of)
         for i in np.flatnonzero(alone).tolist():
             self.build.begin(i)
             self._instruction(i, tasks[task_of[i]])
@@ -105,35 +109,48 @@ class _Lowering:
         updates = self.sync.finish([int(self.last[final[lane.stage], lane.kind]) for lane in layout.lanes])
         program, number = self.build.finish(np.append(plan.level, plan.level.max() + 1))
         begun = self.sync.host.begun if self.sync.host else updates
-        own: list[list[IntArray]] = [[np.array([number[update]])] for update in begun]
-        for lane, terms, times in self.passes:
-            own[lane].append(np.repeat(number[terms], times))
-        return Lowered(layout, program, tuple(np.sort(np.concatenate(terms)) for terms in own))
+        self.passes.extend(np.arange(len(begun)), np.array(begun), 1)
+        return Lowered(layout, program, self._pass_terms(number))
 
-    def _tasks(self) -> tuple[list[tuple[_Task, ...]], IntArray]:
-        """Distinct instructions, on each kind of replica, and which of them each instruction of the plan is."""
+    def _pass_terms(self, number: IntArray) -> tuple[IntArray, ...]:
+        """For each lane the term of each pass."""
+        lane, term, times = self.passes.columns()
+        place = lane * len(number) + number[term]
+        order = np.argsort(place)
+        place = np.repeat(place[order], times[order])
+        bounds = np.searchsorted(place, np.arange(len(self.layout.lanes) + 1) * len(number)).tolist()
+        return tuple(place[a:b] - lane * len(number) for lane, (a, b) in enumerate(pairwise(bounds)))
+
+    def _tasks(self) -> tuple[list[int], list[tuple[_Task, ...]], IntArray]:
+        """Distinct instructions: their stages, what they are on each kind of replica, and which of them each instruction of the plan is."""
         plan = self.plan
-        gradients = np.isin(plan.action, (Action.BACKWARD, Action.WEIGHT_GRADIENT))
+        gradients = (plan.action == Action.BACKWARD) | (plan.action == Action.WEIGHT_GRADIENT)
         cell = plan.rank * plan.chunks + plan.chunk
         made = plan.rank_order[gradients[plan.rank_order]]
         ends = np.zeros((2, plan.stages * plan.chunks), dtype=np.int64)
         ends[0, cell[made[::-1]]], ends[1, cell[made]] = plan.micro_batch[made[::-1]], plan.micro_batch[made]
         backward = plan.action != Action.FORWARD
         adding, last = backward & (plan.micro_batch != ends[0, cell]), backward & (plan.micro_batch == ends[1, cell])
-        key = np.ravel_multi_index((cell, plan.action, adding, last), (plan.stages * plan.chunks, len(Action), 2, 2))
-        distinct, task_of = np.unique(key, return_inverse=True)
+        distinct, task_of = _distinct((plan.rank, plan.chunk, plan.action, adding, last), (plan.stages, plan.chunks, len(Action), 2, 2))
         tasks = []
-        for one in distinct.tolist():
-            where, action, adds, ends_here = (int(x) for x in np.unravel_index(one, (plan.stages * plan.chunks, len(Action), 2, 2)))
-            stage, chunk = divmod(where, plan.chunks)
+        for stage, chunk, action, adds, ends_here in distinct:
             lanes = self.layout.by_stage[stage]
             tasks.append(tuple(self._task(lanes, lane, chunk, Action(action), adding=bool(adds), last=bool(ends_here)) for lane in lanes))
-        return tasks, task_of
+        return [stage for stage, *_ in distinct], tasks, task_of
 
     def _task(self, lanes: Sequence[Lane], lane: Lane, chunk: int, action: Action, *, adding: bool, last: bool) -> _Task:
-        steps = self.costs[lane.index, chunk].listed(action, adding=adding, last=last)
+        model, first = self.layout.models[lane.index], self.layout.models[lanes[0].index]
+        named = -1 if self.coarse and len(lane.chunks) == 1 else lane.index
+        key = (model, first, named, chunk, action, adding, last)
+        if key not in self.known:
+            self.known[key] = self._made(lanes, lane, chunk, action, adding=adding, last=last)
+        return self.known[key]
+
+    def _made(self, lanes: Sequence[Lane], lane: Lane, chunk: int, action: Action, *, adding: bool, last: bool) -> _Task:
+        models = self.layout.models
+        steps = self.costs[models[lane.index], chunk].listed(action, adding=adding, last=last)
         # all kinds of replicas are cut alike
-        cuts = self._cuts(self.costs[lanes[0].index, chunk].listed(action, adding=adding, last=last), lanes[0], chunk)
+        cuts = self._cuts(self.costs[models[lanes[0].index], chunk].listed(action, adding=adding, last=last), lanes[0], chunk)
         pieces = []
         for part in (steps[a:b] for a, b in pairwise(cuts)):
             cost = part[0].cost if len(part) == 1 else chain([s.cost for s in part])
@@ -153,28 +170,23 @@ class _Lowering:
         inner = [k + 1 for k, s in enumerate(steps) if s.ends_gradients and s.which.layer in ready]
         return tuple(sorted({0, *inner, len(steps)}))
 
-    def _together(self, chosen: IntArray, tasks: Sequence[tuple[_Task, ...]], task_of: IntArray) -> None:
+    def _together(self, chosen: IntArray, stages: Sequence[int], tasks: Sequence[tuple[_Task, ...]], task_of: IntArray) -> None:
         """Adds the passes of instructions beside which nothing else happens."""
         if not len(chosen):
             return
         for kind in range(self.first.shape[1]):
-            own = [task[kind] for task in tasks]
-            pieces = [piece for task in own for piece in task.pieces]
-            times = np.array([b - a for task in own for a, b in pairwise(task.cuts)])
-            start = np.cumsum([0, *(len(task.pieces) for task in own)])
+            lane_of = [lanes[kind].index for lanes in self.layout.by_stage]
+            own = [(lane_of[stage], task[kind]) for stage, task in zip(stages, tasks, strict=True)]
+            pieces = [(lane, turn, piece) for lane, task in own for turn, piece in enumerate(task.pieces)]
+            times = np.array([b - a for _, task in own for a, b in pairwise(task.cuts)])
+            start = np.cumsum([0, *(len(task.pieces) for _, task in own)])
             count = np.diff(start)[task_of[chosen]]
             ends = np.cumsum(count)
             i = np.repeat(chosen, count)
-            turn = np.arange(len(i)) - np.repeat(ends - count, count)
-            piece = np.repeat(start[task_of[chosen]], count) + turn
-            lane = np.array([lanes[kind].index for lanes in self.layout.by_stage])[self.plan.rank[i]]
-            terms = self.build.works_of(lane, pieces, piece, self.plan.micro_batch[i], i, turn)
+            piece = np.arange(len(i)) + np.repeat(start[task_of[chosen]] - (ends - count), count)
+            terms = self.build.works_of(pieces, piece, self.plan.micro_batch[i], i)
             self.first[chosen, kind], self.last[chosen, kind] = terms[ends - count], terms[ends - 1]
-            order = np.argsort(lane, kind="stable")
-            bounds = np.searchsorted(lane[order], np.arange(len(self.layout.lanes) + 1))
-            for index, (a, b) in enumerate(pairwise(bounds.tolist())):
-                if a < b:
-                    self.passes.append((index, terms[order[a:b]], times[piece[order[a:b]]]))
+            self.passes.extend(np.array([lane for lane, _, _ in pieces])[piece], terms, times[piece])
 
     def _instruction(self, i: int, own: Sequence[_Task]) -> None:
         """Adds the passes of an instruction on every kind of replica, and what happens beside them."""
@@ -188,7 +200,7 @@ class _Lowering:
             for lane, task, fetched in zip(lanes, own, moved, strict=True):
                 piece = task.pieces[k]
                 term = self.build.work(lane.index, piece.kind, piece.label, piece.cost, micro_batch, [*gathered, *fetched])
-                self.passes.append((lane.index, np.array([term]), np.array([end - start])))
+                self.passes.add(lane.index, term, end - start)
                 terms.append(term)
             if k == 0:
                 self.first[i] = terms
@@ -208,10 +220,9 @@ class _Lowering:
         target, source = target[order], source[order]
         if not len(target):
             return
+        ahead = plan.action[source] == Action.FORWARD
         shape = (plan.stages, plan.chunks, plan.stages, 2)
-        key = np.ravel_multi_index((plan.rank[source], plan.chunk[source], plan.rank[target], plan.action[source] == Action.FORWARD), shape)
-        distinct, chosen = np.unique(key, return_inverse=True)
-        routes = np.stack(np.unravel_index(distinct, shape), axis=1).tolist()
+        routes, chosen = _distinct((plan.rank[source], plan.chunk[source], plan.rank[target], ahead), shape)
         after = np.full(len(plan), -1)
         after[plan.before[plan.before >= 0]] = np.flatnonzero(plan.before >= 0)
         for kind in range(self.first.shape[1]):
@@ -225,6 +236,14 @@ class _Lowering:
     def _route(self, lane: Lane, chunk: int, to: int, *, forward: bool) -> tuple[int, str, CollectiveCost]:
         stream = self.build.stream((lane.index,), "send forward" if forward else "send backward")
         return stream, f"send to stage {to}", self.layout.send(lane, chunk, to, forward=forward)
+
+
+def _distinct(columns: tuple[IntArray, ...], shape: tuple[int, ...]) -> tuple[list[list[int]], IntArray]:
+    """Distinct rows of small numbers, in order, and which of them each row is."""
+    key = np.ravel_multi_index(columns, shape)
+    there = np.bincount(key, minlength=prod(shape)) > 0
+    distinct = np.stack(np.unravel_index(np.flatnonzero(there), shape), axis=1)
+    return distinct.tolist(), (np.cumsum(there) - 1)[key]
 
 
 def _label(lane: Lane, chunk: int, steps: Sequence[Step], coarse: bool) -> str:

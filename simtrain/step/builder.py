@@ -21,7 +21,7 @@ from simtrain.core.program import IntArray, Program, RankClass, Resource, Stream
 from simtrain.core.runtime import Runtime
 from simtrain.cost.collectives import CollectiveCost
 from simtrain.step.costs import PassCost
-from simtrain.step.waits import Works, joined, launched, on_streams, pointer_of
+from simtrain.step.waits import Carry, Waits, Works, joined, launched, led, on_streams, pointer_of
 
 LAST_TURN = 1 << 20
 """Turn of what leaves when an instruction has ended."""
@@ -120,7 +120,8 @@ class Builder:
         self.has_host = self.runtime.run_ahead_launches > 0
         self.patterns = Table("iiifffffi")  # kind, stream, label, then `Shares`, turn
         self.terms = Table("iii")  # pattern, micro-batch, moment
-        self.works = Table("iiiifi")  # see `Works`
+        self.works = Table("iiifii")  # see `Works`
+        self.asks = Table("ii")  # term in which a host waits for a result, term that runs what it issues then
         self.demands = Table("iif")  # pattern, resource, amount
         self.edges = Table("ii")  # term, what it waits for
         self.loads: dict[int, tuple[CollectiveCost | PassCost, IntArray, FloatArray]] = {}
@@ -160,9 +161,29 @@ class Builder:
         return term
 
     def work(
-        self, lane: int, kind: TermKind, label: str, cost: PassCost, micro_batch: int, waits: Sequence[int] = (), *, sync: bool = False
+        self,
+        lane: int,
+        kind: TermKind,
+        label: str,
+        cost: PassCost,
+        micro_batch: int,
+        waits: Sequence[int] = (),
+        *,
+        sync: bool = False,
+        passes: int = 0,
     ) -> int:
-        """Adds kernels: a host term that issues them and a compute term that runs them. Returns the compute term."""
+        """Adds kernels: a host term that issues them and a compute term that runs them. Returns the compute term.
+
+        Args:
+            lane: Who runs them.
+            kind: What they do.
+            label: Their name.
+            cost: What they take.
+            micro_batch: For which micro-batch (-1 for none).
+            waits: Terms that must end first.
+            sync: Whether the host waits too, if it `synchronises`.
+            passes: How many passes through layers they are.
+        """
         asks, compute = -1, int(self.compute[lane])
         issues: list[int] = []
         if self.has_host:
@@ -175,7 +196,9 @@ class Builder:
                 self.wait(asks, waits)
             issues = [self._term(TermKind.HOST, host, f"issue {label}", micro_batch, (), Shares(cost.host_s))]
         run = self._term(kind, compute, label, micro_batch, [*issues, *waits], Shares.of(cost))
-        self.works.add(lane, asks, issues[0] if issues else -1, run, cost.lead_s, cost.launches)
+        self.works.add(lane, issues[0] if issues else run, run, cost.lead_s, cost.launches, passes)
+        if asks >= 0:
+            self.asks.add(asks, run)
         self.demands.add(self.patterns.count - 1, int(self.engines[lane]), cost.device_s)
         if cost.loads:
             self.demands.extend(self.patterns.count - 1, *self._loads(cost))
@@ -191,13 +214,13 @@ class Builder:
 
     def first_work(self, lane: int) -> int:
         """First compute term of a lane."""
-        lanes, _, _, runs, *_ = self.works.columns()
+        lanes, _, runs, *_ = self.works.columns()
         pattern, _, moment = self.terms.columns()
         own = runs[lanes == lane]
         return int(own[np.lexsort((self.patterns.columns()[-1][pattern[own]], moment[own]))[0]])
 
     def works_of(
-        self, pieces: Sequence[tuple[int, int, Piece]], chosen: IntArray, micro_batch: IntArray, moment: IntArray
+        self, pieces: Sequence[tuple[int, int, Piece]], chosen: IntArray, micro_batch: IntArray, moment: IntArray, passes: IntArray
     ) -> IntArray:
         """Adds kernels many times, in order.
 
@@ -206,6 +229,7 @@ class Builder:
             chosen: Which of them.
             micro_batch: For which micro-batch.
             moment: Instruction that each belongs to.
+            passes: Of each piece.
 
         Returns:
             The compute terms.
@@ -226,9 +250,9 @@ class Builder:
             issues, run, pattern = number[::2], number[1::2], pattern[1::2]
         else:
             run = self.terms.extend(pattern[chosen], micro_batch, moment)
-            issues = np.full(len(run), -1)
+            issues = run
         lead_s, launches, device_s = (np.array(column) for column in zip(*((c.lead_s, c.launches, c.device_s) for c in costs), strict=True))
-        self.works.extend(lane[chosen], -1, issues, run, lead_s[chosen], launches[chosen])
+        self.works.extend(lane[chosen], issues, run, lead_s[chosen], launches[chosen], passes[chosen])
         self.demands.extend(pattern, self.engines[lane], device_s)
         self._load(pattern, costs)
         return run
@@ -244,10 +268,10 @@ class Builder:
 
     def _load(self, patterns: IntArray, costs: Sequence[CollectiveCost | PassCost]) -> None:
         """Adds what patterns demand of links."""
-        loads = [self._loads(cost) for cost in costs]
-        count = [len(load) for load, _ in loads]
-        if any(count):
-            self.demands.extend(np.repeat(patterns, count), *(np.concatenate(column) for column in zip(*loads, strict=True)))
+        found = [(pattern, *self._loads(cost)) for pattern, cost in zip(patterns, costs, strict=True) if cost.loads]
+        if found:
+            owner, resource, amount = zip(*found, strict=True)
+            self.demands.extend(np.repeat(owner, [len(own) for own in resource]), np.concatenate(resource), np.concatenate(amount))
 
     def _loads(self, cost: CollectiveCost | PassCost) -> tuple[IntArray, FloatArray]:
         """Links that a transfer, or the collectives inside a pass, demand, and how much of each."""
@@ -281,14 +305,14 @@ class Builder:
         self._load(pattern, [cost for _, _, cost in sends])
         return sent
 
-    def finish(self, level: IntArray) -> tuple[Program, IntArray]:
+    def finish(self, level: IntArray) -> tuple[Program, IntArray, Works]:
         """Puts terms in order, finds what waits for what and closes the streams over the step boundary.
 
         Args:
             level: Of each moment: those that are equal are independent.
 
         Returns:
-            The program, and the number in it of each term that was added.
+            The program, the number in it of each term that was added, and kernels in the order in which lanes run them.
         """
         pattern, micro_batch, moment = self.terms.columns()
         *shared, turn = self.patterns.columns()
@@ -299,9 +323,14 @@ class Builder:
         kind, stream, label, latency, recompute, wire, memory, traffic = (column[pattern] for column in shared)
         before, first, last = on_streams(stream)
         works = Works(*self.works.columns()).numbered(number)
-        launch, launch_lag_s, carries = launched(works if self.has_host else None, before, len(self.classes), self.runtime.run_ahead_launches)
-        owner, source = (number[column] for column in self.edges.columns())
-        predecessor_pointer, predecessor, lag_s = joined(before, launch, launch_lag_s, owner, source)
+        by_lane = works.by_lane(len(number))
+        asks, runs, owner, source = (number[column] for column in (*self.asks.columns(), *self.edges.columns()))
+        waits: list[Waits] = [(asks, before[runs], None)]
+        carries: list[Carry] = []
+        if self.has_host:
+            full, carries = launched(by_lane, before, len(self.classes), self.runtime.run_ahead_launches)
+            waits += [led(works, before), full]
+        predecessor_pointer, predecessor, lag_s = joined(before, waits, owner, source)
         demand_pointer, demand = self._demanded(pattern)
         _, resource, amount = self.demands.columns()
         passed = [(int(number[a]), int(number[b]), lag) for a, b, lag in self.carries]
@@ -331,7 +360,7 @@ class Builder:
             carry_lag_s=carry[:, 2],
         )
         program.check()
-        return program, number
+        return program, number, by_lane
 
     def _demanded(self, pattern: IntArray) -> tuple[IntArray, IntArray]:
         """CSR pointer and rows of the table of demands, for terms of these patterns."""

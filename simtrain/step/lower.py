@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import prod
 
 import numpy as np
 
 from simtrain.core.program import IntArray, Program
 from simtrain.core.workload import Workload
 from simtrain.cost.collectives import CollectiveCost
-from simtrain.step.builder import Builder, Piece, Table
+from simtrain.step.builder import Builder, Piece
 from simtrain.step.costs import TERM_KINDS, chain
 from simtrain.step.fully_sharded import FullySharded
 from simtrain.step.instructions import Step, chunk_costs
@@ -28,6 +27,7 @@ from simtrain.step.occupancy import Mode
 from simtrain.step.offload_activations import ActivationMoves
 from simtrain.step.passes import Pass
 from simtrain.step.schedules import Action
+from simtrain.step.schedules.repeated import Kind, Route, crossings, kinds
 from simtrain.step.setting import Setting
 from simtrain.step.states import fully_sharded
 from simtrain.step.synchronise import Replicated, Synchroniser
@@ -91,15 +91,15 @@ class _Lowering:
         kinds = len(layout.by_stage[0])
         # first and last compute term of each instruction, on each kind of replica
         self.first, self.last = (np.full((len(self.plan), kinds), -1) for _ in range(2))
-        self.passes = Table("iii")  # lane, compute term, passes in it
 
     def run(self) -> Lowered:
         plan, layout = self.plan, self.layout
-        stages, tasks, task_of = self._tasks()
+        instructions, task_of = kinds(plan)
+        tasks = [self._task(instruction) for instruction in instructions]
         alone = np.array([any(lane_task.acts for lane_task in task) for task in tasks])[task_of]
         if self.sync.opens:
             alone |= (plan.action == Action.FORWARD) & (plan.micro_batch == 0)
-        self._together(np.flatnonzero(~alone), stages, tasks, task_of)
+        self._together(np.flatnonzero(~alone), [kind.rank for kind in instructions], tasks, task_of)
         for i in np.flatnonzero(alone).tolist():
             self.build.begin(i)
             self._instruction(i, tasks[task_of[i]])
@@ -107,46 +107,25 @@ class _Lowering:
         self.build.begin(len(plan))
         final = plan.rank_order[plan.rank_pointer[1:] - 1]
         updates = self.sync.finish([int(self.last[final[lane.stage], lane.kind]) for lane in layout.lanes])
-        program, number = self.build.finish(np.append(plan.level, plan.level.max() + 1))
+        program, number, works = self.build.finish(np.append(plan.level, plan.level.max() + 1))
         begun = self.sync.host.begun if self.sync.host else updates
-        self.passes.extend(np.arange(len(begun)), np.array(begun), 1)
-        return Lowered(layout, program, self._pass_terms(number))
+        bounds = np.searchsorted(works.lane, np.arange(len(layout.lanes) + 1)).tolist()
+        passes = [np.repeat(works.runs[a:b], works.passes[a:b]) for a, b in pairwise(bounds)]
+        return Lowered(layout, program, tuple(np.append(own, number[update]) for own, update in zip(passes, begun, strict=True)))
 
-    def _pass_terms(self, number: IntArray) -> tuple[IntArray, ...]:
-        """For each lane the term of each pass."""
-        lane, term, times = self.passes.columns()
-        place = lane * len(number) + number[term]
-        order = np.argsort(place)
-        place = np.repeat(place[order], times[order])
-        bounds = np.searchsorted(place, np.arange(len(self.layout.lanes) + 1) * len(number)).tolist()
-        return tuple(place[a:b] - lane * len(number) for lane, (a, b) in enumerate(pairwise(bounds)))
+    def _task(self, kind: Kind) -> tuple[_Task, ...]:
+        """An instruction on each kind of replica; lanes that are alike share it."""
+        lanes, models = self.layout.by_stage[kind.rank], self.layout.models
+        found = []
+        for lane in lanes:
+            named = -1 if self.coarse and len(lane.chunks) == 1 else lane.index
+            key = (models[lane.index], models[lanes[0].index], named, *kind[1:])
+            if key not in self.known:
+                self.known[key] = self._made(lanes, lane, *kind[1:])
+            found.append(self.known[key])
+        return tuple(found)
 
-    def _tasks(self) -> tuple[list[int], list[tuple[_Task, ...]], IntArray]:
-        """Distinct instructions: their stages, what they are on each kind of replica, and which of them each instruction of the plan is."""
-        plan = self.plan
-        gradients = (plan.action == Action.BACKWARD) | (plan.action == Action.WEIGHT_GRADIENT)
-        cell = plan.rank * plan.chunks + plan.chunk
-        made = plan.rank_order[gradients[plan.rank_order]]
-        ends = np.zeros((2, plan.stages * plan.chunks), dtype=np.int64)
-        ends[0, cell[made[::-1]]], ends[1, cell[made]] = plan.micro_batch[made[::-1]], plan.micro_batch[made]
-        backward = plan.action != Action.FORWARD
-        adding, last = backward & (plan.micro_batch != ends[0, cell]), backward & (plan.micro_batch == ends[1, cell])
-        distinct, task_of = _distinct((plan.rank, plan.chunk, plan.action, adding, last), (plan.stages, plan.chunks, len(Action), 2, 2))
-        tasks = []
-        for stage, chunk, action, adds, ends_here in distinct:
-            lanes = self.layout.by_stage[stage]
-            tasks.append(tuple(self._task(lanes, lane, chunk, Action(action), adding=bool(adds), last=bool(ends_here)) for lane in lanes))
-        return [stage for stage, *_ in distinct], tasks, task_of
-
-    def _task(self, lanes: Sequence[Lane], lane: Lane, chunk: int, action: Action, *, adding: bool, last: bool) -> _Task:
-        model, first = self.layout.models[lane.index], self.layout.models[lanes[0].index]
-        named = -1 if self.coarse and len(lane.chunks) == 1 else lane.index
-        key = (model, first, named, chunk, action, adding, last)
-        if key not in self.known:
-            self.known[key] = self._made(lanes, lane, chunk, action, adding=adding, last=last)
-        return self.known[key]
-
-    def _made(self, lanes: Sequence[Lane], lane: Lane, chunk: int, action: Action, *, adding: bool, last: bool) -> _Task:
+    def _made(self, lanes: Sequence[Lane], lane: Lane, chunk: int, action: Action, adding: bool, last: bool) -> _Task:
         models = self.layout.models
         steps = self.costs[models[lane.index], chunk].listed(action, adding=adding, last=last)
         # all kinds of replicas are cut alike
@@ -184,9 +163,8 @@ class _Lowering:
             ends = np.cumsum(count)
             i = np.repeat(chosen, count)
             piece = np.arange(len(i)) + np.repeat(start[task_of[chosen]] - (ends - count), count)
-            terms = self.build.works_of(pieces, piece, self.plan.micro_batch[i], i)
+            terms = self.build.works_of(pieces, piece, self.plan.micro_batch[i], i, times)
             self.first[chosen, kind], self.last[chosen, kind] = terms[ends - count], terms[ends - 1]
-            self.passes.extend(np.array([lane for lane, _, _ in pieces])[piece], terms, times[piece])
 
     def _instruction(self, i: int, own: Sequence[_Task]) -> None:
         """Adds the passes of an instruction on every kind of replica, and what happens beside them."""
@@ -199,9 +177,8 @@ class _Lowering:
             terms = []
             for lane, task, fetched in zip(lanes, own, moved, strict=True):
                 piece = task.pieces[k]
-                term = self.build.work(lane.index, piece.kind, piece.label, piece.cost, micro_batch, [*gathered, *fetched])
-                self.passes.add(lane.index, term, end - start)
-                terms.append(term)
+                waits = [*gathered, *fetched]
+                terms.append(self.build.work(lane.index, piece.kind, piece.label, piece.cost, micro_batch, waits, passes=end - start))
             if k == 0:
                 self.first[i] = terms
             self.sync.after(lanes, chunk, part, terms, micro_batch)
@@ -212,38 +189,20 @@ class _Lowering:
     def _send(self) -> None:
         """Sends what other stages wait for; on the same stage it is there already."""
         plan, layout = self.plan, self.layout
-        pointer, predecessor = plan.gates
-        target = np.repeat(np.arange(len(plan)), np.diff(pointer))
-        across = plan.rank[target] != plan.rank[predecessor]
-        target, source = target[across], predecessor[across]
-        order = np.lexsort((target, source))
-        target, source = target[order], source[order]
-        if not len(target):
+        routes, route, source, target, after = crossings(plan)
+        if not routes:
             return
-        ahead = plan.action[source] == Action.FORWARD
-        shape = (plan.stages, plan.chunks, plan.stages, 2)
-        routes, chosen = _distinct((plan.rank[source], plan.chunk[source], plan.rank[target], ahead), shape)
-        after = np.full(len(plan), -1)
-        after[plan.before[plan.before >= 0]] = np.flatnonzero(plan.before >= 0)
         for kind in range(self.first.shape[1]):
-            sends = [self._route(layout.by_stage[stage][kind], chunk, to, forward=bool(ahead)) for stage, chunk, to, ahead in routes]
-            sent = self.build.sends_of(sends, chosen, self.last[source, kind], plan.micro_batch[source], source)
+            sends = [self._route(layout.by_stage[to.rank][kind], to) for to in routes]
+            sent = self.build.sends_of(sends, route, self.last[source, kind], plan.micro_batch[source], source)
             self.build.edges.extend(self.first[target, kind], sent)
             if layout.setting.runtime.blocking_sends:
-                held = after[source] >= 0
-                self.build.edges.extend(self.first[after[source[held]], kind], sent[held])
+                held = after >= 0
+                self.build.edges.extend(self.first[after[held], kind], sent[held])
 
-    def _route(self, lane: Lane, chunk: int, to: int, *, forward: bool) -> tuple[int, str, CollectiveCost]:
-        stream = self.build.stream((lane.index,), "send forward" if forward else "send backward")
-        return stream, f"send to stage {to}", self.layout.send(lane, chunk, to, forward=forward)
-
-
-def _distinct(columns: tuple[IntArray, ...], shape: tuple[int, ...]) -> tuple[list[list[int]], IntArray]:
-    """Distinct rows of small numbers, in order, and which of them each row is."""
-    key = np.ravel_multi_index(columns, shape)
-    there = np.bincount(key, minlength=prod(shape)) > 0
-    distinct = np.stack(np.unravel_index(np.flatnonzero(there), shape), axis=1)
-    return distinct.tolist(), (np.cumsum(there) - 1)[key]
+    def _route(self, lane: Lane, route: Route) -> tuple[int, str, CollectiveCost]:
+        stream = self.build.stream((lane.index,), "send forward" if route.forward else "send backward")
+        return stream, f"send to stage {route.target}", self.layout.send(lane, route.chunk, route.target, forward=route.forward)
 
 
 def _label(lane: Lane, chunk: int, steps: Sequence[Step], coarse: bool) -> str:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import IntArray, Program, RankClass, Resource, Stream, TermKind
 from simtrain.core.runtime import Runtime
-from simtrain.cost.collectives import CollectiveCost
+from simtrain.cost.collectives import CollectiveCost, Loads
 from simtrain.step.costs import PassCost
 from simtrain.step.waits import Carry, Waits, Works, joined, launched, led, on_streams, pointer_of
 
@@ -125,6 +125,7 @@ class Builder:
         self.demands = Table("iif")  # pattern, resource, amount
         self.edges = Table("ii")  # term, what it waits for
         self.loads: dict[int, tuple[CollectiveCost | PassCost, IntArray, FloatArray]] = {}
+        self.links: dict[int, tuple[tuple[Resource, ...], IntArray]] = {}
         self.begin(0)
         self.compute = np.array([self.stream((i,), "compute") for i in range(len(self.classes))])
         self.hosts = np.array([self.stream((i,), "host") for i in range(len(self.classes))]) if self.has_host else self.compute
@@ -276,9 +277,18 @@ class Builder:
     def _loads(self, cost: CollectiveCost | PassCost) -> tuple[IntArray, FloatArray]:
         """Links that a transfer, or the collectives inside a pass, demand, and how much of each."""
         if id(cost) not in self.loads:  # costs are shared by all transfers that are alike
-            resources = np.array([self.resource(r) for r in cost.loads], dtype=np.int64)
-            self.loads[id(cost)] = (cost, resources, np.array(list(cost.loads.values()), dtype=np.float64))
+            loads = cost.loads
+            if isinstance(loads, Loads):
+                self.loads[id(cost)] = (cost, self._links(loads.resources), loads.amounts)
+            else:
+                self.loads[id(cost)] = (cost, self._links(tuple(loads)), np.array(list(loads.values()), dtype=np.float64))
         return self.loads[id(cost)][1:]
+
+    def _links(self, resources: tuple[Resource, ...]) -> IntArray:
+        """Their numbers; thousands of ranks use thousands of links, again and again."""
+        if id(resources) not in self.links:
+            self.links[id(resources)] = (resources, np.array([self.resource(r) for r in resources], dtype=np.int64))
+        return self.links[id(resources)][1]
 
     def sends_of(
         self, sends: Sequence[tuple[int, str, CollectiveCost]], chosen: IntArray, waits: IntArray, micro_batch: IntArray, moment: IntArray

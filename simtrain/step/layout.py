@@ -147,7 +147,7 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
         wire = stage_wire(fabric, grid, stage)
         held = tuple(pieces[position] for position in order.placement[stage])
         for kind, (devices, holders) in enumerate(kinds):
-            ranks = tuple(grid.rank(stage, h, t) for h in holders for t in range(grid.tensor))
+            ranks = tuple(rank for h in holders for rank in range(grid.rank(stage, h), grid.rank(stage, h + 1)))
             device = devices[stage]
             name = _name(grid, stage, device, ranks, split)
             place = Place(device, strategy.micro_batch, local.sequence, setting.runtime, wire)

@@ -88,9 +88,9 @@ class _Lowering:
         self.costs = {(lane.index, c): chunk_costs(setting, lane, chunk) for lane in alike for c, chunk in enumerate(lane.chunks)}
         self.known: dict[tuple[int, ...], _Task] = {}
         self.coarse = layout.grid.pipeline > 1 and not self.sync.gathers and self.moves is None
-        kinds = len(layout.by_stage[0])
+        replicas = len(layout.by_stage[0])
         # first and last compute term of each instruction, on each kind of replica
-        self.first, self.last = (np.full((len(self.plan), kinds), -1) for _ in range(2))
+        self.first, self.last = (np.full((len(self.plan), replicas), -1) for _ in range(2))
 
     def run(self) -> Lowered:
         plan, layout = self.plan, self.layout

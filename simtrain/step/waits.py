@@ -42,7 +42,8 @@ class Works(NamedTuple):
     def by_lane(self, terms: int) -> Works:
         """The same lane by lane, in the order in which they run; `terms` is more than any of their numbers."""
         order = np.argsort(self.lane * terms + self.runs, kind="stable")
-        return Works(*(column[order] for column in self))
+        lane, issues, runs, lead_s, launches, passes = self
+        return Works(lane[order], issues[order], runs[order], lead_s[order], launches[order], passes[order])
 
 
 def on_streams(stream: IntArray) -> tuple[IntArray, IntArray, IntArray]:

@@ -98,7 +98,9 @@ class _Lowering:
         tasks = [self._task(instruction) for instruction in instructions]
         alone = np.array([any(lane_task.acts for lane_task in task) for task in tasks])[task_of]
         if self.sync.opens:
-            alone |= (plan.action == Action.FORWARD) & (plan.micro_batch == 0)
+            # of a chunk that two ranks hold, a rank may not run the first micro-batch
+            forward = np.flatnonzero(plan.action == Action.FORWARD)
+            alone[forward[np.unique((plan.rank * plan.chunks + plan.chunk)[forward], return_index=True)[1]]] = True
         self._together(np.flatnonzero(~alone), [kind.rank for kind in instructions], tasks, task_of)
         for i in np.flatnonzero(alone).tolist():
             self.build.begin(i)

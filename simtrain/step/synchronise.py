@@ -184,7 +184,7 @@ class Replicated:
     def after(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], terms: Sequence[int], micro_batch: int) -> None:
         """See `Synchroniser`."""
         cell = (lanes[0].stage, chunk)
-        if self.opens and micro_batch == 0 and steps[0].which.mode in FORWARD_MODES:
+        if self.opens and steps[0].which.mode in FORWARD_MODES:
             for lane, term in zip(lanes, terms, strict=True):
                 for step in steps:
                     self.first_forward.setdefault((lane.index, chunk, step.which.layer), term)

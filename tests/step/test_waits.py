@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 
+import simtrain as st
+from simtrain.core.program import TermKind
 from simtrain.step.grid import Grid
+from simtrain.step.lower import lower
 from simtrain.step.schedules import Action, plan
 from simtrain.step.schedules.repeated import crossings, kinds
+from simtrain.step.setting import resolve
 from simtrain.step.waits import joined, on_streams
 
 
@@ -57,3 +61,14 @@ def test_groups_of_a_stage_divide_its_ranks():
         assert sorted(rank for group in among for rank in group) == list(grid.stage(1))
     assert all(len({rank % 2 for rank in group}) == 1 for group in grid.holder_groups(1))
     assert grid.replica_groups(1, 3)[0] == tuple(grid.rank(1, holder) for holder in (0, 3, 6, 9))
+
+
+def test_gathered_parameters_are_awaited_by_the_first_pass_of_each_chunk():
+    work = st.workload("gpt", layers=4, hidden=64, heads=2, vocabulary=128, seq_len=32)
+    strategy = "data=2,pipeline=2,schedule=dual-pipe,accumulation=4,precision=bf16-master,zero=1"
+    program = lower(resolve(work, "4x a100-sxm-80g", strategy, runtime="nemo")).program
+    gathers = [i for i, label in enumerate(program.label) if program.labels[label] == "gather parameters"]
+    awaited = program.carry_target[np.isin(program.carry_source, gathers)]
+    forwards = awaited[program.kind[awaited] == TermKind.FORWARD]
+    # two ranks run two chunks each, one of them from the third micro-batch on
+    assert sorted(program.micro_batch[np.unique(forwards)].tolist()) == [0, 0, 2, 2]

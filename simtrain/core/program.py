@@ -148,5 +148,6 @@ class Program:
         owner = np.repeat(np.arange(len(self)), np.diff(self.predecessor_pointer))
         if len(self.predecessor) != len(owner) or np.any(self.predecessor >= owner):
             raise InternalError("a program's predecessors must come before the term that waits for them")
-        if np.any(self.demand_amount < 0) or np.any(self.latency_s < 0) or not np.all(np.isfinite(self.demand_amount)):
+        least = min(self.demand_amount.min(initial=0.0), self.latency_s.min(initial=0.0))
+        if not (least >= 0 and self.demand_amount.max(initial=0.0) < np.inf):
             raise InternalError("a program holds a negative or infinite demand")

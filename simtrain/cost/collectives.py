@@ -40,19 +40,24 @@ SUMMED, PASSED_ON = 3, 2
 
 
 class Loads(Mapping[Resource, float]):
-    """Bytes on each of many resources; the mapping is made when somebody reads it, the time of the busiest needs none."""
+    """Bytes on each of many resources; the mapping is made when somebody reads it, the time of the busiest needs none.
+
+    Attributes:
+        resources: Which; the same tuple for messages of any size between the same ranks.
+        amounts: Bytes on each.
+    """
 
     def __init__(self, resources: tuple[Resource, ...], amounts: FloatArray, capacity: FloatArray) -> None:
-        self._resources, self._amounts, self._capacity = resources, amounts, capacity
+        self.resources, self.amounts, self._capacity = resources, amounts, capacity
 
     @cached_property
     def _by_resource(self) -> dict[Resource, float]:
-        return dict(zip(self._resources, self._amounts.tolist(), strict=True))
+        return dict(zip(self.resources, self.amounts.tolist(), strict=True))
 
     @property
     def busiest_s(self) -> float:
         """How long the resource that takes longest needs."""
-        return float((self._amounts / self._capacity).max(initial=0.0))
+        return float((self.amounts / self._capacity).max(initial=0.0))
 
     def __getitem__(self, resource: Resource) -> float:
         """Bytes on a resource."""
@@ -64,7 +69,7 @@ class Loads(Mapping[Resource, float]):
 
     def __len__(self) -> int:
         """Number of resources."""
-        return len(self._resources)
+        return len(self.resources)
 
     def __repr__(self) -> str:
         """As a dictionary."""

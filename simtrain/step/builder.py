@@ -1,9 +1,10 @@
 """Collects the terms of a program: kernels on hosts and devices, collectives, sends, and what waits for what.
 
-Terms come one by one or many at once, and not always in the order in which they run: each has a *moment*, the instruction of the schedule
-that it belongs to, and a *turn* within it. Whatever follows from the order (what waits on a stream, for its host, for room in the launch
-queue) is found at the end, for all terms together. Terms of different instructions that may run at once, and have the same turn, get
-numbers next to each other, so that readers can treat them together.
+Most terms repeat what another micro-batch does: what they have in common is a *pattern*, written down once, and a term is a pattern, a
+micro-batch and a moment. Terms come one by one or many at once, and not always in the order in which they run: each has a *moment*, the
+instruction of the schedule that it belongs to, and a *turn* within it. Whatever follows from the order (what waits on a stream, for its
+host, for room in the launch queue) is found at the end, for all terms together (`simtrain.step.waits`). Terms of different instructions
+that may run at once, and have the same turn, get numbers next to each other, so that readers can treat them together.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import IntArray, Program, RankClass, Resource, Stream, TermKind
 from simtrain.core.runtime import Runtime
-from simtrain.cost.collectives import CollectiveCost
+from simtrain.cost.collectives import CollectiveCost, Loads
 from simtrain.step.costs import PassCost
+from simtrain.step.waits import Carry, Waits, Works, joined, launched, led, on_streams, pointer_of
 
 LAST_TURN = 1 << 20
 """Turn of what leaves when an instruction has ended."""
@@ -98,7 +100,7 @@ NO_SHARES = Shares()
 
 @dataclass
 class Builder:
-    """Terms as rows; `finish` turns them into a `Program`.
+    """Patterns and terms as rows; `finish` turns them into a `Program`.
 
     Attributes:
         runtime: What launches kernels.
@@ -116,11 +118,14 @@ class Builder:
 
     def __post_init__(self) -> None:
         self.has_host = self.runtime.run_ahead_launches > 0
-        self.terms = Table("iiiifffffii")  # kind, stream, label, micro-batch, then `Shares`, moment, turn
-        self.works = Table("iiiifi")  # lane, term that asks, term that issues, term that runs, lead, launches
-        self.demands = Table("iif")  # term, resource, amount
+        self.patterns = Table("iiifffffi")  # kind, stream, label, then `Shares`, turn
+        self.terms = Table("iii")  # pattern, micro-batch, moment
+        self.works = Table("iiifii")  # see `Works`
+        self.asks = Table("ii")  # term in which a host waits for a result, term that runs what it issues then
+        self.demands = Table("iif")  # pattern, resource, amount
         self.edges = Table("ii")  # term, what it waits for
         self.loads: dict[int, tuple[CollectiveCost | PassCost, IntArray, FloatArray]] = {}
+        self.links: dict[int, tuple[tuple[Resource, ...], IntArray]] = {}
         self.begin(0)
         self.compute = np.array([self.stream((i,), "compute") for i in range(len(self.classes))])
         self.hosts = np.array([self.stream((i,), "host") for i in range(len(self.classes))]) if self.has_host else self.compute
@@ -151,14 +156,35 @@ class Builder:
 
     def _term(self, kind: TermKind, stream: int, label: str, micro_batch: int, waits: Sequence[int], shares: Shares = NO_SHARES) -> int:
         turn = 1 + max([self.latest.get(stream, -1), *(self.turns.get(w, -1) for w in waits)])
-        term = self.terms.add(kind, stream, self.label(label), micro_batch, *shares, self.moment, turn)
+        pattern = self.patterns.add(kind, stream, self.label(label), *shares, turn)
+        term = self.terms.add(pattern, micro_batch, self.moment)
         self.turns[term] = self.latest[stream] = turn
         return term
 
     def work(
-        self, lane: int, kind: TermKind, label: str, cost: PassCost, micro_batch: int, waits: Sequence[int] = (), *, sync: bool = False
+        self,
+        lane: int,
+        kind: TermKind,
+        label: str,
+        cost: PassCost,
+        micro_batch: int,
+        waits: Sequence[int] = (),
+        *,
+        sync: bool = False,
+        passes: int = 0,
     ) -> int:
-        """Adds kernels: a host term that issues them and a compute term that runs them. Returns the compute term."""
+        """Adds kernels: a host term that issues them and a compute term that runs them. Returns the compute term.
+
+        Args:
+            lane: Who runs them.
+            kind: What they do.
+            label: Their name.
+            cost: What they take.
+            micro_batch: For which micro-batch (-1 for none).
+            waits: Terms that must end first.
+            sync: Whether the host waits too, if it `synchronises`.
+            passes: How many passes through layers they are.
+        """
         asks, compute = -1, int(self.compute[lane])
         issues: list[int] = []
         if self.has_host:
@@ -171,10 +197,12 @@ class Builder:
                 self.wait(asks, waits)
             issues = [self._term(TermKind.HOST, host, f"issue {label}", micro_batch, (), Shares(cost.host_s))]
         run = self._term(kind, compute, label, micro_batch, [*issues, *waits], Shares.of(cost))
-        self.works.add(lane, asks, issues[0] if issues else -1, run, cost.lead_s, cost.launches)
-        self.demands.add(run, int(self.engines[lane]), cost.device_s)
+        self.works.add(lane, issues[0] if issues else run, run, cost.lead_s, cost.launches, passes)
+        if asks >= 0:
+            self.asks.add(asks, run)
+        self.demands.add(self.patterns.count - 1, int(self.engines[lane]), cost.device_s)
         if cost.loads:
-            self.demands.extend(run, *self._loads(cost))
+            self.demands.extend(self.patterns.count - 1, *self._loads(cost))
         self.wait(run, waits)
         return run
 
@@ -187,50 +215,47 @@ class Builder:
 
     def first_work(self, lane: int) -> int:
         """First compute term of a lane."""
-        lanes, _, _, runs, *_ = self.works.columns()
-        moment, turn = self.terms.columns()[9:]
+        lanes, _, runs, *_ = self.works.columns()
+        pattern, _, moment = self.terms.columns()
         own = runs[lanes == lane]
-        return int(own[np.lexsort((turn[own], moment[own]))[0]])
+        return int(own[np.lexsort((self.patterns.columns()[-1][pattern[own]], moment[own]))[0]])
 
     def works_of(
-        self, lane: IntArray, pieces: Sequence[Piece], chosen: IntArray, micro_batch: IntArray, moment: IntArray, turn: IntArray
+        self, pieces: Sequence[tuple[int, int, Piece]], chosen: IntArray, micro_batch: IntArray, moment: IntArray, passes: IntArray
     ) -> IntArray:
         """Adds kernels many times, in order.
 
         Args:
-            lane: Who runs them.
-            pieces: What there is to run.
+            pieces: What there is to run, each with its lane and how many pieces come before it in its instruction.
             chosen: Which of them.
             micro_batch: For which micro-batch.
             moment: Instruction that each belongs to.
-            turn: How many pieces came before it in this instruction.
+            passes: Of each piece.
 
         Returns:
             The compute terms.
         """
-        kind, label, issued = (
-            np.array(column)[chosen]
-            for column in zip(
-                *((p.kind, self.label(p.label), self.label(f"issue {p.label}") if self.has_host else 0) for p in pieces), strict=True
-            )
-        )
-        costs = np.array([(c.host_s, c.lead_s, c.launches, c.device_s) for c in (p.cost for p in pieces)])
-        host_s, lead_s, launches, device_s = costs[chosen].T
-        shares = np.array([Shares.of(p.cost) for p in pieces])[chosen].T
+        costs, lane = [p.cost for _, _, p in pieces], np.array([own for own, _, _ in pieces])
+        compute, hosts = self.compute.tolist(), self.hosts.tolist()
+        rows: list[tuple[float, ...]] = []
+        for own, turn, p in pieces:
+            label = self.label(p.label)
+            if self.has_host:
+                rows.append((TermKind.HOST, hosts[own], self.label(f"issue {p.label}"), *Shares(p.cost.host_s), 2 * turn))
+            rows.append((p.kind, compute[own], label, *Shares.of(p.cost), 2 * turn + 1 if self.has_host else turn))
+        pattern = self.patterns.extend(*np.array(rows).T)
         if self.has_host:
             # a host term and its compute term in turn
-            both = [(np.full_like(kind, TermKind.HOST), kind), (self.hosts[lane], self.compute[lane]), (issued, label)]
-            both += [(micro_batch, micro_batch), (host_s, shares[0]), *((np.zeros(len(share)), share) for share in shares[1:])]
-            both += [(moment, moment), (2 * turn, 2 * turn + 1)]
-            number = self.terms.extend(*(np.stack(pair, axis=1).ravel() for pair in both))
-            issues, run = number[::2], number[1::2]
+            both = pattern.reshape(-1, 2)[chosen].ravel()
+            number = self.terms.extend(both, np.repeat(micro_batch, 2), np.repeat(moment, 2))
+            issues, run, pattern = number[::2], number[1::2], pattern[1::2]
         else:
-            run = self.terms.extend(kind, self.compute[lane], label, micro_batch, *shares, moment, turn)
-            issues = np.full(len(run), -1)
-        self.works.extend(lane, -1, issues, run, lead_s, launches)
-        self.demands.extend(run, self.engines[lane], device_s)
-        if any(p.cost.loads for p in pieces):
-            self._load(run, [p.cost for p in pieces], chosen)
+            run = self.terms.extend(pattern[chosen], micro_batch, moment)
+            issues = run
+        lead_s, launches, device_s = (np.array(column) for column in zip(*((c.lead_s, c.launches, c.device_s) for c in costs), strict=True))
+        self.works.extend(lane[chosen], issues, run, lead_s[chosen], launches[chosen], passes[chosen])
+        self.demands.extend(pattern, self.engines[lane], device_s)
+        self._load(pattern, costs)
         return run
 
     def transfer(self, kind: TermKind, stream: int, label: str, cost: CollectiveCost, waits: Iterable[int], micro_batch: int = -1) -> int:
@@ -238,25 +263,32 @@ class Builder:
         waits = list(waits)
         term = self._term(kind, stream, label, micro_batch, waits, Shares(cost.latency_s, traffic_bytes=cost.traffic_bytes))
         if cost.loads:
-            self.demands.extend(term, *self._loads(cost))
+            self.demands.extend(self.patterns.count - 1, *self._loads(cost))
         self.wait(term, waits)
         return term
 
-    def _load(self, terms: IntArray, costs: Sequence[CollectiveCost | PassCost], chosen: IntArray) -> None:
-        """Adds what terms demand of links."""
-        loads = [self._loads(cost) for cost in costs]
-        first = np.concatenate([[0], np.cumsum([len(load) for load, _ in loads])])
-        resource, amount = (np.concatenate(column) for column in zip(*loads, strict=True))
-        count = np.diff(first)[chosen]
-        row = np.arange(count.sum()) + np.repeat(first[chosen] - (np.cumsum(count) - count), count)
-        self.demands.extend(np.repeat(terms, count), resource[row], amount[row])
+    def _load(self, patterns: IntArray, costs: Sequence[CollectiveCost | PassCost]) -> None:
+        """Adds what patterns demand of links."""
+        found = [(pattern, *self._loads(cost)) for pattern, cost in zip(patterns, costs, strict=True) if cost.loads]
+        if found:
+            owner, resource, amount = zip(*found, strict=True)
+            self.demands.extend(np.repeat(owner, [len(own) for own in resource]), np.concatenate(resource), np.concatenate(amount))
 
     def _loads(self, cost: CollectiveCost | PassCost) -> tuple[IntArray, FloatArray]:
         """Links that a transfer, or the collectives inside a pass, demand, and how much of each."""
         if id(cost) not in self.loads:  # costs are shared by all transfers that are alike
-            resources = np.array([self.resource(r) for r in cost.loads], dtype=np.int64)
-            self.loads[id(cost)] = (cost, resources, np.array(list(cost.loads.values()), dtype=np.float64))
+            loads = cost.loads
+            if isinstance(loads, Loads):
+                self.loads[id(cost)] = (cost, self._links(loads.resources), loads.amounts)
+            else:
+                self.loads[id(cost)] = (cost, self._links(tuple(loads)), np.array(list(loads.values()), dtype=np.float64))
         return self.loads[id(cost)][1:]
+
+    def _links(self, resources: tuple[Resource, ...]) -> IntArray:
+        """Their numbers; thousands of ranks use thousands of links, again and again."""
+        if id(resources) not in self.links:
+            self.links[id(resources)] = (resources, np.array([self.resource(r) for r in resources], dtype=np.int64))
+        return self.links[id(resources)][1]
 
     def sends_of(
         self, sends: Sequence[tuple[int, str, CollectiveCost]], chosen: IntArray, waits: IntArray, micro_batch: IntArray, moment: IntArray
@@ -273,43 +305,45 @@ class Builder:
         Returns:
             The terms.
         """
-        head = np.array([(stream, self.label(label), cost.latency_s, cost.traffic_bytes) for stream, label, cost in sends])[chosen].T
-        sent = self.terms.extend(TermKind.SEND, head[0], head[1], micro_batch, head[2], 0.0, 0.0, 0.0, head[3], moment, LAST_TURN)
+        rows = [
+            (TermKind.SEND, stream, self.label(label), *Shares(cost.latency_s, traffic_bytes=cost.traffic_bytes), LAST_TURN)
+            for stream, label, cost in sends
+        ]
+        pattern = self.patterns.extend(*np.array(rows).T)
+        sent = self.terms.extend(pattern[chosen], micro_batch, moment)
         self.edges.extend(sent, waits)
-        self._load(sent, [cost for _, _, cost in sends], chosen)
+        self._load(pattern, [cost for _, _, cost in sends])
         return sent
 
-    def finish(self, level: IntArray) -> tuple[Program, IntArray]:
+    def finish(self, level: IntArray) -> tuple[Program, IntArray, Works]:
         """Puts terms in order, finds what waits for what and closes the streams over the step boundary.
 
         Args:
             level: Of each moment: those that are equal are independent.
 
         Returns:
-            The program, and the number in it of each term that was added.
+            The program, the number in it of each term that was added, and kernels in the order in which lanes run them.
         """
-        terms = self.terms.columns()
-        moment, turn = terms[9:]
-        order = np.argsort((level[moment] * (LAST_TURN + 1) + turn) * len(level) + moment, kind="stable")
+        pattern, micro_batch, moment = self.terms.columns()
+        *shared, turn = self.patterns.columns()
+        order = np.argsort((level[moment] * (LAST_TURN + 1) + turn[pattern]) * len(level) + moment, kind="stable")
         number = np.empty_like(order)
         number[order] = np.arange(len(order))
-        kind, stream, label, micro_batch, latency, recompute, wire, memory, traffic = (column[order] for column in terms[:9])
-        before = _before(stream)
-        explicit = [number[column] for column in self.edges.columns()]
-        waits, carries = self._launched(number, before)
-        followers = np.flatnonzero(before >= 0)
-        owner, source, lag = (
-            np.concatenate(parts)
-            for parts in zip(
-                (followers, before[followers], np.zeros(len(followers))), *waits, (*explicit, np.zeros(len(explicit[0]))), strict=True
-            )
-        )
-        edge = np.argsort(owner, kind="stable")
-        demand_term, demand_resource, amount = self.demands.columns()
-        demand_term = number[demand_term]
-        demand = np.argsort(demand_term, kind="stable")
-        first, last = _ends(stream)
-        passed = [(int(number[a]), int(number[b]), lag_s) for a, b, lag_s in self.carries]
+        pattern = pattern[order]
+        kind, stream, label, latency, recompute, wire, memory, traffic = (column[pattern] for column in shared)
+        before, first, last = on_streams(stream)
+        works = Works(*self.works.columns()).numbered(number)
+        by_lane = works.by_lane(len(number))
+        asks, runs, owner, source = (number[column] for column in (*self.asks.columns(), *self.edges.columns()))
+        waits: list[Waits] = [(asks, before[runs], None)]
+        carries: list[Carry] = []
+        if self.has_host:
+            full, carries = launched(by_lane, before, len(self.classes), self.runtime.run_ahead_launches)
+            waits += [led(works, before), full]
+        predecessor_pointer, predecessor, lag_s = joined(before, waits, owner, source)
+        demand_pointer, demand = self._demanded(pattern)
+        _, resource, amount = self.demands.columns()
+        passed = [(int(number[a]), int(number[b]), lag) for a, b, lag in self.carries]
         carry = np.array([*passed, *zip(last.tolist(), first.tolist(), np.zeros(len(first)), strict=True), *carries]).reshape(-1, 3)
         program = Program(
             rank_classes=self.classes,
@@ -319,75 +353,30 @@ class Builder:
             kind=kind,
             stream=stream,
             label=label,
-            micro_batch=micro_batch,
+            micro_batch=micro_batch[order],
             recompute_s=recompute,
             wire_s=wire,
             memory_s=memory,
             traffic_bytes=traffic,
             latency_s=latency,
-            demand_pointer=_pointer(demand_term, len(order)),
-            demand_resource=demand_resource[demand],
+            demand_pointer=demand_pointer,
+            demand_resource=resource[demand],
             demand_amount=amount[demand],
-            predecessor_pointer=_pointer(owner, len(order)),
-            predecessor=source[edge],
-            predecessor_lag_s=lag[edge],
+            predecessor_pointer=predecessor_pointer,
+            predecessor=predecessor,
+            predecessor_lag_s=lag_s,
             carry_source=carry[:, 0].astype(np.int64),
             carry_target=carry[:, 1].astype(np.int64),
             carry_lag_s=carry[:, 2],
         )
         program.check()
-        return program, number
+        return program, number, by_lane
 
-    def _launched(
-        self, number: IntArray, before: IntArray
-    ) -> tuple[list[tuple[IntArray, IntArray, FloatArray]], list[tuple[int, int, float]]]:
-        """What kernels and hosts wait for: terms, predecessors and lags; and what they wait for in the step before."""
-        waits: list[tuple[IntArray, IntArray, FloatArray]] = []
-        carries: list[tuple[int, int, float]] = []
-        if not self.has_host:
-            return waits, carries
-        rows = self.works.columns()
-        order = np.argsort(number[rows[3]], kind="stable")
-        lanes, asks, issues, runs, lead_s, launches = (row[order] for row in rows)
-        asks, issues, runs = (np.where(row >= 0, number[row], -1) for row in (asks, issues, runs))
-        asking = asks >= 0
-        waits.append((asks[asking], before[runs[asking]], np.zeros(int(asking.sum()))))
-        led = before[issues] >= 0
-        waits.append((runs[led], before[issues[led]], lead_s[led]))
-        for lane in range(len(self.classes)):
-            own = np.flatnonzero(lanes == lane)
-            if not len(own):
-                continue
-            issued = np.cumsum(launches[own])
-            # the host waits for the kernels that must have run before there is room for these
-            room = np.searchsorted(issued, issued - self.runtime.run_ahead_launches)
-            full = np.flatnonzero(room)
-            waits.append((issues[own[full]], runs[own[room[full] - 1]], np.zeros(len(full))))
-            if not led[own[0]]:
-                carries.append((int(issues[own[-1]]), int(runs[own[0]]), float(lead_s[own[0]])))
-            # the device must have finished the step before when the queue is full for the first time (at most one step ahead)
-            limit = min(int(np.searchsorted(issued, self.runtime.run_ahead_launches, side="right")), len(own) - 1)
-            carries.append((int(runs[own[-1]]), int(issues[own[limit]]), 0.0))
-        return waits, carries
-
-
-def _before(stream: IntArray) -> IntArray:
-    """The term before each on its stream, -1 for none."""
-    order = np.argsort(
-        stream.astype(np.uint16) if len(stream) and stream.max() < 2**16 else stream, kind="stable"
-    )  # short ones sort faster
-    same = stream[order[1:]] == stream[order[:-1]]
-    before = np.full(len(stream), -1)
-    before[order[1:][same]] = order[:-1][same]
-    return before
-
-
-def _ends(stream: IntArray) -> tuple[IntArray, IntArray]:
-    """First and last term of each stream that has any."""
-    first = np.unique(stream, return_index=True)[1]
-    last = len(stream) - 1 - np.unique(stream[::-1], return_index=True)[1]
-    return first, last
-
-
-def _pointer(owner: IntArray, count: int) -> IntArray:
-    return np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=count))]).astype(np.int64)
+    def _demanded(self, pattern: IntArray) -> tuple[IntArray, IntArray]:
+        """CSR pointer and rows of the table of demands, for terms of these patterns."""
+        owner = self.demands.columns()[0]
+        rows = np.argsort(owner, kind="stable")
+        own = np.bincount(owner, minlength=self.patterns.count)
+        first, count = np.cumsum(own) - own, own[pattern]
+        pointer = pointer_of(count)
+        return pointer, rows[np.repeat(first[pattern] - pointer[:-1], count) + np.arange(pointer[-1])]

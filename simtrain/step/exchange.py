@@ -90,8 +90,10 @@ def _kernels_cost(setting: Setting, lane: Lane, bytes_moved: float, launches: in
 def rare_exchange(setting: Setting, lane: Lane) -> LowCommunication | None:
     """What a rank exchanges every few steps; `None` where replicas exchange gradients."""
     name, steps = low_communication_method(setting.strategy.low_communication)
+    if not name:
+        return None
     trained = sum(p.elements for chunk in lane.chunks for p in chunk.trained)
-    return methods.low_communication(LOW_COMMUNICATION[name], trained, steps) if name and trained else None
+    return methods.low_communication(LOW_COMMUNICATION[name], trained, steps) if trained else None
 
 
 def averaging(layout: Layout, stage: int) -> CollectiveCost | None:

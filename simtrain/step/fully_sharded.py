@@ -101,6 +101,7 @@ class FullySharded:
     """Replicas that hold shards; see `simtrain.step.synchronise.Synchroniser`."""
 
     gathers = True
+    opens = True
 
     def __init__(self, layout: Layout, build: Builder) -> None:
         self.layout, self.build, self.setting = layout, build, layout.setting

@@ -52,7 +52,8 @@ class Grid:
 
     def tensor_groups(self, stage: int) -> list[tuple[int, ...]]:
         """Ranks that share each layer."""
-        return [tuple(self.rank(stage, h, t) for t in range(self.tensor)) for h in range(self.holders)]
+        own = self.stage(stage)
+        return [tuple(own[first : first + self.tensor]) for first in range(0, len(own), self.tensor)]
 
     def context_groups(self, stage: int) -> list[tuple[int, ...]]:
         """Ranks that share each sequence."""
@@ -63,8 +64,8 @@ class Grid:
         return self._among_holders(stage, self.expert)
 
     def _among_holders(self, stage: int, size: int) -> list[tuple[int, ...]]:
-        starts = range(0, self.holders, size)
-        return [tuple(self.rank(stage, h + i, t) for i in range(size)) for h in starts for t in range(self.tensor)]
+        own, reach = self.stage(stage), size * self.tensor
+        return [tuple(own[first + t : first + reach : self.tensor]) for first in range(0, len(own), reach) for t in range(self.tensor)]
 
     def holder_groups(self, stage: int, shard: int = 0) -> list[tuple[int, ...]]:
         """Ranks that hold the same part of the model, all or `shard` neighbours of them at a time."""
@@ -79,6 +80,5 @@ class Grid:
         return self._across(stage, shard)
 
     def _across(self, stage: int, size: int) -> list[tuple[int, ...]]:
-        return [
-            tuple(self.rank(stage, h, t) for h in range(first, self.holders, size)) for first in range(size) for t in range(self.tensor)
-        ]
+        own = self.stage(stage)
+        return [tuple(own[first :: size * self.tensor]) for first in range(size * self.tensor)]

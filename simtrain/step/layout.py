@@ -73,6 +73,14 @@ class Layout:
         return tuple(tuple(lane for lane in self.lanes if lane.stage == s) for s in range(self.grid.pipeline))
 
     @cached_property
+    def models(self) -> tuple[int, ...]:
+        """For each lane the first that holds the same layers on the same device and wire: passes and updates cost the two the same."""
+        checkpoint, first = self.setting.strategy.checkpoint, dict[object, int]()
+        held = (tuple(chunk.content(checkpoint) for chunk in lane.chunks) for lane in self.lanes)
+        keys = ((id(lane.place.device), lane.place.wire, chunks) for lane, chunks in zip(self.lanes, held, strict=True))
+        return tuple(first.setdefault(key, index) for index, key in enumerate(keys))
+
+    @cached_property
     def _sends(self) -> dict[tuple[int, int, float], CollectiveCost]:
         return {}
 
@@ -87,7 +95,7 @@ class Layout:
             ranks = lane.rank_class.ranks if self.split else self.grid.stage(lane.stage)
             wire = send(self.fabric, ranks, self.grid.rank(target) - self.grid.rank(lane.stage), size)
             described_s = self.setting.runtime.divided_send_s if self.grid.tensor > 1 else 0.0
-            self._sends[key] = replace(wire, latency_s=wire.latency_s + described_s)
+            self._sends[key] = replace(wire, latency_s=wire.latency_s + described_s) if described_s else wire
         return self._sends[key]
 
     @property
@@ -142,7 +150,7 @@ def lay_out(setting: Setting, *, split: bool = False) -> Layout:
         ranks = grid.stage(stage)
         slower = slowdowns(setting.devices[ranks.start : ranks.stop])
         for kind, (devices, holders) in enumerate(kinds):
-            own = tuple(grid.rank(stage, h, t) for h in holders for t in range(grid.tensor))
+            own = tuple(rank for h in holders for rank in range(grid.rank(stage, h), grid.rank(stage, h + 1)))
             device = devices[stage]
             name = _name(grid, stage, device, own, split)
             place = Place(device, strategy.micro_batch, local.sequence, setting.runtime, wire, slower[device])

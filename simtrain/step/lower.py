@@ -27,6 +27,7 @@ from simtrain.step.occupancy import Mode
 from simtrain.step.offload_activations import ActivationMoves
 from simtrain.step.passes import Pass
 from simtrain.step.schedules import Action
+from simtrain.step.schedules.repeated import Kind, Route, crossings, kinds
 from simtrain.step.setting import Setting
 from simtrain.step.states import fully_sharded
 from simtrain.step.synchronise import Replicated, Synchroniser
@@ -83,19 +84,24 @@ class _Lowering:
         self.build = Builder(setting.runtime, layout.classes, setting.precision.loss_scaling)
         self.sync: Synchroniser = FullySharded(layout, self.build) if fully_sharded(setting) else Replicated(layout, self.build)
         self.moves = ActivationMoves.of(layout, self.build)
-        self.costs = {(lane.index, c): chunk_costs(setting, lane, chunk) for lane in layout.lanes for c, chunk in enumerate(lane.chunks)}
+        alike = [layout.lanes[model] for model in dict.fromkeys(layout.models)]
+        self.costs = {(lane.index, c): chunk_costs(setting, lane, chunk) for lane in alike for c, chunk in enumerate(lane.chunks)}
+        self.known: dict[tuple[int, ...], _Task] = {}
         self.coarse = layout.grid.pipeline > 1 and not self.sync.gathers and self.moves is None
-        kinds = len(layout.by_stage[0])
+        replicas = len(layout.by_stage[0])
         # first and last compute term of each instruction, on each kind of replica
-        self.first, self.last = (np.full((len(self.plan), kinds), -1) for _ in range(2))
-        self.passes: list[tuple[int, IntArray, IntArray]] = []
+        self.first, self.last = (np.full((len(self.plan), replicas), -1) for _ in range(2))
 
     def run(self) -> Lowered:
         plan, layout = self.plan, self.layout
-        tasks, task_of = self._tasks()
-        opens = (plan.action == Action.FORWARD) & (plan.micro_batch == 0)
-        alone = np.array([any(lane_task.acts for lane_task in task) for task in tasks])[task_of] | opens
-        self._together(np.flatnonzero(~alone), tasks, task_of)
+        instructions, task_of = kinds(plan)
+        tasks = [self._task(instruction) for instruction in instructions]
+        alone = np.array([any(lane_task.acts for lane_task in task) for task in tasks])[task_of]
+        if self.sync.opens:
+            # of a chunk that two ranks hold, a rank may not run the first micro-batch
+            forward = np.flatnonzero(plan.action == Action.FORWARD)
+            alone[forward[np.unique((plan.rank * plan.chunks + plan.chunk)[forward], return_index=True)[1]]] = True
+        self._together(np.flatnonzero(~alone), [kind.rank for kind in instructions], tasks, task_of)
         for i in np.flatnonzero(alone).tolist():
             self.build.begin(i)
             self._instruction(i, tasks[task_of[i]])
@@ -103,37 +109,29 @@ class _Lowering:
         self.build.begin(len(plan))
         final = plan.rank_order[plan.rank_pointer[1:] - 1]
         updates = self.sync.finish([int(self.last[final[lane.stage], lane.kind]) for lane in layout.lanes])
-        program, number = self.build.finish(np.append(plan.level, plan.level.max() + 1))
+        program, number, works = self.build.finish(np.append(plan.level, plan.level.max() + 1))
         begun = self.sync.host.begun if self.sync.host else updates
-        own: list[list[IntArray]] = [[np.array([number[update]])] for update in begun]
-        for lane, terms, times in self.passes:
-            own[lane].append(np.repeat(number[terms], times))
-        return Lowered(layout, program, tuple(np.sort(np.concatenate(terms)) for terms in own))
+        bounds = np.searchsorted(works.lane, np.arange(len(layout.lanes) + 1)).tolist()
+        passes = [np.repeat(works.runs[a:b], works.passes[a:b]) for a, b in pairwise(bounds)]
+        return Lowered(layout, program, tuple(np.append(own, number[update]) for own, update in zip(passes, begun, strict=True)))
 
-    def _tasks(self) -> tuple[list[tuple[_Task, ...]], IntArray]:
-        """Distinct instructions, on each kind of replica, and which of them each instruction of the plan is."""
-        plan = self.plan
-        gradients = np.isin(plan.action, (Action.BACKWARD, Action.WEIGHT_GRADIENT))
-        cell = plan.rank * plan.chunks + plan.chunk
-        made = plan.rank_order[gradients[plan.rank_order]]
-        ends = np.zeros((2, plan.stages * plan.chunks), dtype=np.int64)
-        ends[0, cell[made[::-1]]], ends[1, cell[made]] = plan.micro_batch[made[::-1]], plan.micro_batch[made]
-        backward = plan.action != Action.FORWARD
-        adding, last = backward & (plan.micro_batch != ends[0, cell]), backward & (plan.micro_batch == ends[1, cell])
-        key = np.ravel_multi_index((cell, plan.action, adding, last), (plan.stages * plan.chunks, len(Action), 2, 2))
-        distinct, task_of = np.unique(key, return_inverse=True)
-        tasks = []
-        for one in distinct.tolist():
-            where, action, adds, ends_here = (int(x) for x in np.unravel_index(one, (plan.stages * plan.chunks, len(Action), 2, 2)))
-            stage, chunk = divmod(where, plan.chunks)
-            lanes = self.layout.by_stage[stage]
-            tasks.append(tuple(self._task(lanes, lane, chunk, Action(action), adding=bool(adds), last=bool(ends_here)) for lane in lanes))
-        return tasks, task_of
+    def _task(self, kind: Kind) -> tuple[_Task, ...]:
+        """An instruction on each kind of replica; lanes that are alike share it."""
+        lanes, models = self.layout.by_stage[kind.rank], self.layout.models
+        found = []
+        for lane in lanes:
+            named = -1 if self.coarse and len(lane.chunks) == 1 else lane.index
+            key = (models[lane.index], models[lanes[0].index], named, *kind[1:])
+            if key not in self.known:
+                self.known[key] = self._made(lanes, lane, *kind[1:])
+            found.append(self.known[key])
+        return tuple(found)
 
-    def _task(self, lanes: Sequence[Lane], lane: Lane, chunk: int, action: Action, *, adding: bool, last: bool) -> _Task:
-        steps = self.costs[lane.index, chunk].listed(action, adding=adding, last=last)
+    def _made(self, lanes: Sequence[Lane], lane: Lane, chunk: int, action: Action, adding: bool, last: bool) -> _Task:
+        models = self.layout.models
+        steps = self.costs[models[lane.index], chunk].listed(action, adding=adding, last=last)
         # all kinds of replicas are cut alike
-        cuts = self._cuts(self.costs[lanes[0].index, chunk].listed(action, adding=adding, last=last), lanes[0], chunk)
+        cuts = self._cuts(self.costs[models[lanes[0].index], chunk].listed(action, adding=adding, last=last), lanes[0], chunk)
         pieces = []
         for part in (steps[a:b] for a, b in pairwise(cuts)):
             cost = part[0].cost if len(part) == 1 else chain([s.cost for s in part])
@@ -153,28 +151,22 @@ class _Lowering:
         inner = [k + 1 for k, s in enumerate(steps) if s.ends_gradients and s.which.layer in ready]
         return tuple(sorted({0, *inner, len(steps)}))
 
-    def _together(self, chosen: IntArray, tasks: Sequence[tuple[_Task, ...]], task_of: IntArray) -> None:
+    def _together(self, chosen: IntArray, stages: Sequence[int], tasks: Sequence[tuple[_Task, ...]], task_of: IntArray) -> None:
         """Adds the passes of instructions beside which nothing else happens."""
         if not len(chosen):
             return
         for kind in range(self.first.shape[1]):
-            own = [task[kind] for task in tasks]
-            pieces = [piece for task in own for piece in task.pieces]
-            times = np.array([b - a for task in own for a, b in pairwise(task.cuts)])
-            start = np.cumsum([0, *(len(task.pieces) for task in own)])
+            lane_of = [lanes[kind].index for lanes in self.layout.by_stage]
+            own = [(lane_of[stage], task[kind]) for stage, task in zip(stages, tasks, strict=True)]
+            pieces = [(lane, turn, piece) for lane, task in own for turn, piece in enumerate(task.pieces)]
+            times = np.array([b - a for _, task in own for a, b in pairwise(task.cuts)])
+            start = np.cumsum([0, *(len(task.pieces) for _, task in own)])
             count = np.diff(start)[task_of[chosen]]
             ends = np.cumsum(count)
             i = np.repeat(chosen, count)
-            turn = np.arange(len(i)) - np.repeat(ends - count, count)
-            piece = np.repeat(start[task_of[chosen]], count) + turn
-            lane = np.array([lanes[kind].index for lanes in self.layout.by_stage])[self.plan.rank[i]]
-            terms = self.build.works_of(lane, pieces, piece, self.plan.micro_batch[i], i, turn)
+            piece = np.arange(len(i)) + np.repeat(start[task_of[chosen]] - (ends - count), count)
+            terms = self.build.works_of(pieces, piece, self.plan.micro_batch[i], i, times)
             self.first[chosen, kind], self.last[chosen, kind] = terms[ends - count], terms[ends - 1]
-            order = np.argsort(lane, kind="stable")
-            bounds = np.searchsorted(lane[order], np.arange(len(self.layout.lanes) + 1))
-            for index, (a, b) in enumerate(pairwise(bounds.tolist())):
-                if a < b:
-                    self.passes.append((index, terms[order[a:b]], times[piece[order[a:b]]]))
 
     def _instruction(self, i: int, own: Sequence[_Task]) -> None:
         """Adds the passes of an instruction on every kind of replica, and what happens beside them."""
@@ -187,9 +179,8 @@ class _Lowering:
             terms = []
             for lane, task, fetched in zip(lanes, own, moved, strict=True):
                 piece = task.pieces[k]
-                term = self.build.work(lane.index, piece.kind, piece.label, piece.cost, micro_batch, [*gathered, *fetched])
-                self.passes.append((lane.index, np.array([term]), np.array([end - start])))
-                terms.append(term)
+                waits = [*gathered, *fetched]
+                terms.append(self.build.work(lane.index, piece.kind, piece.label, piece.cost, micro_batch, waits, passes=end - start))
             if k == 0:
                 self.first[i] = terms
             self.sync.after(lanes, chunk, part, terms, micro_batch)
@@ -200,31 +191,20 @@ class _Lowering:
     def _send(self) -> None:
         """Sends what other stages wait for; on the same stage it is there already."""
         plan, layout = self.plan, self.layout
-        pointer, predecessor = plan.gates
-        target = np.repeat(np.arange(len(plan)), np.diff(pointer))
-        across = plan.rank[target] != plan.rank[predecessor]
-        target, source = target[across], predecessor[across]
-        order = np.lexsort((target, source))
-        target, source = target[order], source[order]
-        if not len(target):
+        routes, route, source, target, after = crossings(plan)
+        if not routes:
             return
-        shape = (plan.stages, plan.chunks, plan.stages, 2)
-        key = np.ravel_multi_index((plan.rank[source], plan.chunk[source], plan.rank[target], plan.action[source] == Action.FORWARD), shape)
-        distinct, chosen = np.unique(key, return_inverse=True)
-        routes = np.stack(np.unravel_index(distinct, shape), axis=1).tolist()
-        after = np.full(len(plan), -1)
-        after[plan.before[plan.before >= 0]] = np.flatnonzero(plan.before >= 0)
         for kind in range(self.first.shape[1]):
-            sends = [self._route(layout.by_stage[stage][kind], chunk, to, forward=bool(ahead)) for stage, chunk, to, ahead in routes]
-            sent = self.build.sends_of(sends, chosen, self.last[source, kind], plan.micro_batch[source], source)
+            sends = [self._route(layout.by_stage[to.rank][kind], to) for to in routes]
+            sent = self.build.sends_of(sends, route, self.last[source, kind], plan.micro_batch[source], source)
             self.build.edges.extend(self.first[target, kind], sent)
             if layout.setting.runtime.blocking_sends:
-                held = after[source] >= 0
-                self.build.edges.extend(self.first[after[source[held]], kind], sent[held])
+                held = after >= 0
+                self.build.edges.extend(self.first[after[held], kind], sent[held])
 
-    def _route(self, lane: Lane, chunk: int, to: int, *, forward: bool) -> tuple[int, str, CollectiveCost]:
-        stream = self.build.stream((lane.index,), "send forward" if forward else "send backward")
-        return stream, f"send to stage {to}", self.layout.send(lane, chunk, to, forward=forward)
+    def _route(self, lane: Lane, route: Route) -> tuple[int, str, CollectiveCost]:
+        stream = self.build.stream((lane.index,), "send forward" if route.forward else "send backward")
+        return stream, f"send to stage {route.target}", self.layout.send(lane, route.chunk, route.target, forward=route.forward)
 
 
 def _label(lane: Lane, chunk: int, steps: Sequence[Step], coarse: bool) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from simtrain.core.errors import InternalError
 from simtrain.core.workload import Collective
 from simtrain.cost.collectives import CollectiveCost, collective, point_to_point
@@ -103,7 +105,11 @@ def send(fabric: Fabric, ranks: Sequence[int], offset: int, size_bytes: float) -
         offset: From each rank to the one that it sends to.
         size_bytes: Of the message.
     """
-    first, *others = ranks
-    domain = fabric.domain_of
-    beside = tuple((rank, rank + offset) for rank in others if domain[rank] == domain[first])
-    return point_to_point(fabric, first, first + offset, size_bytes, concurrent=beside)
+    key = ("send", tuple(ranks), offset, size_bytes)
+    found: CollectiveCost | None = fabric.memo.get(key)
+    if found is None:
+        first, domain = ranks[0], fabric.domain_of[list(ranks)]
+        beside = tuple((rank, rank + offset) for rank in np.array(ranks)[1:][domain[1:] == domain[0]].tolist())
+        found = point_to_point(fabric, first, first + offset, size_bytes, concurrent=beside)
+        fabric.remember(key, found)
+    return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import accumulate
 
 from simtrain.core.checkpoint import blocks_within
 from simtrain.core.errors import StrategyError, UnsupportedError
@@ -49,6 +51,10 @@ class Chunk:
             StrategyError: A segment of blocks that lies in two chunks.
         """
         return blocks_within(checkpoint, self.first_block, self.first_block + sum(layer.block for layer in self._layers))
+
+    def content(self, checkpoint: str) -> tuple[object, ...]:
+        """What decides its passes and their prices: equal for chunks of the same layers, which begin and end the model alike."""
+        return self.first, self.last, self.concrete, tuple(layer.repeats for layer in self.workload.layers), self.recomputed(checkpoint)
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -231,12 +237,13 @@ def chunks(
     if shared:
         raise UnsupportedError(f"{workload.name} cannot be cut into pipeline stages: {', '.join(shared)} crosses its layers")
     kinds = [kind for kind, layer in enumerate(workload.layers) for _ in range(layer.repeats)]
+    blocks = [0, *accumulate(workload.layers[k].block for k in kinds)]
+    parts: dict[tuple[tuple[int, int], ...], Workload] = {}
     made = []
     for position, (start, end) in enumerate(cuts):
-        own = kinds[start:end]
-        distinct = list(dict.fromkeys(own))
-        layers = tuple(replace(workload.layers[k], repeats=own.count(k)) for k in distinct)
-        part = replace(workload, layers=layers)
-        before = sum(workload.layers[k].block for k in kinds[:start])
-        made.append(Chunk(position, part, tuple(concrete[k] for k in distinct), start == 0, end == len(kinds), start, before))
+        counts = tuple(Counter(kinds[start:end]).items())
+        if counts not in parts:
+            parts[counts] = replace(workload, layers=tuple(replace(workload.layers[k], repeats=n) for k, n in counts))
+        own = tuple(concrete[k] for k, _ in counts)
+        made.append(Chunk(position, parts[counts], own, start == 0, end == len(kinds), start, blocks[start]))
     return tuple(made)

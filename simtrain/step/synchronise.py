@@ -36,10 +36,12 @@ class Synchroniser(Protocol):
 
     Attributes:
         gathers: Whether parameters are gathered for every pass, which then is a term of its own.
+        opens: Whether anything waits for the first forward passes of a step.
         host: What is exchanged with the host, where the update runs there.
     """
 
     gathers: bool
+    opens: bool
     host: HostSide | None
 
     def ready_after(self, lane: Lane, chunk: int) -> frozenset[int]:
@@ -47,7 +49,7 @@ class Synchroniser(Protocol):
         ...
 
     def acts(self, steps: Sequence[Step]) -> bool:
-        """Whether anything happens beside these passes in micro-batches after the first."""
+        """Whether anything happens beside these passes, other than what waits for the first."""
         ...
 
     def before(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], micro_batch: int) -> Sequence[int]:
@@ -182,6 +184,8 @@ class Replicated:
         self.reduced: dict[Cell, list[tuple[Bucket, Placed, int]]] = {cell: [] for cell in self.buckets}
         self.waiting: list[tuple[Cell, Bucket, Placed]] = []
         self.first_forward: dict[tuple[int, int, int], int] = {}
+        self.prices: dict[int, PassCost] = {}
+        self.opens = self.setting.strategy.zero > 0 and layout.grid.holders > 1
 
     def ready_after(self, lane: Lane, chunk: int) -> frozenset[int]:
         """See `Synchroniser`."""
@@ -191,6 +195,8 @@ class Replicated:
 
     def acts(self, steps: Sequence[Step]) -> bool:
         """See `Synchroniser`."""
+        if not (self.host or any(self.buckets.values())):
+            return False
         every = self._every_time or bool(self.setting.strategy.moved.gradients)
         return any(s.ends_gradients and (s.last or every) for s in steps)
 
@@ -201,7 +207,7 @@ class Replicated:
     def after(self, lanes: Sequence[Lane], chunk: int, steps: Sequence[Step], terms: Sequence[int], micro_batch: int) -> None:
         """See `Synchroniser`."""
         cell = (lanes[0].stage, chunk)
-        if micro_batch == 0 and steps[0].which.mode in FORWARD_MODES:
+        if self.opens and steps[0].which.mode in FORWARD_MODES:
             for lane, term in zip(lanes, terms, strict=True):
                 for step in steps:
                     self.first_forward.setdefault((lane.index, chunk, step.which.layer), term)
@@ -274,13 +280,16 @@ class Replicated:
         for lane, own in reversed(list(zip(layout.lanes, ends, strict=True))):  # the last stage is the first to have its gradients
             waits = self._everyone(lane, ends, last) if self.setting.runtime.global_norm else own[-1:]
             updates[lane.index] = self.host.update(lane, [*waits, *own, last[lane.index]]) if self.host else self._update(lane, waits)
-        if self.setting.strategy.zero and layout.grid.holders > 1:
+        if self.opens:
             self._gather(updates)
         self._average(updates)
         return updates
 
     def _update(self, lane: Lane, waits: Sequence[int]) -> int:
-        return self.build.work(lane.index, TermKind.OPTIMIZER, "optimizer", update_cost(self.setting, lane), -1, waits, sync=True)
+        model = self.layout.lanes[self.layout.models[lane.index]]
+        if model.index not in self.prices:
+            self.prices[model.index] = update_cost(self.setting, model)
+        return self.build.work(lane.index, TermKind.OPTIMIZER, "optimizer", self.prices[model.index], -1, waits, sync=True)
 
     def _trained(self, lane: Lane, chunk: int, layer: int) -> int:
         return sum(p.elements for p in list(lane.chunks[chunk].workload)[layer].trained)

@@ -192,7 +192,7 @@ def cross_entropy_fused(
     tape.run(Operator("mean", OperatorKind.REDUCTION, ("losses",), (Tensor(out, ONE, FP32),)), holds=holds)
 
     def node() -> None:
-        reads = (tape.gradient(out), "log_sums", "input:targets")
+        reads: tuple[str, ...] = (tape.gradient(out), "log_sums", "input:targets")
         if compiled:
             gradient = tape.gradient_tensor(x)
             if returned:

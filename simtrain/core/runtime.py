@@ -128,7 +128,7 @@ class Runtime:
     library: Literal["stated", "onednn"] = "stated"
     fused_norms: bool = True
     context_bytes: int = 0
-    replays_blocks: bool = True
+    replays_blocks: bool = False
     reserved_factor: float = 1.0
     workspace_bytes: int = 0
     loss: Literal["torch", "in-place", "fused", "compiled"] = "torch"

@@ -30,7 +30,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_replay_asks_for_what_the_ledger_counts(name):
     family, devices, strategy, runtime = CASES[name]
-    setting = resolve(st.workload(family, seq_len=128, **SIZES), devices, strategy, runtime)
+    setting = resolve(st.workload(family, seq_len=128, **SIZES), devices, strategy, RUNTIMES[runtime].with_(replays_blocks=True))
     layout = lay_out(setting)
     for lane in layout.lanes:
         peaks = block_peaks(setting, lane, layout.plan)
@@ -42,9 +42,10 @@ def test_the_replay_asks_for_what_the_ledger_counts(name):
 def test_other_allocators_and_orders_are_not_replayed():
     work = st.workload("gpt", seq_len=64, **SIZES)
     for devices, strategy, runtime in (
-        ("dgx-2", "data=16,offload=optimizer", "torch-eager"),
+        ("dgx-2", "data=16,zero=3,offload=optimizer", "fsdp2"),
         ("2x a100", "data=2,zero=1,precision=fp16-master", "deepspeed"),
         ("1x tpu-v4", "precision=bf16", "xla"),
+        ("1x a100", "micro_batch=1", "torch-eager"),
     ):
         setting = resolve(work, devices, strategy, runtime)
         layout = lay_out(setting)
@@ -54,7 +55,9 @@ def test_other_allocators_and_orders_are_not_replayed():
 
 def test_readers_agree_on_what_is_reserved():
     work = st.workload("gpt", seq_len=128, **SIZES)
-    found = [reader(work, "1x a100", "micro_batch=4").memory for reader in (st.estimate, st.schedule, st.simulate)]
+    found = [
+        reader(work, "1x a100", "micro_batch=4", runtime="torch-compiled").memory for reader in (st.estimate, st.schedule, st.simulate)
+    ]
     assert len({m.reserved_bytes for m in found}) == 1
     assert found[0].allocated_bytes <= found[0].blocks_bytes <= found[0].reserved_bytes <= found[0].device_bytes
 

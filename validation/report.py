@@ -14,6 +14,10 @@ from statistics import fmean
 from typing import Any
 
 from simtrain.core.errors import InternalError, SimtrainError, UnknownNameError
+from simtrain.core.hardware import Cluster
+from simtrain.core.runtime import Runtime
+from simtrain.core.strategy import Strategy
+from simtrain.core.workload import Workload
 from validation.errors import ErrorSummary, skill, summarise
 from validation.layout_rows import LayoutRow
 from validation.layouts import LAYOUT_SETS, LayoutSet, load_layouts
@@ -298,14 +302,27 @@ def predict_layout(dataset: LayoutSet, row: LayoutRow) -> LayoutPrediction:
     """
     from simtrain.step.predict import estimate
 
-    result = estimate(dataset.workload(row), dataset.cluster(row), row.strategy(), runtime=dataset.runtime_of(row))
+    question = dataset.workload(row), dataset.cluster(row), row.strategy()
+    result = estimate(*question, runtime=dataset.runtime_of(row))
     memory = result.memory
-    reading = {"allocated": memory.allocated_bytes, "reserved": memory.reserved_bytes, "device": memory.device_bytes}
+    blocks = memory.blocks_bytes or memory.allocated_bytes
+    reading = {"allocated": blocks, "reserved": memory.reserved_bytes, "device": memory.device_bytes}
     chosen = reading[dataset.memory_reading]
     if dataset.memory_rank == "last":
-        *_, chosen = memory.allocated_by_class_bytes.values()
+        chosen = _last_stage_bytes(*question, dataset.runtime_of(row))
     shares = {name: spent_s / result.step_time_s for name, spent_s in result.breakdown_s.items()}
     return LayoutPrediction(result.step_time_s, chosen, result.fits, shares)
+
+
+def _last_stage_bytes(workload: Workload, cluster: Cluster, strategy: Strategy, runtime: Runtime) -> float:
+    """Peak that the allocator of the last pipeline stage would print."""
+    from simtrain.step.layout import lay_out
+    from simtrain.step.results import in_blocks, lane_ledgers, lane_report
+    from simtrain.step.setting import resolve
+
+    layout = lay_out(resolve(workload, cluster, strategy, runtime))
+    memory = in_blocks(layout, -1, lane_report(layout, lane_ledgers(layout), -1))
+    return memory.blocks_bytes or memory.allocated_bytes
 
 
 def compare_all_layouts(names: Sequence[str] = LAYOUT_SETS, predict: Predictor = predict_layout) -> tuple[LayoutReport, ...]:

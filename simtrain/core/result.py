@@ -59,7 +59,7 @@ class MemoryReport:
 
     Attributes:
         allocated_bytes: Peak of what tensors occupy in the allocator.
-        reserved_bytes: What the allocator takes from the device for it.
+        reserved_bytes: What the allocator takes from the device for it: its segments, replayed where it is PyTorch's.
         device_bytes: Reserved, plus driver context: what a system monitor shows.
         capacity_bytes: What the device has.
         by_kind_bytes: The peak split by `MemoryKind`.
@@ -71,6 +71,7 @@ class MemoryReport:
         host_capacity_bytes: Host memory of that node (0 where nothing is moved or it is not known).
         nvme_bytes: What was moved to its drives.
         nvme_capacity_bytes: What they hold.
+        blocks_bytes: Peak of the blocks that hold the tensors, which PyTorch's statistics call allocated (0 where they are not replayed).
     """
 
     allocated_bytes: float
@@ -86,6 +87,7 @@ class MemoryReport:
     host_capacity_bytes: float = 0.0
     nvme_bytes: float = 0.0
     nvme_capacity_bytes: float = 0.0
+    blocks_bytes: float = 0.0
 
     @property
     def fits(self) -> bool:

@@ -43,7 +43,9 @@ class Runtime:
         allocator: "caching" (512-byte blocks, reserved segments) or "exact" (what is asked for).
         library: Whose kernels decide what operators take while they run: "stated" by the operators (GPU kernels) or "onednn".
         context_bytes: Device memory outside the allocator (driver context, libraries).
-        reserved_factor: Reserved over allocated bytes (0 where the allocator has no such thing).
+        replays_blocks: Whether what the caching allocator reserves follows from the order of its requests (`simtrain.step.blocks`),
+            rather than from `reserved_factor`.
+        reserved_factor: Reserved over allocated bytes where it is not replayed, and in screens of many layouts.
         workspace_bytes: Persistent library workspaces on the device, as a setting of the framework's fixes them.
         blas_handles: Threads whose products have a workspace of the library's default size (forward, autograd); see `step/workspace.py`.
         hopper_workspace_bytes: The same on devices since Hopper, where libraries take more; 0 for as much.
@@ -93,6 +95,8 @@ class Runtime:
         copies_attention: Whether fused attention before Hopper keeps its output in a layout that the next product cannot read, beside
             the one that it can, when there are several samples.
         mask_input: Whether the data loader hands a mask of all pairs of positions to the first and the last stage.
+        returns_logits: Whether a compiled model hands its logits back beside the loss: backward then takes zeros of their size for the
+            gradient that never comes for them.
         boundary_tensors: Tensors that cross stages and are alive beside those of the pass at work (received ahead, being sent).
         interleaved_boundary_tensors: The same with several chunks per rank.
         communicator_bytes: Device memory of each communicator's buffers, outside the allocator.
@@ -124,6 +128,7 @@ class Runtime:
     library: Literal["stated", "onednn"] = "stated"
     fused_norms: bool = True
     context_bytes: int = 0
+    replays_blocks: bool = False
     reserved_factor: float = 1.0
     workspace_bytes: int = 0
     loss: Literal["torch", "in-place", "fused", "compiled"] = "torch"
@@ -163,6 +168,7 @@ class Runtime:
     score_buffer: bool = False
     copies_attention: bool = False
     mask_input: bool = False
+    returns_logits: bool = False
     boundary_tensors: int = 0
     interleaved_boundary_tensors: int = 0
     communicator_bytes: int = 0

@@ -82,6 +82,8 @@ def _memory_table(result: Result) -> Table:
             table.add_row(kind, format_bytes(size_bytes), share(size_bytes, memory.allocated_bytes))
     table.add_section()
     table.add_row("allocated by tensors", format_bytes(memory.allocated_bytes), share(memory.allocated_bytes, memory.allocated_bytes))
+    if memory.blocks_bytes:
+        table.add_row("in the allocator's blocks", format_bytes(memory.blocks_bytes), "")
     table.add_row("reserved by allocator", format_bytes(memory.reserved_bytes), "")
     table.add_row("on the device", format_bytes(memory.device_bytes), "")
     table.add_row("device capacity", format_bytes(memory.capacity_bytes), "")

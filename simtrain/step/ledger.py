@@ -104,7 +104,7 @@ def ledger(setting: Setting, lane: Lane, plan: SchedulePlan) -> Ledger:
         lane: Which ranks, with what they hold.
         plan: What they do in which order.
     """
-    book = _Book(setting, lane)
+    book = Book(setting, lane)
     base = left_on_device(setting, lane, persistent(setting, lane))
     instructions = book.instructions(plan)
     stretches = [book.stretch(*i[:3]) for i in instructions]
@@ -130,13 +130,18 @@ def instruction_moments(setting: Setting, lane: Lane, asked: Sequence[tuple[Acti
         lane: Which ranks, with what they hold.
         asked: Action, chunk, and whether gradients are there already.
     """
-    book = _Book(setting, lane)
+    book = Book(setting, lane)
     stretches = [book.stretch(*instruction) for instruction in asked]
     return [(stretch.moments, stretch.net) for stretch in stretches]
 
 
-class _Book:
-    """Replays instructions of a lane, each kind of them once."""
+class Book:
+    """Replays instructions of a lane, each kind of them once.
+
+    Args:
+        setting: The question.
+        lane: Which ranks, with what they hold.
+    """
 
     def __init__(self, setting: Setting, lane: Lane) -> None:
         self.setting, self.lane = setting, lane
@@ -169,14 +174,14 @@ class _Book:
     def _replayed(self, action: Action, number: int, adding: bool) -> _Stretch:
         chunk, strategy = self.lane.chunks[number], self.setting.strategy
         passes = self.costs[number].passes(action, adding=adding)
-        base = self._arriving(chunk, action)
+        base = self.arriving(chunk, action)
         casts, again = np.zeros(len(KINDS)), np.zeros(len(KINDS))
         names: list[str] = []
         rows, owner = [], []
         for i, step in enumerate(passes):
             concrete = chunk.concrete[step.kind]
             sizer = Sizer(concrete, strategy.micro_batch, self.lane.place.sequence, self.setting.runtime)
-            replay = self._occupancy(step, concrete, sizer)
+            replay = self.occupancy(step, concrete, sizer)
             held = self.sharded.held(chunk, passes, i) if self.sharded else 0.0
             if step.mode not in FORWARD_MODES:
                 base = base + self.moved.coming(passes, i)
@@ -197,7 +202,8 @@ class _Book:
         left, fullest = base - self._leaving(chunk, action), int(np.argmax(moments.sum(axis=1)))
         return _Stretch(tuple(names), moments, np.array(owner), len(passes), left, fullest)
 
-    def _occupancy(self, step: Pass, concrete: ConcreteLayer, sizer: Sizer) -> Occupancy:
+    def occupancy(self, step: Pass, concrete: ConcreteLayer, sizer: Sizer) -> Occupancy:
+        """Replays a pass."""
         key = (concrete, step.mode, step.context)
         if key not in self.memo:
             self.memo[key] = occupancy(concrete, step.mode, step.context, sizer)
@@ -209,7 +215,7 @@ class _Book:
         sizer = Sizer(concrete, self.setting.strategy.micro_batch, self.lane.place.sequence, self.setting.runtime)
         return sizer.crossing(concrete.layer if behind else concrete.before, kind)
 
-    def _arriving(self, chunk: Chunk, action: Action) -> FloatArray:
+    def arriving(self, chunk: Chunk, action: Action) -> FloatArray:
         """What comes in from other ranks: the input, or the gradient of the output."""
         if action is Action.FORWARD and not chunk.first:
             first = segments(chunk.workload, chunk.recomputed(self.setting.strategy.checkpoint))[0]

@@ -23,6 +23,8 @@ from simtrain.step.workspace import onednn_bytes
 
 KINDS = tuple(MemoryKind)
 COLUMN = {kind: i for i, kind in enumerate(KINDS)}
+SCRATCH = "~"
+"""Name of what an operator takes while it runs, among `Occupancy.blocks`."""
 BLOCK_BYTES = 512
 """Granularity of the CUDA caching allocator below 1 MiB (PyTorch, `c10/cuda/CUDACachingAllocator.cpp`, kMinBlockSize)."""
 
@@ -74,12 +76,16 @@ class Occupancy:
         moments: Bytes by kind at each moment, relative to the start of the pass.
         net: Bytes by kind that the pass leaves behind (may be negative).
         casts: Of a recomputation: casts that nothing saves, which autocast keeps until the whole segment is there again; not in `net`.
+        blocks: Names of tensors in the order in which they come, each with its bytes by kind, and go (`None`).
+        cached: Names of the casts in `casts`, or of those that a forward pass leaves to autocast.
     """
 
     names: list[str] = field(default_factory=list)
     moments: FloatArray = field(default_factory=lambda: np.zeros((0, len(KINDS))))
     net: FloatArray = field(default_factory=lambda: np.zeros(len(KINDS)))
     casts: FloatArray = field(default_factory=lambda: np.zeros(len(KINDS)))
+    blocks: list[tuple[str, FloatArray | None]] = field(default_factory=list)
+    cached: list[str] = field(default_factory=list)
 
 
 class Sizer:
@@ -148,16 +154,25 @@ def occupancy(concrete: ConcreteLayer, mode: Mode, context: PassContext, sizer: 
     for i, op in enumerate(operators):
         for tensor in op.writes:
             base = base + replay.allocate(tensor, op)
-        rows.append(base + sizer.workspace(op))
+            out.blocks += [(name, None) for name in replay.summed(tensor, op)]
+            out.blocks.append((tensor.name, replay.rows[tensor.name]))
+        rows.append(base + (taken := sizer.workspace(op)))
+        if taken.any():
+            out.blocks += [(SCRATCH, taken), (SCRATCH, None)]
         out.names.append(op.name)
         for name in dict.fromkeys((*_touched(op), "x") if last.get("x") == i else _touched(op)):
             if last[name] == i and replay.may_release(name):
-                base = base - replay.release(name)
+                base = base - (gone := replay.release(name))
+                if gone.any():
+                    out.blocks.append((name, None))
+    if not backward:
+        out.cached = replay.unsaved_casts()
     if mode is Mode.RECOMPUTE:
-        out.casts = replay.unsaved_casts()
+        out.casts = sum((replay.rows[name] for name in out.cached), out.casts)
         base = base - out.casts
     if not backward and context.input_kind is not None:
         base = base - sizer.crossing(concrete.before, context.input_kind)
+        out.blocks.append(("x", None))
     out.moments = np.array(rows).reshape(len(rows), len(KINDS))
     out.net = base
     return out
@@ -202,11 +217,15 @@ class _Replay:
         else:
             row = self.sizer.tensor(tensor, self._kind(tensor, saved=tensor.name in self.keeps))
         self.rows[tensor.name] = row
-        if op.kind is OperatorKind.ELEMENTWISE and tensor.name.startswith("grad:"):
-            for name in self.concrete.summed_into.intersection(op.reads):
-                row = row - self.release(name)
-                self.rows[name] = np.zeros(len(KINDS))  # nothing is left to release
+        for name in self.summed(tensor, op):
+            row = row - self.release(name)
+            self.rows[name] = np.zeros(len(KINDS))  # nothing is left to release
         return row
+
+    def summed(self, tensor: Tensor, op: Operator) -> frozenset[str]:
+        """What a gradient is summed into, and so goes when it comes."""
+        sums = op.kind is OperatorKind.ELEMENTWISE and tensor.name.startswith("grad:")
+        return self.concrete.summed_into.intersection(op.reads) if sums else frozenset()
 
     def _kind(self, tensor: Tensor, *, saved: bool) -> MemoryKind:
         if tensor.kind is not TensorKind.ACTIVATION:
@@ -231,13 +250,9 @@ class _Replay:
         # autocast keeps the casts of weights until it is left, whether backward needs them or not
         return self.backward or name not in self.rows or self.concrete.tensors[name].kind is not TensorKind.CAST
 
-    def unsaved_casts(self) -> FloatArray:
-        """Casts that nothing saves; the recomputation's own autocast context drops them when it is left."""
-        left = np.zeros(len(KINDS))
-        for name, row in self.rows.items():
-            if self.concrete.tensors[name].kind is TensorKind.CAST and name not in self.keeps:
-                left += row
-        return left
+    def unsaved_casts(self) -> list[str]:
+        """Casts that nothing saves; autocast drops them when it is left, that of a recomputation at the end of its segment."""
+        return [n for n in self.rows if n not in self.keeps and self.concrete.tensors[n].kind is TensorKind.CAST]
 
     def release(self, name: str) -> FloatArray:
         if name in self.rows:

@@ -25,7 +25,7 @@ from simtrain.step.remat import segments
 from simtrain.step.remat_chain import chain_of
 from simtrain.step.remat_optimal import least_budget_bytes, optimal_segments
 from simtrain.step.remat_plan import Chain, RematPlan, Span, peak_bytes
-from simtrain.step.results import communicators
+from simtrain.step.results import communicators, memory_report
 from simtrain.step.setting import Setting
 from simtrain.step.states import holds_gradients
 
@@ -128,8 +128,25 @@ class Question:
         return optimal_segments(self.chain, least_budget_bytes(self.chain) * (1 + 1e-9))
 
     def within(self, device_bytes: float) -> RematPlan | None:
-        """The choice that adds least time on devices of so much memory; `None` if there is none."""
-        limit = self.allocated_bytes(device_bytes)
+        """The choice that adds least time on devices of so much memory; `None` if there is none.
+
+        Where the allocator's blocks are replayed, it is the best within less, by as much as the replay is above.
+        """
+        target = device_bytes
+        for _ in range(TRIES):
+            plan = self._counted_within(self.allocated_bytes(target))
+            over = 0.0 if plan is None else self._replayed_bytes(self.text(plan.spans)) - device_bytes
+            if over <= 0:
+                return plan
+            target -= over
+        return None
+
+    def _replayed_bytes(self, checkpoint: str) -> float:
+        layout = lay_out(replace(self.setting, strategy=self.setting.strategy.with_(checkpoint=checkpoint)))
+        return memory_report(layout).device_bytes if self.setting.runtime.replays_blocks else 0.0
+
+    def _counted_within(self, limit: float) -> RematPlan | None:
+        """The same within so many allocated bytes, as the ledger counts them."""
         budget, least = limit - self.base_bytes, least_budget_bytes(self.chain)
         for _ in range(TRIES):
             if budget < least:

@@ -13,6 +13,7 @@ from simtrain.core.result import MemoryReport, Result, TraceEvent
 from simtrain.core.units import format_bytes
 from simtrain.core.workload import OperatorKind
 from simtrain.cost import energy
+from simtrain.step.blocks import block_peaks
 from simtrain.step.exchange import notes as exchange_notes
 from simtrain.step.kernels import CONVOLUTIONS
 from simtrain.step.layout import Layout
@@ -86,7 +87,25 @@ def communicators(setting: Setting) -> int:
 def memory_report(layout: Layout) -> MemoryReport:
     """Memory of the device that is fullest."""
     books = lane_ledgers(layout)
-    return lane_report(layout, books, tightest_lane(layout, books))
+    lane = tightest_lane(layout, books)
+    return in_blocks(layout, lane, lane_report(layout, books, lane))
+
+
+def in_blocks(layout: Layout, lane: int, memory: MemoryReport) -> MemoryReport:
+    """The memory of a lane with what PyTorch's allocator makes of it, where that can be replayed, in place of one factor for all.
+
+    Args:
+        layout: The question.
+        lane: Which of its lanes.
+        memory: As `lane_report` has it.
+    """
+    outside = memory.device_bytes - memory.reserved_bytes
+    peaks = block_peaks(layout.setting, layout.lanes[lane], layout.plan, memory.capacity_bytes - outside)
+    if peaks is None or not peaks.asked_bytes:
+        return memory
+    share = memory.allocated_bytes / peaks.asked_bytes
+    reserved = share * peaks.reserved_bytes
+    return replace(memory, blocks_bytes=share * peaks.allocated_bytes, reserved_bytes=reserved, device_bytes=reserved + outside)
 
 
 def assemble(

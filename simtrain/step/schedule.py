@@ -11,7 +11,7 @@ from simtrain.step.breakdown import breakdown, busy_s
 from simtrain.step.contention import contended_state
 from simtrain.step.ledger import Ledger
 from simtrain.step.lower import Lowered, lower
-from simtrain.step.results import assemble, by_rank, lane_ledgers, lane_report, tightest_lane
+from simtrain.step.results import assemble, by_rank, in_blocks, lane_ledgers, lane_report, tightest_lane
 from simtrain.step.setting import Setting
 
 
@@ -79,7 +79,7 @@ def timed_memory(lowered: Lowered, start_s: FloatArray, end_s: FloatArray) -> Me
     books = lane_ledgers(lowered.layout)
     fullest = tightest_lane(lowered.layout, books)
     times = _moment_times(books[fullest], lowered.pass_terms[fullest], start_s, end_s)
-    return lane_report(lowered.layout, books, fullest, times)
+    return in_blocks(lowered.layout, fullest, lane_report(lowered.layout, books, fullest, times))
 
 
 def _moment_times(book: Ledger, terms: np.ndarray, start_s: FloatArray, end_s: FloatArray) -> FloatArray:

@@ -125,6 +125,7 @@ def rank_form(workload: Workload, strategy: Strategy, runtime: Runtime, devices:
         fused_gate=runtime.fused_gate,
         copies_attention=runtime.copies_attention and strategy.micro_batch > 1 and not all(d.since_hopper for d in devices),
         mask_input=runtime.mask_input,
+        returns_logits=runtime.returns_logits,
     )
     if form == Form():
         return workload

@@ -6,6 +6,7 @@ import pytest
 
 import simtrain as st
 from simtrain.core.errors import StrategyError
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.step.remat_choice import Question
 from simtrain.step.remat_optimal import peak_bytes
 from simtrain.step.setting import resolve
@@ -29,7 +30,11 @@ def ask(workload, cluster, strategy, checkpoint, runtime=None):
         (EIGHT, None, {"data": 8, "accumulation": 2, "zero": 1}),
         (EIGHT, None, {"data": 8, "zero": 2}),
         (EIGHT, "fsdp2", {"data": 8, "zero": 3, "precision": "bf16-master"}),
-        (EIGHT, "megatron", {"data": 4, "tensor": 2, "sequence_parallel": True, "precision": "bf16-master", "accumulation": 2}),
+        (
+            EIGHT,
+            RUNTIMES["megatron"].with_(replays_blocks=False),
+            {"data": 4, "tensor": 2, "sequence_parallel": True, "precision": "bf16-master", "accumulation": 2},
+        ),
     ],
 )
 def test_the_choice_fits_and_beats_every_rule_that_fits(cluster, runtime, changes):
@@ -43,6 +48,14 @@ def test_the_choice_fits_and_beats_every_rule_that_fits(cluster, runtime, change
         if strategy.zero < 3:  # under full sharding the choice is not proven least
             fitting = [r.step_time_s for r in by_rule.values() if r.memory.device_bytes <= budget]
             assert best.step_time_s <= min(fitting) * (1 + 1e-3), rule
+
+
+def test_the_choice_fits_the_blocks_that_the_allocator_makes():
+    workload, strategy = st.workload("gpt", **GPT), st.Strategy(micro_batch=8, precision="bf16-amp")
+    least, most = (ask(workload, ONE, strategy, rule, "torch-compiled").memory.device_bytes for rule in ("full", "none"))
+    for share in (0.5, 0.8):
+        budget = least + share * (most - least)
+        assert ask(workload, ONE, strategy, f"optimal:{budget}B", "torch-compiled").memory.device_bytes <= budget
 
 
 def test_small_batches_under_autocast_whose_weight_casts_wait_for_the_loss():

@@ -6,6 +6,8 @@ Megatron-LM turns the fp32 logits into probabilities and these into the gradient
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from simtrain.core.polynomial import ONE, Polynomial
 from simtrain.core.workload import Collective, Dim, Operator, OperatorKind, Role, Tensor, TensorKind
 from workloads.common.pieces import FP32
@@ -152,7 +154,15 @@ def cross_entropy_in_place(tape: Tape, x: str, out: str, *, rows: Polynomial, ho
 
 
 def cross_entropy_fused(
-    tape: Tape, x: str, out: str, *, rows: Polynomial, holds: tuple[str, ...], shared: bool, compiled: bool = False
+    tape: Tape,
+    x: str,
+    out: str,
+    *,
+    rows: Polynomial,
+    holds: tuple[str, ...],
+    shared: bool,
+    compiled: bool = False,
+    returned: bool = False,
 ) -> None:
     """Cross-entropy as one kernel each way: forward reads the logits and keeps one sum per row, backward writes over the logits.
 
@@ -170,6 +180,9 @@ def cross_entropy_fused(
         holds: Tensors that Python names keep alive until it returns.
         shared: Whether ranks hold different classes.
         compiled: Whether the gradient is a tensor of its own.
+        returned: Whether the compiled model hands the logits back beside the loss: autograd then fills the gradient that never comes for
+            them with zeros before it calls the compiled backward pass, which adds it (`aten::zeros` of the logits' size and format in a
+            profile of PyTorch 2.13).
     """
     sums = (Tensor("losses", rows, FP32), Tensor("log_sums", rows, FP32))
     tape.run(Operator("cross_entropy", OperatorKind.REDUCTION, (x, "input:targets"), sums))
@@ -179,9 +192,13 @@ def cross_entropy_fused(
     tape.run(Operator("mean", OperatorKind.REDUCTION, ("losses",), (Tensor(out, ONE, FP32),)), holds=holds)
 
     def node() -> None:
-        reads = (tape.gradient(out), "log_sums", "input:targets")
+        reads: tuple[str, ...] = (tape.gradient(out), "log_sums", "input:targets")
         if compiled:
             gradient = tape.gradient_tensor(x)
+            if returned:
+                zeros = replace(gradient, name=f"{gradient.name}.zeros")
+                tape.run_backward(Operator(zeros.name, OperatorKind.COPY, (), (zeros,)))
+                reads = (zeros.name, *reads)
             tape.run_backward(Operator("cross_entropy.backward", OperatorKind.ELEMENTWISE, (x, *reads), (gradient,)))
             tape.give(x, gradient.name)
             return

@@ -46,8 +46,9 @@ def _predict_tokens(tape: Tape, x: str, part: Part, *, bias: bool) -> None:
         scores = Product("linear", "logits", outer, bias=bias, weight=weight, kind=kind)
         column_parallel(tape, x, [scores], tokens=part.tokens, inner=inner, form=form)
     if form.loss in ("fused", "compiled"):
-        own = form.loss == "compiled"
-        cross_entropy_fused(tape, "logits", "y", rows=part.tokens, holds=("logits", "x"), shared=not part.whole, compiled=own)
+        own, holds = form.loss == "compiled", ("logits", "x")
+        returned = own and form.returns_logits
+        cross_entropy_fused(tape, "logits", "y", rows=part.tokens, holds=holds, shared=not part.whole, compiled=own, returned=returned)
         start_backward(tape)
         return
     high = tape.cast("logits", FP32)

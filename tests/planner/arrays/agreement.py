@@ -43,7 +43,8 @@ def gaps(question: Question, count: int, seed: int, longest: int) -> list[Gap]:
     """Draws strategies that the arrays know, with steps of at most so many instructions, and reads them both ways."""
     workload, cluster = st.workload(question.workload, **dict(question.sizes)), st.cluster(question.cluster)
     wishes = Wishes(question.precisions, None, question.zeros, "adamw", cluster.size, {})
-    space = blocks(workload, cluster, question.global_batch, [runtime(n) for n in question.runtimes], wishes)[0]
+    counted = [runtime(n).with_(replays_blocks=False) for n in question.runtimes]  # arrays take one factor for what is reserved
+    space = blocks(workload, cluster, question.global_batch, counted, wishes)[0]
     space = tuple(b for b in space if not question.piped or b.degrees["pipeline"] > 1)
     tables = Tables(workload, cluster)
     chooser = np.random.default_rng(seed)

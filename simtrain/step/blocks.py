@@ -1,0 +1,235 @@
+"""What a step takes of PyTorch's caching allocator: its tensors, in the order in which they come and go, as blocks of its segments.
+
+The ledger counts what tensors need. The allocator hands out blocks that may be larger, and keeps segments in which free blocks do not
+fit what is asked for next. Both follow from the order of requests, which is the ledger's: parameters, then the passes of micro-batches,
+then the update, which makes the optimizer's states in the first step, and once more with them there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from simtrain.core.precision import DTypeRole
+from simtrain.core.result import MemoryKind
+from simtrain.step.caching import Block, CachingAllocator
+from simtrain.step.costs import ADDS_GRADIENTS
+from simtrain.step.instructions import FORWARD_MODES
+from simtrain.step.layout import Lane
+from simtrain.step.ledger import Book
+from simtrain.step.occupancy import COLUMN, Mode, Sizer
+from simtrain.step.optimizers import lane_parameters, state_tensors
+from simtrain.step.passes import Pass
+from simtrain.step.schedules import Action, SchedulePlan
+from simtrain.step.setting import Setting
+from simtrain.step.shard import REST, Chunk
+from simtrain.step.states import gathered_elements, leaving_share, optimizer_transients, persistent, shards
+
+STEPS = 2
+"""The first makes the optimizer's states, the second has them."""
+
+MICRO_BATCHES = 3
+"""Micro-batches without a pipeline: from the second on they are alike. With one, twice as many as stages."""
+
+WORKSPACE_BYTES = 32 * 2**20
+"""Most that one of the libraries' workspaces takes; what there is of them is dealt out in such pieces."""
+
+Key = tuple[int, int, str]
+"""Chunk, layer and name of a tensor of a micro-batch; gathered parameters and what outlives micro-batches have a chunk of -1."""
+Event = tuple[Key, float]
+"""A tensor that comes, with its bytes, or goes (-1)."""
+
+GOES = -1.0
+FIRST_STATE = "state 0"
+"""Masters, where there are any: they are made with the optimizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPeaks:
+    """Peaks of a replay.
+
+    Attributes:
+        asked_bytes: Of what tensors need.
+        allocated_bytes: Of the blocks that hold them.
+        reserved_bytes: Of the segments that hold the blocks.
+    """
+
+    asked_bytes: float
+    allocated_bytes: float
+    reserved_bytes: float
+
+
+def block_peaks(setting: Setting, lane: Lane, plan: SchedulePlan, limit_bytes: float = math.inf) -> BlockPeaks | None:
+    """Replays two steps of a lane; `None` for another allocator, an unknown order of requests, and where tensors leave for the host.
+
+    Args:
+        setting: The question.
+        lane: Which ranks, with what they hold.
+        plan: What they do in which order.
+        limit_bytes: What the device has for the allocator, which gives free segments back before it takes more.
+    """
+    if not setting.runtime.replays_blocks or setting.runtime.allocator != "caching" or setting.strategy.offload != "none":
+        return None
+    program = _Program(setting, lane)
+    most = MICRO_BATCHES if plan.stages == 1 else 2 * plan.stages
+    instructions = [i for i in program.book.instructions(plan) if i[3] < most]
+    memory = _Memory(limit_bytes)
+    for key, size in program.start():
+        memory.take(0, key, size)
+    for step in range(STEPS):
+        for action, chunk, adding, micro_batch in instructions:
+            for key, size in program.instruction(action, chunk, adding):
+                memory.take(0 if key[0] < 0 else micro_batch + 1, key, size)
+        for key, size in program.update(first=step == 0):
+            memory.take(0, key, size)
+        memory.forget_gradients()
+    return BlockPeaks(memory.most, memory.allocator.peak_allocated_bytes, memory.allocator.peak_reserved_bytes)
+
+
+class _Memory:
+    """Tensors by micro-batch and name, in their blocks."""
+
+    def __init__(self, limit_bytes: float) -> None:
+        self.allocator = CachingAllocator(limit_bytes)
+        self.held: dict[tuple[int, Key], tuple[Block, float]] = {}
+        self.asked = self.most = 0.0
+
+    def take(self, micro_batch: int, key: Key, size: float) -> None:
+        """A tensor comes or goes; what is not known is a parameter or an input, which stay."""
+        if size == 0:
+            return
+        known = self.held.pop((micro_batch, key), None)
+        if known is not None:
+            self.allocator.release(known[0])
+            self.asked -= known[1]
+        if size > 0:
+            self.held[micro_batch, key] = (self.allocator.malloc(size), size)
+            self.asked += size
+            self.most = max(self.most, self.asked)
+
+    def forget_gradients(self) -> None:
+        """Gradients that the passes left are set to nothing after the update."""
+        for micro_batch, key in [k for k in self.held if k[1][2].startswith("grad:")]:
+            self.take(micro_batch, key, GOES)
+
+
+class _Program:
+    """Requests of a lane: what is there from the start, those of each kind of instruction, those of the update."""
+
+    def __init__(self, setting: Setting, lane: Lane) -> None:
+        self.setting, self.lane = setting, lane
+        self.book = Book(setting, lane)
+        self.known: dict[tuple[Action, int, bool], list[Event]] = {}
+
+    def start(self) -> Iterator[Event]:
+        """What is there before the first step, the masters of coarser weights included."""
+        row = persistent(self.setting, self.lane)
+        parameters = [p.elements for p, _ in lane_parameters(self.lane)]
+        whole = row[COLUMN[MemoryKind.PARAMETER]]
+        for i, elements in enumerate(parameters):
+            yield (-1, i, "parameter"), whole * elements / sum(parameters)
+        left, piece = row[COLUMN[MemoryKind.WORKSPACE]], 0
+        while left > 0:
+            yield (-1, piece, "workspace"), min(left, WORKSPACE_BYTES)
+            left, piece = left - WORKSPACE_BYTES, piece + 1
+        for kind in (MemoryKind.COMMUNICATION, MemoryKind.INPUT, MemoryKind.GRADIENT, MemoryKind.CAST):
+            yield (-1, 0, kind.value), row[COLUMN[kind]]
+        if self.setting.precision.master is not None:
+            yield from (event for event in self._states() if event[0][2] == FIRST_STATE)
+
+    def _states(self) -> Iterator[Event]:
+        setting = self.setting
+        for i, (parameter, block) in enumerate(lane_parameters(self.lane)):
+            over = shards(setting, expert=parameter.expert)
+            kept = state_tensors(setting.strategy.optimizer, parameter, setting.precision, block=block) if parameter.trained else ()
+            for j, (elements, size) in enumerate(kept):
+                yield (-1, i, f"state {j}"), elements * size / (over if elements > 1 else 1)
+
+    def update(self, *, first: bool) -> Iterator[Event]:
+        """What the update makes for good in the first step, and its temporaries, which it makes parameter by parameter."""
+        if first:
+            made = self.setting.precision.master is not None
+            yield from (event for event in self._states() if not (made and event[0][2] == FIRST_STATE))
+        whole = float(optimizer_transients(self.setting, self.lane).sum())
+        parameters = [p.elements for p, _ in lane_parameters(self.lane) if p.trained]
+        copies = self.setting.runtime.update_copies
+        keys: list[Key] = [(-1, i, f"update {copy}") for copy in range(copies) for i in range(len(parameters))]
+        yield from ((key, whole * parameters[key[1]] / (sum(parameters) * copies)) for key in keys)
+        yield from ((key, GOES) for key in keys)
+
+    def instruction(self, action: Action, number: int, adding: bool) -> list[Event]:
+        """Requests of one instruction."""
+        key = (action, number, adding)
+        if key not in self.known:
+            self.known[key] = list(self._requests(action, number, adding=adding))
+        return self.known[key]
+
+    def _requests(self, action: Action, number: int, *, adding: bool) -> Iterator[Event]:
+        chunk = self.lane.chunks[number]
+        passes = self.book.costs[number].passes(action, adding=adding)
+        arriving = float(self.book.arriving(chunk, action).sum())
+        first, last = chunk.start, chunk.start + chunk.workload.depth - 1
+        yield (number, first - 1, "y") if action is Action.FORWARD else (number, last + 1, "dx"), arriving
+        cached: list[Key] = []
+        gathered: set[int] = set()
+        for i, step in enumerate(passes):
+            if self.book.sharded is not None:
+                units = self._units(chunk, passes[i:])
+                yield from (((-1, unit, "gathered"), GOES) for unit in gathered - units)
+                yield from (((-1, unit, "gathered"), self._gathered(chunk, unit)) for unit in units - gathered)
+                gathered = units
+            concrete = chunk.concrete[step.kind]
+            sizer = Sizer(concrete, self.setting.strategy.micro_batch, self.lane.place.sequence, self.setting.runtime)
+            replay = self.book.occupancy(step, concrete, sizer)
+            sizes = {}
+            for name, row in replay.blocks:
+                key = _key(number, chunk.start + step.layer, name, step)
+                sizes[name] = GOES if row is None else float(row.sum())
+                yield key, sizes[name]
+            own = [_key(number, chunk.start + step.layer, name, step) for name in replay.cached]
+            cached += own if step.mode in FORWARD_MODES else []
+            yield from ((key, GOES) for key in (own if step.mode is Mode.RECOMPUTE else ()))
+            if self.book.leaving and step.mode in ADDS_GRADIENTS and step.mode is not Mode.BACKWARD_ACCUMULATING and not adding:
+                yield from self._scattered(number, chunk, step, sizes)
+        yield from ((key, GOES) for key in cached)  # autocast is left after the loss
+        yield from (((-1, unit, "gathered"), GOES) for unit in gathered)
+        if action is not Action.FORWARD and not chunk.first:
+            yield (number, first, "dx"), GOES
+
+    def _units(self, chunk: Chunk, coming: tuple[Pass, ...]) -> set[int]:
+        visited: list[int] = []
+        for step in coming:
+            if not visited or visited[-1] != step.layer:
+                visited.append(step.layer)
+            if len(visited) > self.setting.runtime.prefetch:
+                break
+        return {layer if chunk.is_block(layer) else REST for layer in visited} | {REST}
+
+    def _gathered(self, chunk: Chunk, unit: int) -> float:
+        whole = gathered_elements(self.setting, chunk, unit) * self.setting.precision.parameter.size_bytes
+        return whole - chunk.unit_saving(unit)
+
+    def _scattered(self, number: int, chunk: Chunk, step: Pass, sizes: dict[str, float]) -> Iterator[Event]:
+        """Whole gradients go, shards of them stay."""
+        concrete = chunk.concrete[step.kind]
+        for parameter in concrete.layer.parameters:
+            name = f"grad:{parameter.name}"
+            if sizes.get(name, 0.0) > 0 and concrete.tensors[name].role is DTypeRole.GRADIENT:
+                yield (number, chunk.start + step.layer, name), GOES
+                kept = sizes[name] * (1 - leaving_share(self.setting, parameter))
+                yield (-1, chunk.start + step.layer, name), kept
+
+
+def _key(number: int, layer: int, name: str, step: Pass) -> Key:
+    """Which tensor of a micro-batch a name in a layer means: what one layer hands to the next has one name."""
+    if name == "x":
+        return (number, layer - 1, "y")
+    if name == "dy":
+        return (number, layer + 1, "dx")
+    if name == "y" and step.mode is Mode.RECOMPUTE and step.context.last_of_segment:
+        return (number, layer, "y again")
+    return (number, -1 if name.startswith("shared:") else layer, name)
+
+
+__all__ = ["BlockPeaks", "block_peaks"]

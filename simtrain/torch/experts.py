@@ -25,7 +25,7 @@ def expert_assumptions(recording: Recording) -> tuple[str, ...]:
     if not products:
         return ()
     said = [
-        "the router's choices are taken to be spread evenly over the experts: their number follows from shapes, whom they fall on from values",
+        "the router's choices are taken to be spread evenly over the experts: shapes say how many they are, not on whom they fall",
         "all experts multiply in one kernel, which PyTorch has for bf16 on GPUs of compute capability 9 and 10 (2.10); elsewhere it waits "
         "for the router and multiplies one expert after the other: a runtime with grouped_experts=False launches these",
     ]
@@ -45,7 +45,8 @@ def one_after_another(workload: Workload) -> Workload:
         return replace(op, launches=round(op.dims[0].size(1, 1))) if grouped else op
 
     layers = tuple(
-        replace(layer, forward=tuple(map(launched, layer.forward)), backward=tuple(map(launched, layer.backward))) for layer in workload.layers
+        replace(layer, forward=tuple(map(launched, layer.forward)), backward=tuple(map(launched, layer.backward)))
+        for layer in workload.layers
     )
     return replace(workload, layers=layers)
 

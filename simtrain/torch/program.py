@@ -201,8 +201,8 @@ def _check_alike(recordings: Sequence[Recording], fitter: Fitter) -> None:
     fused = next((c for c in base.calls if c.short_name in LIBRARY_LOOPS), None)
     if fused is not None:
         raise UnsupportedError(
-            f"the operator {fused.name} (in {fused.module}) is not modelled: a whole recurrent layer, whose steps wait for each other inside "
-            "of the device's library, has no cost formula"
+            f"the operator {fused.name} (in {fused.module}) is not modelled: a whole recurrent layer, whose steps wait for each other "
+            "inside of the device's library, has no cost formula"
         )
     for recording, point in zip(recordings[1:], fitter.points[1:], strict=True):
         for a, b in zip(base.calls, recording.calls, strict=False):

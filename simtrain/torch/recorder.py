@@ -319,7 +319,8 @@ def _convolution_backward_flops(gradient: Tensor, x: Tensor, weight: Tensor, *re
 
 def _grouped_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     """Rows or columns of one operand are divided among the groups, so that each of its elements meets one group's columns."""
-    return 2 * int(a.numel()) * int(b.shape[-1]) if a.ndim == b.ndim or b.ndim == 3 else 2 * int(b.numel()) * int(a.shape[-2])
+    columns_divided = a.ndim == 3 and b.ndim == 2
+    return 2 * int(b.numel()) * int(a.shape[-2]) if columns_divided else 2 * int(a.numel()) * int(b.shape[-1])
 
 
 _FORMULAS: dict[Any, Callable[..., Any]] = {

@@ -19,12 +19,12 @@ Factors = tuple[int | Fraction, ...]
 
 
 NO_WINDOW = Window()
-BY_VALUE = (
+_BY_VALUE = (
     "how much it returns depends on values. A mixture of experts that sorts its tokens and multiplies in groups can be captured (Hugging "
     'Face: experts_implementation="grouped_mm"); at sizes of yours it is known in closed form, too: '
     'st.workload("mixtral-8x7b", layers=..., hidden=..., ffn=..., experts=..., top_k=...)'
 )
-"""What to do about operators whose sizes are no sizes of the batch."""
+_RECURRENT = "a library runs a whole recurrent layer in it, whose steps wait for each other"
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 """The fused attention that captures see."""
 GROUPED = "_grouped_mm"
@@ -83,7 +83,7 @@ def sketch(call: Call) -> Sketch:
             raise UnsupportedError(f"the operator {call.name} (in {where}) is not modelled in this form (on empty tensors?)") from None
     if call.pointwise:
         return _plain(OperatorKind.ELEMENTWISE)(call)
-    hint = f"; {BY_VALUE}" if call.short_name in _CHOOSES else ""
+    hint = f"; {UNKNOWN[name]}" if name in UNKNOWN else ""
     raise UnsupportedError(
         f"the operator {call.name} (in {call.module or 'backward'}) is not modelled: no cost formula stands for it{hint}"
     )
@@ -145,6 +145,7 @@ def _grouped_product(call: Call) -> Sketch:
     (groups,) = ends[0].shape
     share = Fraction(1, groups)
     wide = b.shape[-1]
+    dims: tuple[Factors, ...]
     if len(b.shape) == 3:  # rows are divided, each group has its matrix
         dims = (a.shape[0], share), (wide,), (a.shape[1],)
     elif len(a.shape) == 3:  # columns are divided
@@ -359,10 +360,11 @@ _RULES: dict[str, Rule] = {
     "convolution_backward": _convolution_backward,
 }
 
-_CHOOSES = frozenset(("nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "bincount"))
-
-LIBRARY_LOOPS = frozenset(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"))
-"""Recurrent layers that a device's library runs as one operator."""
+UNKNOWN: dict[str, str] = {
+    **dict.fromkeys(("nonzero", "unique_dim", "_unique2", "unique_consecutive", "bincount"), _BY_VALUE),
+    **dict.fromkeys(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"), _RECURRENT),
+}
+"""Operators that are known to have no formula, and what to say of them."""
 
 EMPTY = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
 """Operators that allocate without running anything; what first overwrites the tensor is taken as its writer."""

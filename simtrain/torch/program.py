@@ -8,7 +8,7 @@ from simtrain.core.errors import UnsupportedError
 from simtrain.core.polynomial import Polynomial
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import TensorKind
-from simtrain.torch.kinds import EMPTY, HOST_ONLY, LIBRARY_LOOPS, Factors, Sketch, sketch
+from simtrain.torch.kinds import EMPTY, HOST_ONLY, UNKNOWN, Factors, Sketch, sketch
 from simtrain.torch.pieces import Chain, gradient_parts
 from simtrain.torch.recording import Call, Phase, Recording, View
 from simtrain.torch.sizes import Fitter, NotPolynomialError
@@ -198,12 +198,9 @@ def _role(dtype: str, floating: DTypeRole) -> DTypeRole:
 
 def _check_alike(recordings: Sequence[Recording], fitter: Fitter) -> None:
     base = recordings[0]
-    fused = next((c for c in base.calls if c.short_name in LIBRARY_LOOPS), None)
-    if fused is not None:
-        raise UnsupportedError(
-            f"the operator {fused.name} (in {fused.module}) is not modelled: a whole recurrent layer, whose steps wait for each other "
-            "inside of the device's library, has no cost formula"
-        )
+    for call in base.calls:
+        if call.short_name in UNKNOWN:
+            sketch(call)  # refuses by name what would differ from size to size
     for recording, point in zip(recordings[1:], fitter.points[1:], strict=True):
         for a, b in zip(base.calls, recording.calls, strict=False):
             if (a.name, a.module) != (b.name, b.module):

@@ -278,7 +278,7 @@ def test_a_mixture_of_experts_does_the_arithmetic_of_the_closed_form(captured_mi
 @pytest.mark.parametrize("precision", ["fp32", "bf16-amp"])
 def test_memory_of_a_mixture_of_experts_is_that_of_a_recorded_step(captured_mixtral: st.Workload, precision: str) -> None:
     ours, recorded = peaks(captured_mixtral, mixtral, BATCH, None, precision)
-    assert ours == pytest.approx(recorded, rel=1e-3)
+    assert ours == pytest.approx(recorded, rel=1e-2)
 
 
 def grouped(work: st.Workload) -> list[Any]:

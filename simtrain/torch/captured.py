@@ -13,6 +13,7 @@ from simtrain.core.errors import InputError, SimtrainError, UnsupportedError
 from simtrain.core.polynomial import ZERO, Polynomial
 from simtrain.core.workload import Workload
 from simtrain.torch.divide import KNOWN, Plan, check_plan, divided
+from simtrain.torch.experts import expert_assumptions
 from simtrain.torch.layers import layers_of
 from simtrain.torch.masks import mask_assumptions
 from simtrain.torch.pieces import block_paths, chain
@@ -110,7 +111,7 @@ def _written(
         input_bytes=_input_bytes(writer, batch, shape),
         description="; ".join([*notes, *_notes(program, module, len(layers))]),
         source=f"captured from {type(module).__module__}.{type(module).__qualname__} with PyTorch {torch.__version__}",
-        assumptions=mask_assumptions(recordings[0]),
+        assumptions=(*mask_assumptions(recordings[0]), *expert_assumptions(recordings[0])),
     )
     return replace(workload, reform=lambda form: divided(workload, plan, form))
 

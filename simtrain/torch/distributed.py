@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._pytree import tree_map
 
@@ -24,6 +23,7 @@ from simtrain.torch.hugging_face import masks_of_real_steps
 from simtrain.torch.rank_recorder import Collective, CollectiveKind, RankRecorder
 from simtrain.torch.recorder import given_tensors, record_next_step, run_step
 from simtrain.torch.recording import Phase, Recording
+from simtrain.torch.shapes import ShapesMode
 from simtrain.torch.subject import call_model, find_loss
 
 Wrap = Callable[[nn.Module, DeviceMesh], nn.Module]
@@ -100,7 +100,7 @@ def record_rank(
     run = forward or (lambda module, given: find_loss(call_model(module, given)))
     with fake_group(world_size, rank):
         ranks = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.random.fork_rng(devices=[]):
+        with ShapesMode(allow_non_fake_inputs=True) as fake, torch.random.fork_rng(devices=[]):
             given = tree_map(lambda leaf: fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, batch)
             bare = build()
             module = wrap(bare, ranks)

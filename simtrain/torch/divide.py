@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.polynomial import Polynomial
 from simtrain.core.workload import Collective, Form, Layer, Operator, OperatorKind, Parameter, Tensor, Workload
+from simtrain.torch.experts import one_after_another
 
 Plan = Mapping[str, str]
 WAYS = ("column", "row", "vocabulary", "gather")
@@ -59,6 +60,8 @@ def divided(workload: Workload, plan: Plan, form: Form) -> Workload:
             f"{workload.name} is captured, known by its operators alone, so that its weights cannot be written as {form.tensorized.kind}: "
             "convert the module by simtrain.torch.tensorize, then capture it"
         )
+    if not form.grouped_experts:
+        workload = one_after_another(workload)
     if form.tensor == form.context == form.expert == 1:
         return workload
     other = [n for n, asked in (("context", form.context > 1), ("expert", form.expert > 1), ("sequence", form.sequence_parallel)) if asked]

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from simtrain.core.errors import UnsupportedError
 from simtrain.core.workload import OperatorKind, Role, Window
 from simtrain.torch.recording import Call, View
 
-Factors = tuple[int, ...]
-"""A count as the product of extents."""
+Factors = tuple[int | Fraction, ...]
+"""A count as the product of extents, or of even shares of them."""
 
 
 NO_WINDOW = Window()
+_BY_VALUE = (
+    "how much it returns depends on values. A mixture of experts that sorts its tokens and multiplies in groups can be captured (Hugging "
+    'Face: experts_implementation="grouped_mm"); at sizes of yours it is known in closed form, too: '
+    'st.workload("mixtral-8x7b", layers=..., hidden=..., ffn=..., experts=..., top_k=...)'
+)
+_RECURRENT = "a library runs a whole recurrent layer in it, whose steps wait for each other"
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 """The fused attention that captures see."""
+GROUPED = "_grouped_mm"
+"""The products of all experts, each on its own rows."""
+GROUPED_LAUNCHES = 2
+"""Of its kernel, and of the one that prepares its groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +83,7 @@ def sketch(call: Call) -> Sketch:
             raise UnsupportedError(f"the operator {call.name} (in {where}) is not modelled in this form (on empty tensors?)") from None
     if call.pointwise:
         return _plain(OperatorKind.ELEMENTWISE)(call)
-    hint = f"; {EXPERTS}" if call.short_name in _ROUTES else ""
+    hint = f"; {UNKNOWN[name]}" if name in UNKNOWN else ""
     raise UnsupportedError(
         f"the operator {call.name} (in {call.module or 'backward'}) is not modelled: no cost formula stands for it{hint}"
     )
@@ -89,6 +100,11 @@ def _fill(call: Call) -> Sketch:
     """Writes constants: what it is made like is not read."""
     del call
     return Sketch(OperatorKind.ELEMENTWISE, ())
+
+
+def _sort(call: Call) -> Sketch:
+    """Passes of a radix sort: priced as so many elementwise kernels would launch, by the bytes of one."""
+    return Sketch(OperatorKind.ELEMENTWISE, call.inputs, launches=4)
 
 
 def _copy(call: Call) -> Sketch:
@@ -119,6 +135,25 @@ def _added_product(call: Call) -> Sketch:
 def _matrix_vector(call: Call) -> Sketch:
     a, b = call.inputs
     return _product(call, a, replace(b, shape=(*b.shape, 1)))
+
+
+def _grouped_product(call: Call) -> Sketch:
+    """Products of the experts, over which rows are taken to be spread evenly; weights of all are read."""
+    a, b, *ends = call.inputs
+    if not ends:
+        return _product(call, a, b)
+    (groups,) = ends[0].shape
+    share = Fraction(1, groups)
+    wide = b.shape[-1]
+    dims: tuple[Factors, ...]
+    if len(b.shape) == 3:  # rows are divided, each group has its matrix
+        dims = (a.shape[0], share), (wide,), (a.shape[1],)
+    elif len(a.shape) == 3:  # columns are divided
+        dims = (a.shape[1],), (wide, share), (a.shape[2],)
+    else:  # what is summed over is divided: a gradient of every matrix
+        dims = (a.shape[0],), (wide,), (a.shape[1], share)
+    described = (Role.EXPERTS, (groups,)), *((None, size) for size in dims)
+    return Sketch(OperatorKind.BATCHED_GEMM, call.inputs, described, flops_each=2, launches=GROUPED_LAUNCHES)
 
 
 def _attention(call: Call) -> Sketch:
@@ -269,7 +304,7 @@ _RULES: dict[str, Rule] = {
     **_by_name(
         OperatorKind.REDUCTION,
         "sum mean amax amin max min var var_mean std std_mean prod norm linalg_vector_norm argmax argmin any all logsumexp cumsum cumprod "
-        "mse_loss smooth_l1_loss huber_loss binary_cross_entropy dot aminmax",
+        "mse_loss smooth_l1_loss huber_loss binary_cross_entropy dot aminmax histc",
     ),
     **_by_name(
         OperatorKind.COPY,
@@ -282,7 +317,7 @@ _RULES: dict[str, Rule] = {
         "native_dropout native_dropout_backward bernoulli bernoulli_ rand_like randn_like normal_ uniform_ exponential_ triu tril triu_ "
         "tril_ mse_loss_backward smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward glu glu_backward complex polar "
         "isin bucketize _fused_dropout hardtanh_backward leaky_relu_backward elu_backward softplus_backward prelu _prelu_kernel "
-        "_prelu_kernel_backward masked_fill_",
+        "_prelu_kernel_backward masked_fill_ topk searchsorted floor_divide",
     ),
     **_by_name(
         OperatorKind.POOLING,
@@ -303,6 +338,8 @@ _RULES: dict[str, Rule] = {
     **_by_rule(_copy, "_to_copy copy_ copy contiguous"),
     **_by_rule(_matrix_product, "mm bmm"),
     **_by_rule(_added_product, "addmm baddbmm addmm_"),
+    GROUPED: _grouped_product,
+    "sort": _sort,
     **_by_rule(_gather, "embedding index gather take masked_select"),
     **_by_rule(_scatter, "embedding_dense_backward scatter scatter_ scatter_add scatter_add_ index_add index_add_"),
     **_by_rule(_scatter, "index_put index_put_ _index_put_impl_"),
@@ -323,13 +360,11 @@ _RULES: dict[str, Rule] = {
     "convolution_backward": _convolution_backward,
 }
 
-EXPERTS = (
-    "a mixture of experts, in which values of the batch decide who multiplies what, is known in closed form, at your own sizes: "
-    'st.workload("mixtral-8x7b", layers=..., hidden=..., ffn=..., experts=..., top_k=...)'
-)
-"""What to do instead of capturing a mixture of experts."""
-
-_ROUTES = frozenset(("topk", "nonzero", "_grouped_mm", "sort", "histc", "searchsorted"))
+UNKNOWN: dict[str, str] = {
+    **dict.fromkeys(("nonzero", "unique_dim", "_unique2", "unique_consecutive", "bincount"), _BY_VALUE),
+    **dict.fromkeys(("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"), _RECURRENT),
+}
+"""Operators that are known to have no formula, and what to say of them."""
 
 EMPTY = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
 """Operators that allocate without running anything; what first overwrites the tensor is taken as its writer."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from simtrain.core.polynomial import ONE
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import Layer, Operator, Parameter
+from simtrain.torch.experts import expert_parameters
 from simtrain.torch.unfused import with_unfused
 from simtrain.torch.writer import Entry, Writer
 
@@ -21,7 +22,8 @@ def layers_of(writer: Writer, module: nn.Module) -> tuple[Layer, ...]:
         module: For the order of parameters, and buffers.
     """
     names = _layer_names(writer)
-    single = [_layer(writer, module, layer, names) for layer in range(writer.program.chain.depth)]
+    experts = expert_parameters(writer.program.base)
+    single = [_layer(writer, module, layer, names, experts) for layer in range(writer.program.chain.depth)]
     merged: list[Layer] = []
     for layer in single:
         if merged and _plain(layer) == _plain(merged[-1]):
@@ -43,7 +45,7 @@ def _plain(layer: Layer) -> Layer:
     return replace(layer, name="", repeats=1, backward=tuple(free(op) for op in layer.backward))
 
 
-def _layer(writer: Writer, module: nn.Module, layer: int, names: list[str]) -> Layer:
+def _layer(writer: Writer, module: nn.Module, layer: int, names: list[str], experts: frozenset[str]) -> Layer:
     program = writer.program
     lists = [tuple(_held(e) for e in writer.entries if e.layer == layer and e.backward is side) for side in (False, True)]
     forward, backward = with_unfused(*lists)
@@ -52,7 +54,8 @@ def _layer(writer: Writer, module: nn.Module, layer: int, names: list[str]) -> L
         if name in writer.parameters[layer]:
             owner = writer.owner(name)
             tied = None if owner == layer else f"{names[owner]}.{writer.local(name, owner)}"
-            parameters.append(Parameter(writer.local(name, layer), tuple(parameter.shape), tied, trained=name in program.base.gradients))
+            trained = name in program.base.gradients
+            parameters.append(Parameter(writer.local(name, layer), tuple(parameter.shape), tied, name in experts, trained))
     last = layer == program.last_layer
     crossing = program.base.loss if last else program.chain.activations[layer]
     return Layer(

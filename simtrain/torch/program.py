@@ -8,7 +8,7 @@ from simtrain.core.errors import UnsupportedError
 from simtrain.core.polynomial import Polynomial
 from simtrain.core.precision import DTypeRole
 from simtrain.core.workload import TensorKind
-from simtrain.torch.kinds import EMPTY, HOST_ONLY, Factors, Sketch, sketch
+from simtrain.torch.kinds import EMPTY, HOST_ONLY, UNKNOWN, Factors, Sketch, sketch
 from simtrain.torch.pieces import Chain, gradient_parts
 from simtrain.torch.recording import Call, Phase, Recording, View
 from simtrain.torch.sizes import Fitter, NotPolynomialError
@@ -147,10 +147,8 @@ class Program:
         fixed: tuple[int, ...] = ()
         if call.phase is Phase.FORWARD or call.module:
             fixed = sketch(call).statistics if self.runs(call) else ()
-        wide = explicit and call.phase is Phase.FORWARD
-        for view in call.inputs:
-            whole = view.shape and view.storage not in self.statistics
-            wide = wide or bool(whole and self.roles[view.storage] is DTypeRole.FP32 and view.storage in self.made_in)
+        read = [self.roles[v.storage] for v in call.inputs if v.shape and v.storage in self.made_in and v.storage not in self.statistics]
+        wide = (explicit and call.phase is Phase.FORWARD) or self._stays_wide(read)
         wide = wide and "norm" not in call.short_name
         for k, view in enumerate(call.outputs):
             if view.storage not in call.new:
@@ -163,6 +161,16 @@ class Program:
             self.roles[view.storage] = role
             if k in fixed:
                 self.statistics.add(view.storage)
+
+    @staticmethod
+    def _stays_wide(read: list[DTypeRole]) -> bool:
+        """Whether a result is fp32 in every precision because what it is made of is.
+
+        Where activations meet such tensors (weights of a router, tables of rotations), code that runs in 16 bit converts the latter, or
+        the next product would refuse its input; in fp32 this conversion leaves no trace.
+        """
+        floating = [role for role in read if role not in (DTypeRole.INDEX, DTypeRole.MASK)]
+        return bool(floating) and all(role is DTypeRole.FP32 for role in floating)
 
     def _role_before_cast(self, call: Call) -> DTypeRole:
         """A cast's gradient has the role of what was cast forward."""
@@ -190,6 +198,9 @@ def _role(dtype: str, floating: DTypeRole) -> DTypeRole:
 
 def _check_alike(recordings: Sequence[Recording], fitter: Fitter) -> None:
     base = recordings[0]
+    for call in base.calls:
+        if call.short_name in UNKNOWN:
+            sketch(call)  # refuses by name what would differ from size to size
     for recording, point in zip(recordings[1:], fitter.points[1:], strict=True):
         for a, b in zip(base.calls, recording.calls, strict=False):
             if (a.name, a.module) != (b.name, b.module):
@@ -206,7 +217,10 @@ def _flow(call: Call) -> tuple[object, ...]:
 
 def _changed(before: str, now: str, fitter: Fitter, point: tuple[int, int]) -> UnsupportedError:
     first = fitter.points[0]
+    loop = ""
+    if point[1] != first[1]:
+        loop = f". If it loops over positions, capture it at one length: sequence_dim=None, which takes every sample to be {first[1]} long"
     return UnsupportedError(
         f"the operators of this model change with the size of the batch: {before} at (batch, sequence) {first}, {now} at {point}. "
-        "A model must run the same operators at every size"
+        f"A model must run the same operators at every size{loop}"
     )

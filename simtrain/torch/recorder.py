@@ -317,11 +317,18 @@ def _convolution_backward_flops(gradient: Tensor, x: Tensor, weight: Tensor, *re
     return int(one * sum(wanted[:2]))
 
 
+def _grouped_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Rows or columns of one operand are divided among the groups, so that each of its elements meets one group's columns."""
+    columns_divided = a.ndim == 3 and b.ndim == 2
+    return 2 * int(b.numel()) * int(a.shape[-2]) if columns_divided else 2 * int(a.numel()) * int(b.shape[-1])
+
+
 _FORMULAS: dict[Any, Callable[..., Any]] = {
     **flop_registry,
+    _aten._grouped_mm: _grouped_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     _aten.convolution_backward: _convolution_backward_flops,
 }
-"""FLOPs by operator. PyTorch's own counter has no formula for the CPU's fused attention, and counts the gradient of a grouped filter as
-often as there are groups."""
+"""FLOPs by operator. PyTorch's own counter has no formula for the CPU's fused attention and for products of experts, and counts the
+gradient of a grouped filter as often as there are groups."""

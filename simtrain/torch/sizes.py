@@ -126,7 +126,7 @@ class Fitter:
         """
         return reduce(mul, (self.extent(column) for column in zip(*values, strict=True)), ONE)
 
-    def _extent(self, values: tuple[int, ...]) -> Polynomial:
+    def _extent(self, values: Factors) -> Polynomial:
         first, *rest = values
         if all(v == first for v in rest):
             return _polynomial({(0, 0): Fraction(first)})
@@ -143,7 +143,7 @@ class Fitter:
             raise NotPolynomialError(", ".join(f"{v} at {p}" for v, p in zip(values, self.points, strict=True)))
         return polynomial
 
-    def _bilinear(self, values: tuple[int, ...], per_sample: Fraction, batch: int) -> dict[tuple[int, int], Fraction]:
+    def _bilinear(self, values: Factors, per_sample: Fraction, batch: int) -> dict[tuple[int, int], Fraction]:
         (b, s), length = self.points[0], self.points[2][1] - self.points[0][1]
         first = Fraction(values[0])
         per_token = Fraction(values[2] - values[0], length)

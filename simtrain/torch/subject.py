@@ -15,17 +15,16 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeCopyMode,
-    FakeTensorMode,
     UnsupportedOperatorException,
 )
 from torch.utils._pytree import tree_map
 
-from simtrain.core.errors import InputError, SimtrainError, UnsupportedError
+from simtrain.core.errors import InputError, SimtrainError
 from simtrain.torch.gpu_forms import gpu_forms
 from simtrain.torch.hugging_face import masks_of_real_steps
-from simtrain.torch.kinds import EXPERTS
 from simtrain.torch.recorder import Recorder, describe, given_tensors, record_step
 from simtrain.torch.recording import Recording
+from simtrain.torch.shapes import ShapesMode
 from simtrain.torch.sizes import Point
 
 Loss = Callable[[Any, Any], Tensor]
@@ -52,7 +51,7 @@ class Subject:
 
     def __init__(self, model: nn.Module | Callable[[], nn.Module], loss: Loss | None, *, fake: bool) -> None:
         self.loss = loss
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+        self.mode = ShapesMode(allow_non_fake_inputs=True) if fake else None
         self.module = self._copy(model) if isinstance(model, nn.Module) else self._build(model)
         _check(self.module)
         if not self.module.training:
@@ -188,8 +187,6 @@ def _explain(error: Exception, point: Point) -> SimtrainError:
     size = f"a batch of {point[0]}" + (f" with sequence length {point[1]}" if point[1] > 1 else "")
     if "modified by an inplace operation" in str(error):
         return InputError(f"backward needs a tensor that the model has overwritten in place: {first}")
-    if "_grouped_mm" in str(error) or "Expected inputs of BF16 type" in str(error):
-        return UnsupportedError(f"grouped products of experts run in bf16 alone on a CPU, where models are captured ({first}); {EXPERTS}")
     return InputError(f"the model failed on {size}: {type(error).__name__}: {first}")
 
 

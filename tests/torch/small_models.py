@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +15,7 @@ from simtrain.core.workload import Workload
 from simtrain.torch import Phase, Recording, record_step
 from simtrain.torch.gpu_forms import gpu_forms
 from simtrain.torch.hugging_face import masks_of_real_steps
+from simtrain.torch.shapes import ShapesMode
 from simtrain.torch.subject import call_model, find_loss
 from tests.step.books import ledger_of
 from workloads.transformer.module import Transformer
@@ -152,7 +152,7 @@ class FrozenFirst(Perceptron):
 
 def fake_step(build: Callable[[], nn.Module], batch: Any, loss: Any, name: str) -> Recording:
     """A whole step with AdamW, tensor by tensor, without memory."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = ShapesMode(allow_non_fake_inputs=True)
     with mode:
         module = build().train()
         given = tree_map(mode.from_tensor, batch)

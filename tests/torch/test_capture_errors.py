@@ -88,17 +88,40 @@ def test_operators_that_depend_on_values_are_named() -> None:
         st.torch.capture(Misbehaves(rows), (torch.ones(64, 10),))
 
 
-def test_a_mixture_of_experts_is_referred_to_the_closed_form() -> None:
-    def routed(module: Perceptron, x: Tensor) -> Tensor:
-        return module.c(module.a(x)).topk(2)[0].sum()
+def test_experts_that_are_looped_over_are_told_what_can_be_captured() -> None:
+    def rows(module: Perceptron, x: Tensor) -> Tensor:
+        y = module.a(x)
+        return torch.stack([module.b(y[(x[:, 0] > k).nonzero()[:, 0]]).sum() for k in range(2)]).sum()
 
-    def grouped(module: Perceptron, x: Tensor) -> Tensor:
-        weights = module.a.weight.T[None]
-        return F.grouped_mm(x, weights, offs=torch.tensor([x.shape[0]], dtype=torch.int32)).sum()
+    with pytest.raises(UnsupportedError, match=r'experts_implementation="grouped_mm".*st\.workload\("mixtral-8x7b"'):
+        st.torch.capture(Misbehaves(rows), samples(10)[:1])
 
-    for run in (routed, grouped):
-        with pytest.raises(UnsupportedError, match=r'st\.workload\("mixtral-8x7b"'):
-            st.torch.capture(Misbehaves(run), samples(10)[:1])
+
+def test_recurrent_layers_are_refused_by_name() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.lstm(x)[0].sum()
+
+    with pytest.raises(UnsupportedError, match=r"mkldnn_rnn_layer.*\(in lstm\).*recurrent layer"):
+        st.torch.capture(Recurrent, torch.zeros(4, 16, 8))
+
+
+def test_a_loop_over_positions_is_captured_at_one_length() -> None:
+    class Loops(Perceptron):
+        def forward(self, ids: Tensor) -> Tensor:
+            y = torch.zeros(ids.shape[0], 20)
+            for k in range(ids.shape[1]):
+                y = torch.relu(self.b(y + ids[:, k : k + 1]))
+            return self.c(y).sum()
+
+    ids = torch.zeros(4, 8, dtype=torch.long)
+    with pytest.raises(UnsupportedError, match="sequence_dim=None, which takes every sample to be 8 long"):
+        st.torch.capture(Loops, ids)
+    assert st.torch.capture(Loops, ids, sequence_dim=None).sample_unit == "sample"
 
 
 def test_values_that_fail_on_shapes_and_for_real() -> None:

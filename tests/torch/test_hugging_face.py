@@ -10,6 +10,8 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import simtrain as st
+from simtrain.core.errors import UnsupportedError
+from simtrain.core.precision import DTypeRole
 from simtrain.core.runtimes import runtime
 from simtrain.core.workload import Form
 from simtrain.torch import Phase, record_rank
@@ -239,3 +241,69 @@ def test_a_divided_model_is_the_true_rank_also_where_it_is_fully_sharded(build: 
     tables = 4 * 1024 + 64  # of positions, which are counted from the start
     assert 0.995 * job.recording.given_bytes < book.moments[0].sum() < 1.005 * job.recording.given_bytes + tables
     assert book.moments[book.peak].sum() == pytest.approx(job.peak_bytes, rel=0.001)
+
+
+EXPERTS = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+
+
+def mixtral() -> torch.nn.Module:
+    config = transformers.MixtralConfig(num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64, **EXPERTS, **TOKENS)
+    return transformers.MixtralForCausalLM(config)
+
+
+def looped_mixtral() -> torch.nn.Module:
+    model = mixtral()
+    model.set_experts_implementation("eager")
+    return model
+
+
+@pytest.fixture(scope="module")
+def captured_mixtral() -> st.Workload:
+    return st.torch.capture(mixtral, BATCH)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mixture_of_experts_does_the_arithmetic_of_the_closed_form(captured_mixtral: st.Workload) -> None:
+    sizes = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "experts": 4, "top_k": 2, "ffn": 96}
+    closed = workload(spec("mixtral-8x7b", vocabulary=101, sequence=32, **sizes))
+    assert [layer.repeats for layer in captured_mixtral.layers] == [1, 2, 1]
+    assert captured_mixtral.parameter_count == closed.parameter_count
+    for batch in (2, 5, 16):
+        assert captured_mixtral.model_flops(batch) == pytest.approx(closed.model_flops(batch), rel=1e-12)
+    experts = [sum(p.elements for layer in work for p in layer.parameters if p.expert) for work in (captured_mixtral, closed)]
+    assert experts[0] == experts[1] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["fp32", "bf16-amp"])
+def test_memory_of_a_mixture_of_experts_is_that_of_a_recorded_step(captured_mixtral: st.Workload, precision: str) -> None:
+    ours, recorded = peaks(captured_mixtral, mixtral, BATCH, None, precision)
+    assert ours == pytest.approx(recorded, rel=1e-2)
+
+
+def grouped(work: st.Workload) -> list[Any]:
+    return [op for layer in work.layers for op in layer.forward + layer.backward if "_grouped_mm" in op.name]
+
+
+def test_experts_multiply_in_the_format_that_autocast_leaves_them(captured_mixtral: st.Workload) -> None:
+    products = grouped(captured_mixtral)
+    assert len(products) == 6  # two forward, and for each the gradients of its rows and of its weights
+    roles = {tensor.role for op in products for tensor in op.writes}
+    assert roles <= {DTypeRole.HIGH, DTypeRole.GRADIENT}  # fp32 under autocast, 16 bit in pure bf16
+    said = " ".join(captured_mixtral.assumptions)
+    assert "spread evenly over the experts" in said
+    assert "autocast does not know grouped products" in said
+
+
+def test_experts_one_after_another_are_launched_one_by_one(captured_mixtral: st.Workload) -> None:
+    assert captured_mixtral.reform is not None
+    looped = captured_mixtral.reform(Form(grouped_experts=False))
+    assert {op.launches for op in grouped(looped)} == {4}
+    assert {op.launches for op in grouped(captured_mixtral)} == {2}
+    assert looped.model_flops(3) == captured_mixtral.model_flops(3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_in_a_loop_are_told_what_can_be_captured() -> None:
+    with pytest.raises(UnsupportedError, match='experts_implementation="grouped_mm"'):
+        st.torch.capture(looped_mixtral, BATCH)

@@ -30,7 +30,7 @@ def widened(block: Block, wide: st.Workload) -> Block:
     axes = (
         block.micro_batches,
         ("bf16-master", "fp16-master"),
-        ("none", "full") if block.runtime.fused_attention else ("none", "selective", "full"),
+        ("none", "full") if block.runtime.kernels.fused_attention else ("none", "selective", "full"),
         (0, 1, 2) if block.degrees["data"] > 1 else (0,),
         (False, True) if block.degrees["tensor"] > 1 else (False,),
         (("1f1b", 0), *(("interleaved", n) for n in chunks)),

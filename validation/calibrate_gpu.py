@@ -82,7 +82,7 @@ def profile_from_gpu(measurements: Sequence[Measurement], data_sheet: str) -> Ma
         residuals={label(*key): factor.residual for key, factor in factors.items()},
         shares={label(*key): factor.seconds_measured / total_s for key, factor in factors.items()},
         step_error=0.0,
-        framework_launch_s=(host or 1.0) * runtime(GPU_RUNTIME).launch_s,
+        framework_launch_s=(host or 1.0) * runtime(GPU_RUNTIME).host.launch_s,
         null_flops_per_s={str(p): null_rate([m for m in busy if arithmetic(m.step) is p]) for p in dict.fromkeys(map(_path, busy))},
         operator_table=merged(*(table_of(m, operators, factors) for m, operators in zip(plain, asked, strict=True))),
         data_sheet=data_sheet,
@@ -138,7 +138,7 @@ def waits_for_host(measured: Measurement) -> bool:
 
 def host_factor(measurements: Iterable[Measurement]) -> float | None:
     """Returns the host's time per launch over what the runtime assumes: the median over steps that wait for it, `None` without one."""
-    assumed_s = runtime(GPU_RUNTIME).launch_s
+    assumed_s = runtime(GPU_RUNTIME).host.launch_s
     found = [m.step_time_s / (launches(m) * assumed_s) for m in measurements if waits_for_host(m)]
     return float(np.median(found)) if found else None
 

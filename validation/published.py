@@ -35,7 +35,7 @@ class PublishedRow:
         devices: How many.
         precision: Recipe that the run amounts to.
         printed_precision: What the source calls it.
-        optimizer_style: Form of the optimizer, as `Runtime.optimizer_style`.
+        optimizer_style: Form of the optimizer, as `Update.optimizer_style`.
         micro_batch: Samples per device.
         samples_per_s: Over all devices, as printed.
         file: In the source repository.

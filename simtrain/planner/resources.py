@@ -34,8 +34,8 @@ def scaled(cluster: Cluster, runtime: Runtime, factor: float) -> Iterator[tuple[
     yield RESOURCES[1], _with_devices(cluster, {d: wider(d) for d in set(cluster.devices)}), runtime
     if cluster.size > 1:
         yield RESOURCES[2], _with_links(cluster, factor), runtime
-    if runtime.run_ahead_launches:
-        yield RESOURCES[3], cluster, runtime.with_(launch_s=runtime.launch_s / factor, recompute_s=runtime.recompute_s / factor)
+    if runtime.host.run_ahead_launches:
+        yield RESOURCES[3], cluster, runtime.with_(launch_s=runtime.host.launch_s / factor, recompute_s=runtime.host.recompute_s / factor)
 
 
 def _with_devices(cluster: Cluster, other: dict[Device, Device]) -> Cluster:

@@ -100,7 +100,7 @@ class Screen:
         """
         strategy, work = candidate.strategy, self._lone(candidate)
         least = work.device_s * strategy.accumulation / strategy.pipeline
-        if candidate.runtime.run_ahead_launches:
+        if candidate.runtime.host.run_ahead_launches:
             least = max(least, work.host_s * strategy.accumulation / strategy.pipeline)
         if strategy.pipeline == 1 or strategy.schedule not in HUNGER["schedule"]:
             return least

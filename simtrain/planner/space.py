@@ -347,7 +347,7 @@ def _allowed(fixed: Mapping[str, Any], name: str, usual: Iterable[Any]) -> list[
 
 def _block(cluster: Cluster, runtime: Runtime, degrees: Mapping[str, Any], per_replica: int, wishes: Wishes, workload: Workload) -> Block:
     habits, fixed = HABITS.get(runtime.name, HABITS["megatron"]), wishes.fixed
-    usual_checkpoints = [c for c in habits.checkpoints if c != "selective" or not runtime.fused_attention]
+    usual_checkpoints = [c for c in habits.checkpoints if c != "selective" or not runtime.kernels.fused_attention]
     pipeline, holders = degrees["pipeline"], degrees["data"] * degrees["context"]
     usual = habits.zeros if pipeline == 1 else habits.pipeline_zeros
     asked = wishes.zeros if wishes.zeros is not None else usual

@@ -174,7 +174,7 @@ def neighbours(strategy: Strategy, cluster: Cluster, runtime: Runtime) -> Iterat
             _traded(strategy, "pipeline", "data", factor) if habits.schedules else {},
             _traded(strategy, "tensor", "data", factor) if habits.tensor else {},
         ]
-    options += [{"checkpoint": c} for c in habits.checkpoints if c != "selective" or not runtime.fused_attention]
+    options += [{"checkpoint": c} for c in habits.checkpoints if c != "selective" or not runtime.kernels.fused_attention]
     options += [{"zero": z} for z in habits.zeros if strategy.data * strategy.context > 1]
     options += [{"schedule": s, "chunks": c} for s, c in habits.schedules if strategy.pipeline > 1]
     if habits.sequence_parallel and strategy.tensor > 1:

@@ -69,7 +69,7 @@ def block_peaks(setting: Setting, lane: Lane, plan: SchedulePlan, limit_bytes: f
         plan: What they do in which order.
         limit_bytes: What the device has for the allocator, which gives free segments back before it takes more.
     """
-    if not setting.runtime.replays_blocks or setting.runtime.allocator != "caching" or setting.strategy.offload != "none":
+    if not setting.runtime.memory.replays_blocks or setting.runtime.memory.allocator != "caching" or setting.strategy.offload != "none":
         return None
     program = _Program(setting, lane)
     most = MICRO_BATCHES if plan.stages == 1 else 2 * plan.stages
@@ -153,7 +153,7 @@ class _Program:
             yield from (event for event in self._states() if not (made and event[0][2] == FIRST_STATE))
         whole = float(optimizer_transients(self.setting, self.lane).sum())
         parameters = [p.elements for p, _ in lane_parameters(self.lane) if p.trained]
-        copies = self.setting.runtime.update_copies
+        copies = self.setting.runtime.update.update_copies
         keys: list[Key] = [(-1, i, f"update {copy}") for copy in range(copies) for i in range(len(parameters))]
         yield from ((key, whole * parameters[key[1]] / (sum(parameters) * copies)) for key in keys)
         yield from ((key, GOES) for key in keys)
@@ -202,7 +202,7 @@ class _Program:
         for step in coming:
             if not visited or visited[-1] != step.layer:
                 visited.append(step.layer)
-            if len(visited) > self.setting.runtime.prefetch:
+            if len(visited) > self.setting.runtime.sharding.prefetch:
                 break
         return {layer if chunk.is_block(layer) else REST for layer in visited} | {REST}
 

@@ -32,12 +32,12 @@ def gradient_bytes(precision: Precision, runtime: Runtime) -> int:
     A framework with a gradient buffer keeps it in fp32, except for fp16 weights, whose gradients stay in fp16 (Megatron-LM forces fp32
     accumulation for bf16 alone: `training/arguments.py`, `accumulate_allreduce_grads_in_fp32`).
     """
-    return 4 if runtime.main_gradients and precision.parameter is not DType.FP16 else precision.parameter.size_bytes
+    return 4 if runtime.update.main_gradients and precision.parameter is not DType.FP16 else precision.parameter.size_bytes
 
 
 def reduced_bytes(precision: Precision, runtime: Runtime) -> int:
     """Bytes of one gradient while it is reduced."""
-    return max(gradient_bytes(precision, runtime), 4 if runtime.wide_reduction else 0)
+    return max(gradient_bytes(precision, runtime), 4 if runtime.replicas.wide_reduction else 0)
 
 
 def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime, *, expert: bool = False) -> tuple[Bucket, ...]:
@@ -58,7 +58,7 @@ def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime,
     buckets: list[Bucket] = []
     gradients: list[Parameter] = []
     filled = 0
-    limit, last = runtime.first_bucket_bytes, -1
+    limit, last = runtime.replicas.first_bucket_bytes, -1
     position = workload.depth
     for layer in reversed(workload.layers):
         for _ in range(layer.repeats):
@@ -71,7 +71,7 @@ def gradient_buckets(workload: Workload, precision: Precision, runtime: Runtime,
                 last = position
                 if filled >= limit:
                     buckets.append(_bucket(gradients, filled, last))
-                    gradients, filled, limit = [], 0, runtime.bucket_bytes
+                    gradients, filled, limit = [], 0, runtime.replicas.bucket_bytes
     if gradients:
         buckets.append(_bucket(gradients, filled, last))
     return tuple(buckets)

@@ -117,7 +117,7 @@ class Builder:
     carries: list[tuple[int, int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.has_host = self.runtime.run_ahead_launches > 0
+        self.has_host = self.runtime.host.run_ahead_launches > 0
         self.patterns = Table("iiifffffi")  # kind, stream, label, then `Shares`, turn
         self.terms = Table("iii")  # pattern, micro-batch, moment
         self.works = Table("iiifii")  # see `Works`
@@ -338,7 +338,7 @@ class Builder:
         waits: list[Waits] = [(asks, before[runs], None)]
         carries: list[Carry] = []
         if self.has_host:
-            full, carries = launched(by_lane, before, len(self.classes), self.runtime.run_ahead_launches)
+            full, carries = launched(by_lane, before, len(self.classes), self.runtime.host.run_ahead_launches)
             waits += [led(works, before), full]
         predecessor_pointer, predecessor, lag_s = joined(before, waits, owner, source)
         demand_pointer, demand = self._demanded(pattern)

@@ -96,7 +96,7 @@ def checkpoint_curve(
     """
     how = Strategy.parse(strategy) if isinstance(strategy, str) else strategy
     question = Question.of(resolve(workload, cluster, how.with_(checkpoint="optimal"), runtime))
-    rules = RULES if question.setting.runtime.fused_attention else (*RULES, "selective")
+    rules = RULES if question.setting.runtime.kernels.fused_attention else (*RULES, "selective")
     results = {rule: _priced(question.setting, rule) for rule in rules}
     smallest = question.text(question.smallest().spans)
     least, most = _priced(question.setting, smallest).memory.device_bytes, results["none"].memory.device_bytes

@@ -1,6 +1,6 @@
 """What collectives take from the computation that they run beside: multiprocessors and memory bandwidth.
 
-While a collective runs, its kernels occupy a share of the device's multiprocessors (`Runtime.communication_share`), so that everything
+While a collective runs, its kernels occupy a share of the device's multiprocessors (`Replicas.communication_share`), so that everything
 computed meanwhile goes on at what is left. They also read and write memory (`memory_traffic_bytes` in `simtrain.cost.collectives`):
 kernels that memory limits lose that share of its bandwidth instead where it is larger.
 """

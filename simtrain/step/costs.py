@@ -94,7 +94,7 @@ def pass_cost(device: Device, kernels: KernelBatch, runtime: Runtime) -> PassCos
 
 def host_launch_s(device: Device, runtime: Runtime) -> float:
     """Host time to issue one kernel: the runtime's, on a calibrated machine times what its host was measured to take over that."""
-    return runtime.launch_s * device.profile.get("host.launch_factor", 1.0)
+    return runtime.host.launch_s * device.profile.get("host.launch_factor", 1.0)
 
 
 def _memory_bound_s(device: Device, kernels: KernelBatch, times_s: np.ndarray) -> float:
@@ -146,10 +146,10 @@ def operators_cost(operators: Sequence[Operator], concrete: ConcreteLayer, place
     Raises:
         InternalError: A layer communicates where nobody shares it.
     """
-    if place.runtime.joined_products:
+    if place.runtime.kernels.joined_products:
         operators = joined_operators(operators)
-    if place.runtime.fused_elementwise and (place.runtime.fused_loss or concrete.layer.block):
-        operators = fused_operators(tuple(operators), concrete, norms=place.runtime.chains_norms)
+    if place.runtime.kernels.fused_elementwise and (place.runtime.kernels.fused_loss or concrete.layer.block):
+        operators = fused_operators(tuple(operators), concrete, norms=place.runtime.kernels.chains_norms)
     local = [op for op in operators if op.kind is not OperatorKind.COLLECTIVE]
     kernels = operator_kernels(local, concrete, place.batch, place.sequence)
     local_s = _local_times(local, kernels, concrete, place) / _library_speed(local, place)
@@ -184,16 +184,16 @@ def _sent_bytes(op: Operator, concrete: ConcreteLayer, place: Place) -> float:
     """Payload of a collective; where partial sums leave a narrow product in its own format, they are scattered in that."""
     payload, form = payload_bytes(op, concrete, place.batch, place.sequence), concrete.precision.narrow
     forward = op.collective is Collective.REDUCE_SCATTER and op.group == "tensor" and not op.overlaps
-    if not (place.runtime.narrow_scatter and forward and form and concrete.narrow_weights):
+    if not (place.runtime.tensor.narrow_scatter and forward and form and concrete.narrow_weights):
         return payload
     return payload * form.dtype.operand_bytes / concrete.dtype(op.reads[0]).operand_bytes
 
 
 def _library_speed(operators: Sequence[Operator], place: Place) -> FloatArray:
     """How fast the framework's kernels are over those that the compute model knows."""
-    products = place.runtime.hopper_products if place.device.since_hopper else 1.0
-    attention = place.runtime.blackwell_attention if place.device.is_blackwell else 0.0
-    speeds = dict.fromkeys(ATTENTION, attention or place.runtime.attention_speed) | dict.fromkeys(PRODUCTS, products)
+    products = place.runtime.kernels.hopper_products if place.device.since_hopper else 1.0
+    attention = place.runtime.kernels.blackwell_attention if place.device.is_blackwell else 0.0
+    speeds = dict.fromkeys(ATTENTION, attention or place.runtime.kernels.attention_speed) | dict.fromkeys(PRODUCTS, products)
     return np.array([speeds.get(op.kind, 1.0) for op in operators], dtype=np.float64)
 
 
@@ -235,9 +235,9 @@ def layer_pass_cost(
         gathered: Whether parameters are copied out of the buffer that they were gathered in.
         scattered: Whether gradients are copied into the buffer that is scattered.
     """
-    early = last_of_segment and place.runtime.recompute_stops_early
+    early = last_of_segment and place.runtime.kernels.recompute_stops_early
     costs = [operators_cost(ops, concrete, place)] if (ops := mode_operators(concrete, mode, last_of_segment=early)) else []
-    main = mode in ADDS_GRADIENTS and place.runtime.main_gradients
+    main = mode in ADDS_GRADIENTS and place.runtime.update.main_gradients
     if main or accumulates:
         costs.append(pass_cost(place.device, accumulation_kernels(concrete.layer, concrete.precision, main=main), place.runtime))
     if copies_to_buckets:
@@ -249,7 +249,7 @@ def layer_pass_cost(
     if mode is Mode.RECOMPUTE:
         costs.insert(0, _hooks(place.device, len(concrete.saved), place.runtime))
     total = chain(costs)
-    if place.runtime.blocking_launches:
+    if place.runtime.host.blocking_launches:
         total = replace(total, device_s=total.device_s + total.host_s, lead_s=0.0)
     return replace(total, recompute_s=total.device_s - total.wire_s if mode is Mode.RECOMPUTE else _again_s(place, concrete, mode))
 
@@ -263,8 +263,8 @@ def _again_s(place: Place, concrete: ConcreteLayer, mode: Mode) -> float:
 
 def _hooks(device: Device, saved: int, runtime: Runtime) -> PassCost:
     """What checkpointing costs the host beside recomputation; a host that computes itself pays with its own time."""
-    seconds = saved * device.profile.get("recompute.launch_s", runtime.recompute_s)
-    return PassCost(0.0, seconds, 0.0, 0) if runtime.run_ahead_launches else PassCost(seconds, 0.0, 0.0, 0)
+    seconds = saved * device.profile.get("recompute.launch_s", runtime.host.recompute_s)
+    return PassCost(0.0, seconds, 0.0, 0) if runtime.host.run_ahead_launches else PassCost(seconds, 0.0, 0.0, 0)
 
 
 def chain(costs: Sequence[PassCost]) -> PassCost:

@@ -78,12 +78,12 @@ class _Chain:
 def _single_stage(layout: Layout) -> Result:
     setting = layout.setting
     buckets = chunk_buckets(layout, 0, 0)
-    synchronised = setting.precision.loss_scaling and setting.runtime.run_ahead_launches > 0
+    synchronised = setting.precision.loss_scaling and setting.runtime.host.run_ahead_launches > 0
     reduce_s = np.array([sum(c.time_s for c in reductions(layout, b, p)) for b, p in buckets])
     gather = gather_s(layout, 0)
     chains = [_chain(layout, lane, synchronised, gather) for lane in layout.lanes]
     reduced = _reduced(chains, reduce_s)
-    if setting.runtime.communication_share and len(reduced):
+    if setting.runtime.replicas.communication_share and len(reduced):
         for _ in range(ROUNDS):
             chains = [_chain(layout, x, synchronised, gather, (c, reduced, reduce_s)) for x, c in zip(layout.lanes, chains, strict=True)]
             reduced = _reduced(chains, reduce_s)
@@ -92,7 +92,7 @@ def _single_stage(layout: Layout) -> Result:
     parts = _breakdown(chains[slowest], periods[slowest], reduced, gather)
     busy = [_busy_s(chain) for chain in chains]
     streams = {"compute": busy[slowest], "communication": float(reduce_s.sum()) + gather}
-    if setting.runtime.run_ahead_launches > 0:
+    if setting.runtime.host.run_ahead_launches > 0:
         streams["host"] = chains[slowest].host_s
     ranks = by_rank(layout.classes, busy)
     return assemble(layout, "estimate", periods[slowest], parts, streams, memory_report(layout), notes=(NOTE,), busy_by_rank=ranks)
@@ -118,7 +118,7 @@ def _chain(layout: Layout, lane: Lane, synchronised: bool, gather_s: float, besi
     if beside is not None:
         before, reduced, takes = beside
         met = overlap_s(before.ends - before.device, before.ends, reduced - takes, reduced, np.inf)
-        device = device + runtime.communication_share * met
+        device = device + runtime.replicas.communication_share * met
     if not synchronised:
         return _Chain(passes, device, np.cumsum(device), 0.0, copy_back, update, cells)
     # the clock starts when the host resumes: it issues the optimizer, then the passes of the next step
@@ -134,7 +134,9 @@ def _packed(
     complete = {s.which.layer: i for i, s in enumerate(steps) if s.last and s.ends_gradients}
     ends: dict[int, list[int]] = {}
     for number, (bucket, _) in enumerate(buckets):
-        ends.setdefault(complete[bucket.ready_after_layer] if setting.runtime.overlap_communication else len(steps) - 1, []).append(number)
+        ends.setdefault(
+            complete[bucket.ready_after_layer] if setting.runtime.replicas.overlap_communication else len(steps) - 1, []
+        ).append(number)
     passes: list[PassCost] = []
     cells = [0] * len(buckets)
     for i, step in enumerate(steps):

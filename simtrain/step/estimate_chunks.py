@@ -44,7 +44,7 @@ def gather_s(layout: Layout, stage: int) -> float:
         return 0.0
     held = layout.by_stage[stage][0].chunks
     layers = [x for chunk in held for x in chunk.workload if x.trained]
-    if setting.runtime.overlap_gather:  # only what the first layer needs stands in the way
+    if setting.runtime.replicas.overlap_gather:  # only what the first layer needs stands in the way
         layers = layers[:1]
     sizes = [(sum(updated_bytes(x, setting, expert=expert) for x in layers), placed) for expert, placed in sharing(layout, stage)]
     return sum(gathering(layout, placed, size).time_s for size, placed in sizes if size)
@@ -95,7 +95,7 @@ class _Walk:
         self.actions, self.codes = actions(plan.action), plan.action.tolist()
         self.ends = {(s, c): gradient_order(plan, s, c) for s, c in self.costs}
         self.chunk_of, self.micro_batch_of = plan.chunk.tolist(), plan.micro_batch.tolist()
-        self.synchronised = layout.setting.precision.loss_scaling and layout.setting.runtime.run_ahead_launches > 0
+        self.synchronised = layout.setting.precision.loss_scaling and layout.setting.runtime.host.run_ahead_launches > 0
         # a host that has waited for the reduction issues the update first, then the passes of the next step: there the clock starts
         after = [u.device_s + gather_s(layout, stage) for stage, u in enumerate(self.updates)]
         self.free = [u.lead_s + a if self.synchronised else 0.0 for u, a in zip(self.updates, after, strict=True)]
@@ -115,12 +115,12 @@ class _Walk:
     def period_s(self) -> float:
         """The larger of what devices and what hosts need."""
         hosts = [sum(c.host_s for c in p) + u.host_s for p, u in zip(self.passes, self.updates, strict=True)]
-        return max(self.device_period_s, *hosts) if self.setting.runtime.run_ahead_launches else self.device_period_s
+        return max(self.device_period_s, *hosts) if self.setting.runtime.host.run_ahead_launches else self.device_period_s
 
     def _run(self) -> None:
         plan = self.layout.plan
         pointer, predecessor = plan.gates
-        waiting = plan.targets if self.setting.runtime.blocking_sends else ()
+        waiting = plan.targets if self.setting.runtime.stages.blocking_sends else ()
         end = [0.0] * len(plan)
         arrival: dict[tuple[int, int], float] = {}
         stages, first, before = plan.rank.tolist(), pointer.tolist(), predecessor.tolist()
@@ -159,7 +159,7 @@ class _Walk:
                 at = self.shards[stage].run(chunk, step, at)
             self.passes[stage] += self.shards[stage].take_kernels()
             return at
-        every = self.setting.strategy.zero == 2 and self.setting.runtime.reduce_every
+        every = self.setting.strategy.zero == 2 and self.setting.runtime.replicas.reduce_every
         if not (steps[0].last or every):
             return at + whole.device_s
         ends = at + offsets
@@ -184,7 +184,7 @@ class _Walk:
         runtime, lane = self.setting.runtime, self.lanes[stage]
         holders = self.layout.plan.holders[lane.chunks[chunk].position]
         for bucket, placed in chunk_buckets(self.layout, stage, chunk):
-            ready = complete[bucket.ready_after_layer] if runtime.overlap_communication else float(ends[-1])
+            ready = complete[bucket.ready_after_layer] if runtime.replicas.overlap_communication else float(ends[-1])
             takes = sum(c.time_s for c in reductions(self.layout, bucket, placed))
             back = restore_cost(self.setting, lane, bucket, placed)
             if last and len(holders) > 1:  # waits for the other stages that hold the chunk
@@ -197,7 +197,7 @@ class _Walk:
                 ready += taken
             start = max(self.wire_free[stage], ready)
             self.wire_free[stage] = start + takes
-            taken += runtime.communication_share * max(min(start + takes, float(ends[-1])) - start, 0.0)
+            taken += runtime.replicas.communication_share * max(min(start + takes, float(ends[-1])) - start, 0.0)
             if last:
                 self.reduced[stage].append((self.wire_free[stage], back))
         return taken
@@ -221,7 +221,7 @@ class _Walk:
         tied = tie_cost(layout)
         if tied is not None:
             ready[0] = ready[-1] = max(ready[0], ready[-1]) + tied.time_s
-        if self.setting.runtime.global_norm:
+        if self.setting.runtime.update.global_norm:
             ready = [max(ready)] * len(ready)
         first = [self.shards[s].first_s if self.sharded else 0.0 for s in range(len(ready))]
         return max(r + a + f for r, a, f in zip(ready, self.after, first, strict=True))
@@ -231,7 +231,7 @@ class _Shards:
     """The gathers and scatters of one stage, in their order."""
 
     def __init__(self, layout: Layout, lane: Lane) -> None:
-        self.layout, self.lane, self.prefetch = layout, lane, layout.setting.runtime.prefetch
+        self.layout, self.lane, self.prefetch = layout, lane, layout.setting.runtime.sharding.prefetch
         shard = layout.setting.strategy.shard
         self.placed: Placed = place(layout.fabric, layout.grid.holder_groups(lane.stage, shard))
         self.across = place(layout.fabric, layout.grid.replica_groups(lane.stage, shard)) if 0 < shard < layout.grid.holders else None
@@ -267,7 +267,7 @@ class _Shards:
             start += self._kernel(self.quantized.dequantize(self.lane, parameters))
         end = start + step.cost.device_s
         met = sum(max(min(end, b) - max(start, a), 0.0) for a, b in self.moving)
-        end += self.layout.setting.runtime.communication_share * met
+        end += self.layout.setting.runtime.replicas.communication_share * met
         self.moving = [(a, b) for a, b in self.moving if b > end]
         self.ends.append(end)
         scattered = scattered_bytes(self.layout, self.lane, chunk, step)
@@ -280,7 +280,7 @@ class _Shards:
         elif scattered:
             self._move(end, Collective.REDUCE_SCATTER, scattered)
             parameters = scattered_parameters(self.lane, chunk, step) if self.across and step.last else 0
-            if not self.layout.setting.runtime.overlap_communication:
+            if not self.layout.setting.runtime.replicas.overlap_communication:
                 self.late += parameters
                 return self.wire_free
             if parameters:

@@ -50,7 +50,7 @@ def reductions(layout: Layout, bucket: Bucket, placed: Placed) -> tuple[Collecti
     packed = compressed(setting, bucket, len(placed.ranks))
     if packed is not None:
         return tuple(cost(layout.fabric, m.collective, placed, m.size_bytes) for m in packed.messages)
-    scatter = setting.strategy.zero >= 1 and setting.runtime.scatter_gradients
+    scatter = setting.strategy.zero >= 1 and setting.runtime.replicas.scatter_gradients
     kind = Collective.REDUCE_SCATTER if scatter else Collective.ALL_REDUCE
     return (cost(layout.fabric, kind, placed, bucket.size_bytes),)
 
@@ -74,7 +74,7 @@ def restore_cost(setting: Setting, lane: Lane, bucket: Bucket, placed: Placed) -
     packed = compressed(setting, bucket, len(placed.ranks))
     if packed is not None:
         costs.append(_kernels_cost(setting, lane, packed.decompress_bytes, packed.decompress_launches))
-    if not (setting.runtime.gradient_as_bucket_view or setting.runtime.main_gradients):
+    if not (setting.runtime.replicas.gradient_as_bucket_view or setting.runtime.update.main_gradients):
         costs.append(pass_cost(lane.place.device, bucket_copy_kernels(bucket.gradients, setting.precision), setting.runtime))
     return chain(costs) if costs else None
 

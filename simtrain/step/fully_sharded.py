@@ -87,14 +87,18 @@ def scattered_bytes(layout: Layout, lane: Lane, chunk: int, step: Step) -> float
 def scattered_width(setting: Setting) -> int:
     """Bytes of one gradient as it is scattered."""
     precision, runtime = setting.precision, setting.runtime
-    if runtime.scatter_fp32:
+    if runtime.sharding.scatter_fp32:
         return 4
-    return gradient_bytes(precision, runtime) if runtime.main_gradients else min(precision.low.size_bytes, precision.parameter.size_bytes)
+    return (
+        gradient_bytes(precision, runtime)
+        if runtime.update.main_gradients
+        else min(precision.low.size_bytes, precision.parameter.size_bytes)
+    )
 
 
 def prefetched(runtime: Runtime, step: Step) -> int:
     """How many visits ahead parameters are gathered when a pass is issued."""
-    return 0 if runtime.late_prefetch and step.which.mode in ADDS_GRADIENTS else runtime.prefetch
+    return 0 if runtime.sharding.late_prefetch and step.which.mode in ADDS_GRADIENTS else runtime.sharding.prefetch
 
 
 class FullySharded:
@@ -138,7 +142,7 @@ class FullySharded:
         for visit in range(len(self.gathered[stage]), ahead):
             self.gathered[stage].append(self._gather(lanes, visit))
         self.next[stage] = n + 1
-        waits = [self.reduced[stage]] if stage in self.reduced and not self.setting.runtime.overlap_communication else []
+        waits = [self.reduced[stage]] if stage in self.reduced and not self.setting.runtime.replicas.overlap_communication else []
         if self.gathered[stage][n] < 0:
             return waits
         quantized, ((owner, layer), anew) = self.quantized[stage], self.visits[stage][n]
@@ -156,7 +160,7 @@ class FullySharded:
             return self.latest.get((stage, chunk, layer), -1)
         price = self._cost(stage, Collective.ALL_GATHER, size, self.inside[stage])
         # what is gathered takes the room of the layer before last
-        earlier = visit - 1 - self.setting.runtime.prefetch
+        earlier = visit - 1 - self.setting.runtime.sharding.prefetch
         waits = self.computed[stage][earlier] if earlier >= 0 else []
         if self.host:
             waits = self.host.fetch(lanes, size / self.shard, waits)
@@ -183,7 +187,7 @@ class FullySharded:
             self.host.gradients(lanes, elements, [self.reduced[stage]], again=micro_batch > 0)
         if self.shard == self.layout.grid.holders or not steps[0].last:
             return
-        if not self.setting.runtime.overlap_communication:
+        if not self.setting.runtime.replicas.overlap_communication:
             self.late[stage] += scattered_parameters(lanes[0], chunk, steps[0])
         else:
             price = self._cost(stage, Collective.ALL_REDUCE, size / self.shard, self.across[stage])
@@ -240,7 +244,7 @@ class FullySharded:
         everyone = [*self.reduced.values(), *last, *(term for terms in tied.values() for term in terms)]
         for lane in self.layout.lanes:
             own = [*reduced.get(lane.stage, []), *tied.get(lane.stage, [])]
-            waits = everyone if self.setting.runtime.global_norm else own
+            waits = everyone if self.setting.runtime.update.global_norm else own
             if self.host:
                 updates.append(self.host.update(lane, [*waits, last[lane.index]]))
                 continue

@@ -140,7 +140,7 @@ def chunk_costs(setting: Setting, lane: Lane, chunk: Chunk) -> ChunkCosts:
     runtime = setting.runtime
     # gradients are new tensors in every step, so they are copied into buckets even where they become views of them afterwards
     reduced = setting.reduces and setting.strategy.zero < 2
-    copies = reduced and not runtime.main_gradients
-    shards = runtime.copies_shards and fully_sharded(setting)
-    keeps = runtime.main_gradients or runtime.keeps_gradients
+    copies = reduced and not runtime.update.main_gradients
+    shards = runtime.sharding.copies_shards and fully_sharded(setting)
+    keeps = runtime.update.main_gradients or runtime.update.keeps_gradients
     return ChunkCosts(chunk, lane.place, chunk.recomputed(setting.strategy.checkpoint), keeps, copies, shards)

@@ -125,7 +125,7 @@ def layer_kernels(layer: Layer, batch: int, sequence: int, precision: Precision,
         precision: Number formats.
         runtime: Decides between fused and unfused operators.
     """
-    concrete = specialize(layer, precision, runtime.fused_attention, fused_norms=runtime.fused_norms)
+    concrete = specialize(layer, precision, runtime.kernels.fused_attention, fused_norms=runtime.kernels.fused_norms)
     return operator_kernels(concrete.forward, concrete, batch, sequence), operator_kernels(concrete.backward, concrete, batch, sequence)
 
 
@@ -186,7 +186,7 @@ def shard_copy_kernels(layer: Layer, precision: Precision, runtime: Runtime, *, 
         scattered: Whether there are gradients to copy.
     """
     size = min(precision.low.size_bytes, precision.parameter.size_bytes)
-    wide = 4 if runtime.scatter_fp32 else size
+    wide = 4 if runtime.sharding.scatter_fp32 else size
     out = size * layer.parameter_count - narrow_saving_bytes(layer, precision)
     moved = [2.0 * out] * gathered + [float(size + wide) * sum(p.elements for p in layer.trained)] * scattered
     return elementwise_kernels("shard copy", OperatorKind.COPY, moved, [1] * len(moved), precision.low)
@@ -225,13 +225,13 @@ def optimizer_kernels(
     """
     scale = precision.state.size_bytes / 4 / shards
     adam = OPTIMIZERS[optimizer] == 2
-    per_parameter = ADAM_BYTES[runtime.optimizer_style] if adam else SGD_BYTES[OPTIMIZERS[optimizer]]
-    passes = (1 if runtime.optimizer_style == "fused" else ADAM_PASSES) if adam else 1 + OPTIMIZERS[optimizer]
+    per_parameter = ADAM_BYTES[runtime.update.optimizer_style] if adam else SGD_BYTES[OPTIMIZERS[optimizer]]
+    passes = (1 if runtime.update.optimizer_style == "fused" else ADAM_PASSES) if adam else 1 + OPTIMIZERS[optimizer]
     if precision.compensated:
         per_parameter += 8  # the compensation is read and written, at the width of the weights
     moved = [per_parameter * n * scale for n in parameters]
     launches = [passes] * len(parameters)
-    if runtime.optimizer_style != "single":
+    if runtime.update.optimizer_style != "single":
         # multi-tensor kernels take some tens of tensors per launch: one launch per pass and 32 tensors
         groups = -(-len(parameters) // 32)
         moved, launches = [sum(moved)], [passes * groups]

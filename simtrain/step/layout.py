@@ -94,7 +94,7 @@ class Layout:
         if key not in self._sends:
             ranks = lane.rank_class.ranks if self.split else self.grid.stage(lane.stage)
             wire = send(self.fabric, ranks, self.grid.rank(target) - self.grid.rank(lane.stage), size)
-            described_s = self.setting.runtime.divided_send_s if self.grid.tensor > 1 else 0.0
+            described_s = self.setting.runtime.stages.divided_send_s if self.grid.tensor > 1 else 0.0
             self._sends[key] = replace(wire, latency_s=wire.latency_s + described_s) if described_s else wire
         return self._sends[key]
 
@@ -108,7 +108,7 @@ def crossing_bytes(setting: Setting, edge: Layer, lane: Lane, *, forward: bool) 
     """What one rank of a stage sends where a pipeline is cut behind a layer."""
     element = setting.precision.dtype(edge.cut_role).size_bytes
     whole = edge.cut(lane.place.batch, lane.place.sequence) * element
-    if not (forward and setting.runtime.sends_mask):
+    if not (forward and setting.runtime.stages.sends_mask):
         return whole
     return whole / setting.strategy.tensor + lane.place.sequence**2 * setting.precision.low.size_bytes
 

@@ -246,12 +246,12 @@ def report(
     """
     peak = book.moments[book.peak]
     allocated = float(peak.sum())
-    reserved = allocated * runtime.reserved_factor
+    reserved = allocated * runtime.memory.reserved_factor
     times = np.linspace(0.0, 1.0, len(book.labels)) if moment_times_s is None else moment_times_s
     return MemoryReport(
         allocated_bytes=allocated,
         reserved_bytes=reserved,
-        device_bytes=reserved + runtime.context_bytes + communicators * runtime.communicator_bytes,
+        device_bytes=reserved + runtime.memory.context_bytes + communicators * runtime.memory.communicator_bytes,
         capacity_bytes=device.memory.capacity_bytes,
         by_kind_bytes={kind.value: float(v) for kind, v in zip(KINDS, peak, strict=True) if v > 0},
         peak_moment=book.labels[book.peak],

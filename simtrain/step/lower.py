@@ -198,7 +198,7 @@ class _Lowering:
             sends = [self._route(layout.by_stage[to.rank][kind], to) for to in routes]
             sent = self.build.sends_of(sends, route, self.last[source, kind], plan.micro_batch[source], source)
             self.build.edges.extend(self.first[target, kind], sent)
-            if layout.setting.runtime.blocking_sends:
+            if layout.setting.runtime.stages.blocking_sends:
                 held = after >= 0
                 self.build.edges.extend(self.first[after[held], kind], sent[held])
 

@@ -34,7 +34,7 @@ def settle(recipe: Precision, workload: Workload, strategy: Strategy, devices: S
     _refuse_models(recipe, workload, strategy)
     two = bool(form.block) or any(DType.FP4 not in device.peak_flops for device in devices)
     gathered = strategy.zero == 3 and strategy.data * strategy.context > 1
-    arrives: Literal["", "wide", "narrow"] = ("narrow" if form.primary or runtime.narrow_gather else "wide") if gathered else ""
+    arrives: Literal["", "wide", "narrow"] = ("narrow" if form.primary or runtime.sharding.narrow_gather else "wide") if gathered else ""
     return replace(recipe, narrow=replace(form, two_copies=two, sharded=arrives))
 
 

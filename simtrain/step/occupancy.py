@@ -100,7 +100,7 @@ class Sizer:
 
     def __init__(self, concrete: ConcreteLayer, batch: int, sequence: int, runtime: Runtime) -> None:
         self.concrete, self.batch, self.sequence, self.runtime = concrete, batch, sequence, runtime
-        self.caching = runtime.allocator == "caching"
+        self.caching = runtime.memory.allocator == "caching"
 
     def row(self, kind: MemoryKind, size_bytes: float) -> FloatArray:
         """Returns a row with one tensor in its column, and what rounding adds in its own."""
@@ -117,7 +117,7 @@ class Sizer:
 
     def workspace(self, op: Operator) -> FloatArray:
         """Returns the row of what an operator needs only while it runs: as stated for GPU kernels, by the library's rules on a CPU."""
-        if self.runtime.library == "stated":
+        if self.runtime.kernels.library == "stated":
             return self.row(MemoryKind.WORKSPACE, 4 * op.workspace(self.batch, self.sequence))
         size = self.concrete.dtype(op.reads[0]).size_bytes if op.reads else 4
         taken = onednn_bytes(op, lambda name: tensor_bytes(name, self.concrete, self.batch, self.sequence), self.batch, self.sequence, size)

@@ -29,7 +29,7 @@ def check_offload(strategy: Strategy, runtime: Runtime, device: Device) -> None:
     if not moved.anything:
         return
     asked = f"offload={strategy.offload}"
-    if runtime.run_ahead_launches == 0:
+    if runtime.host.run_ahead_launches == 0:
         raise InputError(f"{asked}: {device.name} computes in host memory already, so nothing can be moved there")
     for name, plain in (("compression", "none"), ("low_communication", ""), ("expert", 1)):
         if (given := getattr(strategy, name)) != plain:
@@ -47,7 +47,7 @@ def check_offload(strategy: Strategy, runtime: Runtime, device: Device) -> None:
         raise StrategyError(
             f"{asked}: with zero={strategy.zero} every replica would send all gradients to the host: use zero=2 or 3, or offload=optimizer"
         )
-    if moved.gradients and replicas and strategy.zero == 2 and strategy.accumulation > 1 and not runtime.reduce_every:
+    if moved.gradients and replicas and strategy.zero == 2 and strategy.accumulation > 1 and not runtime.replicas.reduce_every:
         raise UnsupportedError(
             f"{asked}: runtime {runtime.name!r} adds up whole gradients on the device before zero=2 shards them, so that moving the "
             "shards would save little: use zero=3, accumulation=1, or a runtime that reduces every micro-batch (deepspeed)"

@@ -42,13 +42,15 @@ def left_on_device(setting: Setting, lane: Lane, row: FloatArray) -> FloatArray:
     buffers = sum(x.buffer_bytes for chunk in lane.chunks for x in chunk.workload)
     stay = not moved.parameters
     row[COLUMN[MemoryKind.PARAMETER]] = stay * float(weights.sum()) + buffers
-    row[COLUMN[MemoryKind.ROUNDING]] = stay * (float((-weights % BLOCK_BYTES).sum()) if setting.runtime.allocator == "caching" else 0.0)
+    row[COLUMN[MemoryKind.ROUNDING]] = stay * (
+        float((-weights % BLOCK_BYTES).sum()) if setting.runtime.memory.allocator == "caching" else 0.0
+    )
     staging = COLUMN[MemoryKind.COMMUNICATION]
     if moved.gradients:
         row[COLUMN[MemoryKind.GRADIENT]] = 0.0
         again = setting.strategy.accumulation > 1  # what was added up before comes back to be added to
         row[staging] += (1 + again) * STAGING_BUFFERS * staged * sizes.gradient
-    elif setting.precision.master is not None and not setting.runtime.main_gradients and setting.strategy.zero < 2:
+    elif setting.precision.master is not None and not setting.runtime.update.main_gradients and setting.strategy.zero < 2:
         # gradients in the master's format are made where the master is
         row[COLUMN[MemoryKind.GRADIENT]] -= _trained(lane) * setting.precision.state.size_bytes / shards(setting)
     if moved.parameters and spread > 1:

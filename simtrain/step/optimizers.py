@@ -70,9 +70,9 @@ def lane_parameters(lane: Lane) -> list[tuple[Parameter, bool]]:
 
 
 def lays_gradients_flat(setting: Setting) -> bool:
-    """Whether fp16 gradients take passes of their own around the update (`Runtime.flat_gradients`): where no ZeRO optimizer stands in."""
+    """Whether fp16 gradients take passes of their own around the update (`Update.flat_gradients`): where no ZeRO optimizer stands in."""
     recipe = setting.precision
-    return setting.runtime.flat_gradients and setting.strategy.zero == 0 and recipe.loss_scaling and recipe.master is not None
+    return setting.runtime.update.flat_gradients and setting.strategy.zero == 0 and recipe.loss_scaling and recipe.master is not None
 
 
 def update_kernels(setting: Setting, parameters: Sequence[tuple[Parameter, bool]], shards: tuple[int, int]) -> list[KernelBatch]:

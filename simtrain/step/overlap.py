@@ -34,18 +34,18 @@ def exposed_s(operators: Sequence[Operator], times_s: FloatArray, index: int, ru
         block: Whether the layer is a block of the model, whose modules are the library's that works in pieces; embedding and head are not.
     """
     op, alone_s = operators[index], float(times_s[index])
-    taken_s = runtime.hidden_share * alone_s
+    taken_s = runtime.tensor.hidden_share * alone_s
     if op.overlaps:
         beside_s = sum(float(times_s[i]) for i in _independent(operators, index))
         return max(alone_s - beside_s, taken_s) if beside_s else alone_s
     if op.group != "tensor" or not block:
         return alone_s
-    if op.collective is Collective.ALL_GATHER and runtime.split_gathers and op.writes:
+    if op.collective is Collective.ALL_GATHER and runtime.tensor.split_gathers and op.writes:
         product_s = sum(float(times_s[i]) for i in _reading(operators, index))
         return max(alone_s - product_s * (1.0 - 1.0 / ranks), 0.0) if product_s else alone_s
-    if op.collective is Collective.REDUCE_SCATTER and runtime.scatter_pieces > 1 and _follows_product(operators, index):
-        last, product_s = 1.0 / runtime.scatter_pieces, float(times_s[index - 1])
-        slowed_s = product_s / (1.0 - runtime.scatter_share)
+    if op.collective is Collective.REDUCE_SCATTER and runtime.tensor.scatter_pieces > 1 and _follows_product(operators, index):
+        last, product_s = 1.0 / runtime.tensor.scatter_pieces, float(times_s[index - 1])
+        slowed_s = product_s / (1.0 - runtime.tensor.scatter_share)
         return max(slowed_s + alone_s * last, slowed_s * last + alone_s) - product_s
     return alone_s
 

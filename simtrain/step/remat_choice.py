@@ -107,16 +107,16 @@ class Question:
     def device_bytes(self, allocated_bytes: float) -> float:
         """What the device must have for so much to be allocated."""
         runtime = self.setting.runtime
-        return allocated_bytes * runtime.reserved_factor + runtime.context_bytes + self._communicators_bytes
+        return allocated_bytes * runtime.memory.reserved_factor + runtime.memory.context_bytes + self._communicators_bytes
 
     def allocated_bytes(self, device_bytes: float) -> float:
         """What can be allocated on a device of so much memory."""
         runtime = self.setting.runtime
-        return (device_bytes - runtime.context_bytes - self._communicators_bytes) / runtime.reserved_factor
+        return (device_bytes - runtime.memory.context_bytes - self._communicators_bytes) / runtime.memory.reserved_factor
 
     @property
     def _communicators_bytes(self) -> float:
-        return communicators(self.setting) * self.setting.runtime.communicator_bytes
+        return communicators(self.setting) * self.setting.runtime.memory.communicator_bytes
 
     @property
     def capacity_bytes(self) -> float:
@@ -143,7 +143,7 @@ class Question:
 
     def _replayed_bytes(self, checkpoint: str) -> float:
         layout = lay_out(replace(self.setting, strategy=self.setting.strategy.with_(checkpoint=checkpoint)))
-        return memory_report(layout).device_bytes if self.setting.runtime.replays_blocks else 0.0
+        return memory_report(layout).device_bytes if self.setting.runtime.memory.replays_blocks else 0.0
 
     def _counted_within(self, limit: float) -> RematPlan | None:
         """The same within so many allocated bytes, as the ledger counts them."""

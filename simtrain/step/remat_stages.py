@@ -115,17 +115,17 @@ def settle_stages(setting: Setting) -> Setting:
             f"checkpoint={asked} with schedule={setting.strategy.schedule} is not modelled: each stage holds several chunks, whose "
             "micro-batches in flight differ; use schedule=1f1b, or checkpoint=full, none, sqrt, every:K or layers:..."
         )
-    given, around = budget_bytes(asked), runtime.context_bytes + communicators(setting) * runtime.communicator_bytes
+    given, around = budget_bytes(asked), runtime.memory.context_bytes + communicators(setting) * runtime.memory.communicator_bytes
     blocks: list[Blocks] = []
     said, lines = [], []
     for lanes in layout.by_stage:
         lane = min(lanes, key=lambda x: x.rank_class.device.memory.capacity_bytes)
         stage, capacity = _Stage(layout, lane), float(lane.rank_class.device.memory.capacity_bytes)
         limit = capacity if given is None else min(given, capacity)
-        choice = stage.within((limit - around) / runtime.reserved_factor)
+        choice = stage.within((limit - around) / runtime.memory.reserved_factor)
         if choice is None:
             choice = stage.smallest()
-            needed = choice.counted_bytes * runtime.reserved_factor + around
+            needed = choice.counted_bytes * runtime.memory.reserved_factor + around
             if given is not None and given <= capacity:
                 raise StrategyError(
                     f"checkpoint={asked} is too little: stage {lane.stage}, with {stage.in_flight} micro-batches in flight, takes at least "

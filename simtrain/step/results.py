@@ -79,7 +79,7 @@ def communicators(setting: Setting) -> int:
     strategy = setting.strategy
     degrees = (strategy.tensor, strategy.context, strategy.data * strategy.context, strategy.pipeline, strategy.expert)
     ways = sum(d > 1 for d in degrees)
-    norm = setting.runtime.global_norm and strategy.tensor > 1 and strategy.pipeline > 1
+    norm = setting.runtime.update.global_norm and strategy.tensor > 1 and strategy.pipeline > 1
     ends = strategy.pipeline > 1 and any(p.tied_to for layer in setting.workload.layers for p in layer.parameters)
     return ways + (ways > 1) + norm + ends
 
@@ -208,17 +208,17 @@ def _slowest_notes(layout: Layout) -> list[str]:
 def _uncounted_memory(setting: Setting) -> list[str]:
     """Says what libraries take for themselves that no rule here foresees."""
     notes, layers = [], setting.workload.layers
-    if setting.runtime.library == "stated" and any(op.kind in CONVOLUTIONS for layer in layers for op in layer.forward):
+    if setting.runtime.kernels.library == "stated" and any(op.kind in CONVOLUTIONS for layer in layers for op in layer.forward):
         notes.append(
             "what cuDNN allocates while a convolution runs is not counted as memory: it depends on the algorithm that cuDNN chooses, and "
             "PyTorch states no limit but free memory, unless CUDNN_CONV_WSCAP_DBG caps it"
         )
-    if setting.runtime.library == "onednn" and setting.precision.low.size_bytes < DType.FP32.size_bytes:
+    if setting.runtime.kernels.library == "onednn" and setting.precision.low.size_bytes < DType.FP32.size_bytes:
         notes.append(
             "what oneDNN allocates inside a 16-bit matrix product is not counted as memory: up to "
             f"{format_bytes(ONEDNN_PRODUCT_BYTES)} in the products measured"
         )
-    if setting.runtime.library == "onednn" and (rows := _rms_rows_bytes(setting)):
+    if setting.runtime.kernels.library == "onednn" and (rows := _rms_rows_bytes(setting)):
         notes.append(
             "PyTorch on the CPU composes RMS norms of small operators in fp32; those of captured models, and all in pure 16 bit, lack "
             f"some of these operators' time and memory here: up to {format_bytes(rows)} of a micro-batch without recomputation"

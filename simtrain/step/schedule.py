@@ -19,7 +19,7 @@ def schedule_setting(setting: Setting) -> Result:
     """Predicts a step by longest path."""
     lowered = lower(setting)
     program, classes = lowered.program, lowered.layout.classes
-    steady, _ = contended_state(program, setting.runtime.communication_share)
+    steady, _ = contended_state(program, setting.runtime.replicas.communication_share)
     slowest = slowest_class(program, steady.start_s, steady.end_s)
     offset = first_compute_s(program, steady.start_s)
     return assemble(

@@ -91,7 +91,7 @@ def _runtime(given: Runtime | str | None, devices: tuple[Device, ...]) -> Runtim
     if given is None:
         return find_runtime("torch-eager-cpu" if on_cpu else "torch-eager")
     chosen = given if isinstance(given, Runtime) else find_runtime(given)
-    if on_cpu != (chosen.run_ahead_launches == 0):
+    if on_cpu != (chosen.host.run_ahead_launches == 0):
         where = "a CPU, where the host computes itself" if on_cpu else "an accelerator, fed by a host"
         raise InputError(f"runtime {chosen.name!r} does not run on {devices[0].name}: it is {where}")
     return chosen
@@ -99,7 +99,7 @@ def _runtime(given: Runtime | str | None, devices: tuple[Device, ...]) -> Runtim
 
 def _refuse_exact_dropout(workload: Workload, runtime: Runtime) -> None:
     """Dropout is known as CUDA kernels with their masks alone: CPUs and compiled programs (TPU, Trainium) have other ones."""
-    if runtime.allocator == "exact" and any("dropout" in op.name for layer in workload.layers for op in layer.forward):
+    if runtime.memory.allocator == "exact" and any("dropout" in op.name for layer in workload.layers for op in layer.forward):
         raise UnsupportedError(
             f"{workload.name}: dropout under runtime {runtime.name} is not modelled (other kernels and masks than on GPUs); use dropout=0"
         )
@@ -171,7 +171,7 @@ def _refuse_formats(strategy: Strategy, recipe: Precision, runtime: Runtime) -> 
 
 def _refuse_pieces(strategy: Strategy, runtime: Runtime, cluster: Cluster) -> None:
     """Refuses collectives in pieces where a tensor-parallel group reaches beyond the devices of one peer link."""
-    if not strategy.sequence_parallel or not (runtime.split_gathers or runtime.scatter_pieces > 1):
+    if not strategy.sequence_parallel or not (runtime.tensor.split_gathers or runtime.tensor.scatter_pieces > 1):
         return
     reach = min((node.peer_group or len(node.devices)) if node.peer_link else 1 for node in cluster.nodes)
     if reach % strategy.tensor:

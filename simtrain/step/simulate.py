@@ -41,7 +41,7 @@ def simulate_setting(
     if measured < 1:
         raise InputError(f"steps must be at least 1, not {measured}")
     factors = _factors(program, measured + WARM_UP_STEPS, jitter, slow, seed)
-    start_s, end_s = run_program(program, factors, setting.runtime.communication_share)
+    start_s, end_s = run_program(program, factors, setting.runtime.replicas.communication_share)
     last, period = len(factors) - 1, 0.0
     slowest = slowest_class(program, start_s[WARM_UP_STEPS:].sum(axis=0), end_s[WARM_UP_STEPS:].sum(axis=0))
     parts = dict.fromkeys(PARTS, 0.0)

@@ -118,7 +118,7 @@ def concrete_layers(workload: Workload, precision: Precision, runtime: Runtime, 
     before = [workload.layers[max(i - 1, 0)] for i in range(len(workload.layers))]
     recipes = layer_recipes(workload, precision)
     layers = [
-        specialize(x, p, runtime.fused_attention, b, fused_norms=runtime.fused_norms, selective=selective)
+        specialize(x, p, runtime.kernels.fused_attention, b, fused_norms=runtime.kernels.fused_norms, selective=selective)
         for x, b, p in zip(workload.layers, before, recipes, strict=True)
     ]
     shared = {name: tensor for c in layers for name, tensor in c.tensors.items() if name.startswith("shared:")}

@@ -49,12 +49,12 @@ def shards(setting: Setting, *, expert: bool = False) -> int:
 def shard_elements(setting: Setting, parameter: Parameter) -> float:
     """Elements of a parameter that the fullest rank holds under full sharding: an even share, or pieces of rows (`shards_rows`)."""
     over = shards(setting, expert=parameter.expert)
-    return _padded(parameter, over) / over if setting.runtime.shards_rows else parameter.elements / over
+    return _padded(parameter, over) / over if setting.runtime.sharding.shards_rows else parameter.elements / over
 
 
 def gathered_elements(setting: Setting, chunk: Chunk, layer: int) -> float:
     """Elements that arrive when a unit (`Chunk.unit`) is gathered, and leave when its gradients are scattered: padding included."""
-    if not setting.runtime.shards_rows:
+    if not setting.runtime.sharding.shards_rows:
         return float(chunk.unit_parameters(layer))
     return _padded_unit(chunk, layer, shards(setting), shards(setting, expert=True))
 
@@ -78,29 +78,29 @@ def fully_sharded(setting: Setting) -> bool:
 def holds_gradients(setting: Setting) -> bool:
     """Whether gradients have a place of their own from the start, so that what a backward pass makes is added to it and let go."""
     strategy, runtime = setting.strategy, setting.runtime
-    views = runtime.gradient_as_bucket_view and setting.reduces
-    return views or runtime.main_gradients or runtime.keeps_gradients or strategy.zero == 2
+    views = runtime.replicas.gradient_as_bucket_view and setting.reduces
+    return views or runtime.update.main_gradients or runtime.update.keeps_gradients or strategy.zero == 2
 
 
 def persistent(setting: Setting, lane: Lane) -> FloatArray:
     """What is there all the time on a rank, by kind."""
     row = np.zeros(len(KINDS))
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
-    from_masters = fully_sharded(setting) and precision.master is not None and not runtime.keeps_shards
+    from_masters = fully_sharded(setting) and precision.master is not None and not runtime.sharding.keeps_shards
     whole_size = 0 if from_masters else precision.parameter.size_bytes
     trained = {False: 0, True: 0}
     for layer, parameter in ((x, p) for chunk in lane.chunks for x in chunk.workload.layers for p in x.parameters if p.tied_to is None):
         over = shards(setting, expert=parameter.expert)
         own = shard_elements(setting, parameter) if strategy.zero == 3 else parameter.elements / over
-        weights = _rounded(own if strategy.zero == 3 else parameter.elements, whole_size, runtime.allocator == "caching")
+        weights = _rounded(own if strategy.zero == 3 else parameter.elements, whole_size, runtime.memory.allocator == "caching")
         row[COLUMN[MemoryKind.PARAMETER]] += layer.repeats * weights[0]
         row[COLUMN[MemoryKind.ROUNDING]] += layer.repeats * weights[1]
         if not parameter.trained:
             continue
         trained[parameter.expert] += layer.repeats * parameter.elements
         for elements, size in state_tensors(strategy.optimizer, parameter, precision, block=layer.block):
-            state = _rounded(elements, size, runtime.allocator == "caching" and elements > 1)
-            counter = elements == 1 and runtime.shards_rows and strategy.zero == 3  # every rank counts steps for its rows
+            state = _rounded(elements, size, runtime.memory.allocator == "caching" and elements > 1)
+            counter = elements == 1 and runtime.sharding.shards_rows and strategy.zero == 3  # every rank counts steps for its rows
             part = 1.0 if counter else own / parameter.elements
             row[COLUMN[MemoryKind.OPTIMIZER]] += layer.repeats * state[0] * part
             row[COLUMN[MemoryKind.ROUNDING]] += layer.repeats * state[1] * part
@@ -109,7 +109,7 @@ def persistent(setting: Setting, lane: Lane) -> FloatArray:
         _add_gradients(row, setting, total, shards(setting, expert=expert), holders)
     if strategy.zero == 2:  # in full from the start, whatever the model: of small ones, stage 2 holds more than stage 1
         whole = sum(trained.values()) * precision.parameter.size_bytes
-        row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.bucket_bytes, whole)
+        row[COLUMN[MemoryKind.COMMUNICATION]] += 2 * min(runtime.replicas.bucket_bytes, whole)
     row[COLUMN[MemoryKind.COMMUNICATION]] += held_bytes(setting, lane)
     if (rare := rare_exchange(setting, lane)) is not None:
         row[COLUMN[MemoryKind.OPTIMIZER]] += rare.state_bytes
@@ -138,10 +138,10 @@ def _workspaces(setting: Setting, lane: Lane) -> float:
     """What libraries hold on a device, and the buffer that some unfused attention takes for its scores."""
     runtime = setting.runtime
     device = lane.place.device
-    hopper = device.since_hopper and runtime.hopper_workspace_bytes
-    own = runtime.hopper_workspace_bytes if hopper else runtime.workspace_bytes
-    own += runtime.blas_handles * blas_bytes(device)
-    if not runtime.score_buffer or runtime.fused_attention:
+    hopper = device.since_hopper and runtime.memory.hopper_workspace_bytes
+    own = runtime.memory.hopper_workspace_bytes if hopper else runtime.memory.workspace_bytes
+    own += runtime.memory.blas_handles * blas_bytes(device)
+    if not runtime.kernels.score_buffer or runtime.kernels.fused_attention:
         return own
     return own + max(
         (_tensor_bytes(setting, lane, concrete, "scores") for chunk in lane.chunks for concrete in chunk.concrete), default=0.0
@@ -158,7 +158,7 @@ def _tensor_bytes(setting: Setting, lane: Lane, concrete: ConcreteLayer, name: s
 def _boundary(setting: Setting, lane: Lane) -> float:
     """Tensors on their way from and to other stages, beside what the pass at work holds."""
     runtime, strategy = setting.runtime, setting.strategy
-    count = runtime.boundary_tensors if len(lane.chunks) == 1 else runtime.interleaved_boundary_tensors
+    count = runtime.stages.boundary_tensors if len(lane.chunks) == 1 else runtime.stages.interleaved_boundary_tensors
     if strategy.pipeline == 1 or not count:
         return 0.0
     sizes = []
@@ -173,19 +173,19 @@ def _add_gradients(row: FloatArray, setting: Setting, total: int, over: int, hol
     """Gradients that persist, and second copies of them in the buckets in which they are reduced."""
     strategy, precision, runtime = setting.strategy, setting.precision, setting.runtime
     gradient = COLUMN[MemoryKind.GRADIENT]
-    if strategy.zero == 3 and not (runtime.main_gradients or runtime.keeps_shards or runtime.keeps_gradients):
+    if strategy.zero == 3 and not (runtime.update.main_gradients or runtime.sharding.keeps_shards or runtime.update.keeps_gradients):
         return  # shards of gradients are new tensors in every step
     if strategy.zero >= 2:
         row[gradient] += total * gradient_bytes(precision, runtime) / over
         return
-    if runtime.main_gradients:
+    if runtime.update.main_gradients:
         row[gradient] += total * gradient_bytes(precision, runtime)
         return
     if precision.master is not None:  # gradients in the master's format live beside those of the weights
         row[gradient] += total * precision.state.size_bytes / over
     # buckets hold the gradients themselves, or a second copy of those that are reduced
-    views = runtime.gradient_as_bucket_view and setting.reduces
-    if runtime.keeps_gradients or views:
+    views = runtime.replicas.gradient_as_bucket_view and setting.reduces
+    if runtime.update.keeps_gradients or views:
         row[gradient] += total * precision.parameter.size_bytes
     if holders > 1 and setting.reduces and not views:
         row[COLUMN[MemoryKind.COMMUNICATION]] += total * precision.parameter.size_bytes
@@ -203,7 +203,7 @@ def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
     """
     row = np.zeros(len(KINDS))
     strategy, runtime = setting.strategy, setting.runtime
-    if runtime.main_gradients and setting.precision.master is not None:
+    if runtime.update.main_gradients and setting.precision.master is not None:
         coarser = gradient_bytes(setting.precision, runtime) < setting.precision.state.size_bytes
         total = sum(p.elements for chunk in lane.chunks for p in chunk.parameters if p.trained)
         row[COLUMN[MemoryKind.GRADIENT]] = coarser * total * setting.precision.state.size_bytes / shards(setting)
@@ -214,18 +214,18 @@ def optimizer_transients(setting: Setting, lane: Lane) -> FloatArray:
         # the casts of all gradients are alive while they are laid end to end
         both = 2 * setting.precision.state.size_bytes
         row[COLUMN[MemoryKind.TRANSIENT]] += both * sum(p.elements / shards(setting, expert=p.expert) for p, _ in trained)
-    if runtime.keeps_shards and fully_sharded(setting) and setting.precision.master is not None:
+    if runtime.sharding.keeps_shards and fully_sharded(setting) and setting.precision.master is not None:
         own = sum(p.elements / shards(setting, expert=p.expert) for p, _ in trained)
         row[COLUMN[MemoryKind.TRANSIENT]] += min(own, GROUP_ELEMENTS) * setting.precision.state.size_bytes
-    if OPTIMIZERS[strategy.optimizer] < 2 or runtime.optimizer_style == "fused" or strategy.optimizer == "adamw-8bit":
+    if OPTIMIZERS[strategy.optimizer] < 2 or runtime.update.optimizer_style == "fused" or strategy.optimizer == "adamw-8bit":
         return row
     size = setting.precision.state.size_bytes
     parameters = [p for p, block in trained if not orthogonalized(strategy.optimizer, p, block=block)]
     sizes = [p.elements for p in parameters]
-    if runtime.optimizer_style == "foreach":
+    if runtime.update.optimizer_style == "foreach":
         full = strategy.zero == 3
         own = sum(shard_elements(setting, p) if full else p.elements / shards(setting, expert=p.expert) for p in parameters)
-        row[COLUMN[MemoryKind.TRANSIENT]] += runtime.update_copies * own * size
+        row[COLUMN[MemoryKind.TRANSIENT]] += runtime.update.update_copies * own * size
     elif sizes:
         # the root of the second moment and the denominator made from it, while the denominator of the parameter before is still held
         row[COLUMN[MemoryKind.TRANSIENT]] += max(2 * own + before for before, own in pairwise([0, *sizes])) * size
@@ -255,7 +255,7 @@ class FullShards:
         for step in passes[at:]:
             if not visited or visited[-1] != step.layer:
                 visited.append(step.layer)
-            if len(visited) > self.setting.runtime.prefetch:
+            if len(visited) > self.setting.runtime.sharding.prefetch:
                 break
         row = np.zeros(len(KINDS))
         units = {layer if chunk.is_block(layer) else REST for layer in visited} | {REST}

@@ -106,7 +106,7 @@ def updated_bytes(layer: Layer, setting: Setting, *, expert: bool) -> float:
 
 def gathering(layout: Layout, placed: Placed, size_bytes: float) -> CollectiveCost:
     """What it costs to collect updated parameters of a size: at once, or owner by owner."""
-    if not layout.setting.runtime.gather_shards:
+    if not layout.setting.runtime.replicas.gather_shards:
         return cost(layout.fabric, Collective.ALL_GATHER, placed, size_bytes)
     owners = len(placed.ranks)
     one = cost(layout.fabric, Collective.BROADCAST, placed, size_bytes / owners)
@@ -189,7 +189,7 @@ class Replicated:
 
     def ready_after(self, lane: Lane, chunk: int) -> frozenset[int]:
         """See `Synchroniser`."""
-        if not self.setting.runtime.overlap_communication:
+        if not self.setting.runtime.replicas.overlap_communication:
             return frozenset()
         return frozenset(b.ready_after_layer for b, _ in self.buckets[lane.stage, chunk])
 
@@ -223,7 +223,7 @@ class Replicated:
             if bucket.ready_after_layer not in done:
                 continue
             shared = len(self.layout.plan.holders[lanes[0].chunks[chunk].position]) > 1
-            if last and (shared or not self.setting.runtime.overlap_communication):
+            if last and (shared or not self.setting.runtime.replicas.overlap_communication):
                 self.waiting.append((cell, bucket, placed))
             else:
                 term = self._reduce(cell, bucket, placed, lanes, terms)
@@ -234,7 +234,7 @@ class Replicated:
 
     @property
     def _every_time(self) -> bool:
-        return self.setting.strategy.zero == 2 and self.setting.runtime.reduce_every
+        return self.setting.strategy.zero == 2 and self.setting.runtime.replicas.reduce_every
 
     def _stream(self, stages: Sequence[int]) -> int:
         lanes = [lane.index for s in stages for lane in self.layout.by_stage[s]]
@@ -278,7 +278,7 @@ class Replicated:
         ends = [self._reduced_terms(lane) + tied.get(lane.stage, []) for lane in layout.lanes]
         updates = [0] * len(layout.lanes)
         for lane, own in reversed(list(zip(layout.lanes, ends, strict=True))):  # the last stage is the first to have its gradients
-            waits = self._everyone(lane, ends, last) if self.setting.runtime.global_norm else own[-1:]
+            waits = self._everyone(lane, ends, last) if self.setting.runtime.update.global_norm else own[-1:]
             updates[lane.index] = self.host.update(lane, [*waits, *own, last[lane.index]]) if self.host else self._update(lane, waits)
         if self.opens:
             self._gather(updates)
@@ -339,7 +339,7 @@ class Replicated:
                     waits = [updates[lane.index] for lane in lanes]
                     term = self.build.transfer(TermKind.COLLECTIVE, self._stream((stage,)), "gather parameters", price, waits)
                     for lane in lanes:
-                        target = (lane.index, c, first) if setting.runtime.overlap_gather else (lane.index, 0, 0)
+                        target = (lane.index, c, first) if setting.runtime.replicas.overlap_gather else (lane.index, 0, 0)
                         self.build.carries.append((term, self.first_forward[target], 0.0))
 
 
@@ -347,6 +347,6 @@ def _gathers(chunk: Chunk, setting: Setting, sharers: tuple[bool, Placed]) -> li
     """First layer, bytes and ranks of what is gathered together: each layer by itself where that overlaps, else all of them."""
     expert, placed = sharers
     layers = [updated_bytes(layer, setting, expert=expert) for layer in chunk.workload]
-    if setting.runtime.overlap_gather and setting.strategy.pipeline == 1:
+    if setting.runtime.replicas.overlap_gather and setting.strategy.pipeline == 1:
         return [(i, s, placed) for i, s in enumerate(layers) if s]
     return [(0, sum(layers), placed)] if sum(layers) else []

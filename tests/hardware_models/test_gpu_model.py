@@ -160,7 +160,7 @@ def test_attention_on_blackwell_is_that_of_its_published_benchmark():
         for kind in ("attention", "attention_backward"):
             batch = build(kind, shape, DType.BF16, causal=True)
             found.append(batch.flops[0] / 2 / times("gb200", batch)[0] / 1e12)
-        speed = runtime("megatron").blackwell_attention
+        speed = runtime("megatron").kernels.blackwell_attention
         assert [*found, *(speed * rate for rate in found)] == pytest.approx(rates, rel=0.19)
 
 

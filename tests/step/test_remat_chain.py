@@ -52,7 +52,7 @@ def held_on_top(workload, recipe: str, runtime, accumulation: int) -> float:
     base = totals[0]
     if accumulation > 1:
         sizes = [p.elements * 4 for layer in workload for p in layer.parameters if p.tied_to is None]
-        base += sum(s + (-s % BLOCK_BYTES if runtime.allocator == "caching" else 0) for s in sizes)
+        base += sum(s + (-s % BLOCK_BYTES if runtime.memory.allocator == "caching" else 0) for s in sizes)
     return float(totals[1:-1].max() - base)
 
 

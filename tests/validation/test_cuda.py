@@ -163,7 +163,7 @@ def synthetic(step, scale=1.0):
         for name, asked in step_operators(measured, catalog.device(SHEET)).items()
     }
     sums = {name: sum(times) for name, times in calls.items()}
-    host_s = launches(measured) * runtime("torch-eager").launch_s * HOST
+    host_s = launches(measured) * runtime("torch-eager").host.launch_s * HOST
     return replace(measured, step_time_s=max(sum(sums.values()), host_s), class_times_s=sums, call_times_s=calls)
 
 

@@ -89,12 +89,12 @@ def test_refusals() -> None:
 
 
 def test_constants_reach_devices_links_and_runtime() -> None:
-    values = {"device.bandwidth_hbm": 0.7, "runtime.launch_s": 9e-6, "link.infiniband-hdr.efficiency": 0.5, "own": 1.0}
+    values = {"device.bandwidth_hbm": 0.7, "runtime.host.launch_s": 9e-6, "link.infiniband-hdr.efficiency": 0.5, "own": 1.0}
     cluster, framework = with_constants(catalog.cluster("2x dgx-a100-80gb"), runtime("torch-eager"), values)
     assert cluster.size == 16
     assert cluster.devices[0].profile == {"bandwidth_hbm": 0.7}
     assert len(set(cluster.devices)) == 1
     assert (cluster.nodes[1].nic.efficiency, cluster.nodes[1].peer_link.efficiency) == (0.5, catalog.link("nvlink3").efficiency)
-    assert framework.launch_s == 9e-6
+    assert framework.host.launch_s == 9e-6
     with pytest.raises(InputError, match="a link has no 'speed'"):
         with_constants(catalog.cluster("2x dgx-a100-80gb"), runtime("torch-eager"), {"link.infiniband-hdr.speed": 1.0})

@@ -79,7 +79,7 @@ def market(
         synchronise_s=synchroniser(job, gradients),
         global_batch=global_batch,
         node_devices={k.name: k.per_node for k in job.kinds.values()},
-        transfers="sender" if next(iter(job.kinds.values())).runtime.blocking_sends else "asynchronous",
+        transfers="sender" if next(iter(job.kinds.values())).runtime.stages.blocking_sends else "asynchronous",
         most_stages=min(8, len(cuts)),
         memory_margin=memory_margin,
     )
@@ -96,7 +96,7 @@ def _units(job: Job, tensors: Sequence[int], checkpoints: Sequence[str], sequenc
 
 def _goes_in_pieces(job: Job, kind: Kind, tensor: int) -> bool:
     """Whether a runtime that moves parts of a sequence in pieces has peer links between all devices of a stage."""
-    if not (kind.runtime.split_gathers or kind.runtime.scatter_pieces > 1):
+    if not (kind.runtime.tensor.split_gathers or kind.runtime.tensor.scatter_pieces > 1):
         return True
     node = job.cluster.nodes[int(job.fabric.node_of[kind.nodes[0][0]])]
     reach = (node.peer_group or len(node.devices)) if node.peer_link else 1
@@ -134,7 +134,7 @@ def _layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPr
     device_f, host_f, device_b, host_b, least, update, gradient, fixed, kept, shared, shared_update, parameters = np.array(columns).T
     hosted = host_f.sum() + host_b.sum() > device_f.sum() + device_b.sum()  # the host sets the pace of the whole model
     runtime = kind.runtime
-    outside = runtime.context_bytes + COMMUNICATORS * runtime.communicator_bytes
+    outside = runtime.memory.context_bytes + COMMUNICATORS * runtime.memory.communicator_bytes
     return LayerPrices(
         forward_s=host_f if hosted else device_f,
         backward_s=host_b if hosted else device_b,
@@ -143,7 +143,7 @@ def _layer_prices(job: Job, unit: Unit, micro_batch: int, cuts: Cuts) -> LayerPr
         gradient_bytes=gradient,
         fixed_bytes=fixed,
         kept_bytes=kept,
-        spare_bytes=(kind.device.memory.capacity_bytes - outside) / max(runtime.reserved_factor, 1.0) - transient,
+        spare_bytes=(kind.device.memory.capacity_bytes - outside) / max(runtime.memory.reserved_factor, 1.0) - transient,
         shared_bytes=shared,
         shared_update_s=shared_update,
         parameter_bytes=parameters,
@@ -240,7 +240,8 @@ def transfer_pairs(source: Sequence[int], target: Sequence[int]) -> list[tuple[i
 def sharing_factor(job: Job) -> float:
     """Time to exchange gradients and updated parameters where replicas share the optimizer's states, over that of reducing gradients."""
     parts = [
-        (0.5 if kind.runtime.scatter_gradients else 1.0) + 0.5 * parameter_share(job.setting(Unit(kind.name, 1), 1, 1, 1, REPLICAS))
+        (0.5 if kind.runtime.replicas.scatter_gradients else 1.0)
+        + 0.5 * parameter_share(job.setting(Unit(kind.name, 1), 1, 1, 1, REPLICAS))
         for kind in job.kinds.values()
     ]
     return max(parts)

@@ -109,7 +109,7 @@ def read(job: Job, market: Market, placement: Placement) -> Reading:
     lanes = tuple(lane for line in lines for lane in line.lanes)
     exchanged, gathered = reduction(job, market, placement), gathering(job, market, placement)
     program = build(job, lines, exchanged, gathered)
-    share = max(line.settings[0].runtime.communication_share for line in lines)
+    share = max(line.settings[0].runtime.replicas.communication_share for line in lines)
     steady, _ = contended_state(program, share)
     slowest = slowest_class(program, steady.start_s, steady.end_s)
     offset = first_compute_s(program, steady.start_s)
@@ -212,7 +212,7 @@ def _pipeline(job: Job, build_: Builder, line: Line, first: int, made: dict[int,
             cost = _send(job, line, s, to)
             sent = build_.transfer(TermKind.SEND, stream, f"send to stage {to}", cost, [last[s]], micro_batch)
             arrivals.setdefault(target, []).append(sent)
-            if line.settings[s].runtime.blocking_sends:
+            if line.settings[s].runtime.stages.blocking_sends:
                 held.setdefault(s, []).append(sent)
     return last
 
@@ -224,7 +224,7 @@ def _parts(
 
     Replicas of one stage hold the same layers, so that the reduction of the last ones may run beside the backward passes of the others.
     """
-    if not all(line.settings[0].runtime.overlap_communication and len(line.lanes) == 1 for line in lines):
+    if not all(line.settings[0].runtime.replicas.overlap_communication and len(line.lanes) == 1 for line in lines):
         return [(exchanged, [])]
     layers = sorted(set(made[0]), reverse=True)
     chunk = lines[0].lanes[0].chunks[0]

@@ -36,7 +36,7 @@ def reduction(job: Job, market: Market, placement: Placement) -> CollectiveCost:
         market: Gradient bytes of layers on units.
         placement: Replicas with their ranks.
     """
-    scatters = job.zero and all(kind.runtime.scatter_gradients for kind in job.kinds.values())
+    scatters = job.zero and all(kind.runtime.replicas.scatter_gradients for kind in job.kinds.values())
     kind = Collective.REDUCE_SCATTER if scatters else Collective.ALL_REDUCE
     return _together(job, market, placement, lambda ring, size: collective(job.fabric, kind, ring, size), gathers=False)
 
@@ -51,12 +51,12 @@ def gathering(job: Job, market: Market, placement: Placement) -> CollectiveCost:
     """
     if not job.zero:
         return CollectiveCost("none", 0.0, {})
-    whole = any(kind.runtime.gather_shards for kind in job.kinds.values())
+    whole = any(kind.runtime.replicas.gather_shards for kind in job.kinds.values())
     return _together(job, market, placement, lambda ring, size: _gathered(job, ring, size, by_owner=whole), gathers=True)
 
 
 def _gathered(job: Job, ring: Sequence[int], size_bytes: float, *, by_owner: bool) -> CollectiveCost:
-    """At once, or owner by owner (`Runtime.gather_shards`)."""
+    """At once, or owner by owner (`Replicas.gather_shards`)."""
     if not by_owner:
         return collective(job.fabric, Collective.ALL_GATHER, ring, size_bytes)
     owners = len(ring)

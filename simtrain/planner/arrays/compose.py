@@ -78,7 +78,7 @@ def estimate_block(tables: Tables, block: Block, most_bytes: float = np.inf) -> 
         # with weights in narrow formats, times of interleaved schedules were up to 14 % below those of `schedule`
         covered &= np.array([precision(name).narrow is None for name in block.precisions])[block.codes[:, 1]]
         covered &= tables.runs(block)
-        if block.runtime.reduce_every:
+        if block.runtime.replicas.reduce_every:
             covered &= np.array(block.zeros)[block.codes[:, 3]] != 2
     times, device, energy = np.zeros(len(block)), np.zeros(len(block)), np.zeros(len(block))
     kinds = np.zeros((len(block), len(KINDS)), dtype=np.float32)
@@ -228,7 +228,7 @@ class _Part:
         at = tuple(codes[:, i] for i in (0, 1, 2, 4))
         q, host = self.device[at], self.host[at]
         zeros = np.array(self.block.zeros)[codes[:, 3]]
-        if self._reduces and not runtime.main_gradients:
+        if self._reduces and not runtime.update.main_gradients:
             q[:, Part.LAST : Part.LAST + 3] += self.copies[at] * (zeros < 2)[:, None]
         tails, reduced, blocks = self._gather("tails"), self._gather("reduced_s"), self._gather("blocks")
         inner = min(1, blocks.shape[1] - 1)
@@ -240,16 +240,16 @@ class _Part:
             met = np.maximum(reduced - exposed, 0.0)
             each = blocks[:, inner] / held
             within = np.minimum(met[:, inner] / held, each * (q[:, Part.BACKWARD] + alone))
-            q[:, Part.LAST] = alone + runtime.communication_share * within / each
+            q[:, Part.LAST] = alone + runtime.replicas.communication_share * within / each
             exposed = _exposed(q, tails)
-        exposed += runtime.communication_share * np.maximum(met - (within * held)[:, None], 0.0)
+        exposed += runtime.replicas.communication_share * np.maximum(met - (within * held)[:, None], 0.0)
         ends = [0, inner, blocks.shape[1] - 1]
         exposed[:, [0, -1]] += self._gather("tied_s")[:, None]
         q[:, Part.TAIL_FIRST : Part.TAIL_LAST + 1] = exposed[:, ends]
         start = self._gather("start_s")
         if self._gathers:
             moved = np.where(self.sharded[:, None, None], self._gather("moved_s"), 0.0)
-            q, lags = gather_quantities(q, moved, self.turns[at], runtime.communication_share)
+            q, lags = gather_quantities(q, moved, self.turns[at], runtime.replicas.communication_share)
             self.within[lags[self.profile]] = LOOSE
             # the first stage begins and ends with what stands before the blocks, others with blocks
             start += moved[:, :, 0]
@@ -314,8 +314,8 @@ class _Part:
                 np.array([row.passes_s for row in rows.values()]),
                 moved[own[0], [2, 0]],
                 moved[own[0], [3, 1]],
-                self.block.runtime.communication_share,
-                self.block.runtime.overlap_communication,
+                self.block.runtime.replicas.communication_share,
+                self.block.runtime.replicas.overlap_communication,
             )
             found[own] = replicas.step_s(place[self.forms[profile[own], 0]], accumulation[own])
         return np.asarray(found + start)
@@ -324,7 +324,7 @@ class _Part:
         """How far a host may be ahead of its device when a step begins: not at all where it waits for the loss scale."""
         runtime = self.block.runtime
         waits = np.array([precision(name).loss_scaling for name in self.block.precisions])[self.forms[profile, 1]]
-        return np.where(waits, 0.0, runtime.run_ahead_launches * runtime.launch_s)
+        return np.where(waits, 0.0, runtime.host.run_ahead_launches * runtime.host.launch_s)
 
     def _longest(
         self, quantities: FloatArray, v: int, profile: IntArray, accumulation: IntArray, steps: Mapping[int, tuple[int, int]]
@@ -353,7 +353,7 @@ class _Part:
         if key not in self.tables.paths:
             name = schedule if self.stages > 1 else "1f1b"
             order = plan(name, self.stages, chunks if self.stages > 1 else 1, micro_batches)
-            graph = walk(order, division.counts, division.per_node, self.block.runtime.blocking_sends)
+            graph = walk(order, division.counts, division.per_node, self.block.runtime.stages.blocking_sends)
             if self._gathers:
                 graph = replace(graph, more=gather_counts(order, division.counts))
             self.tables.paths[key] = find_paths(graph, quantities)
@@ -375,12 +375,12 @@ class _Part:
         zeros = np.array(self.block.zeros)[self.forms[:, 3]]
         at = (*(self.forms[:, i] for i in (0, 1, 2, 4)), (zeros == 3).astype(np.int64))
         runtime = self.block.runtime
-        always = (runtime.main_gradients or (runtime.gradient_as_bucket_view and self._reduces)) | (zeros == 2)
+        always = (runtime.update.main_gradients or (runtime.replicas.gradient_as_bucket_view and self._reduces)) | (zeros == 2)
         for v in self.used[5]:
             rows = np.flatnonzero(self.forms[profile, 5] == v)
             division, (schedule, chunks) = self._division(v), self.block.schedules[v] if self.stages > 1 else ("1f1b", 1)
             orders = {n: plan(schedule, self.stages, chunks, n) for n in np.unique(count[rows]).tolist()}
             stages = [Placed.of(division.order, stage, division.counts, self.lengths) for stage in division.stages]
             kinds[rows] = held.fullest(stages, orders, division.counts, profile[rows], count[rows], at, always)
-        device = kinds.sum(axis=1) * runtime.reserved_factor + self._gather("outside_bytes")[profile]
+        device = kinds.sum(axis=1) * runtime.memory.reserved_factor + self._gather("outside_bytes")[profile]
         return device[back.ravel()], kinds.astype(np.float32)[back.ravel()]

@@ -151,7 +151,7 @@ class Probe:
             UnsupportedError: It is not modelled.
         """
         setting, pattern = self.setting, _pattern(self.local)
-        keeps = setting.runtime.main_gradients
+        keeps = setting.runtime.update.main_gradients
         chunk = _chunk(self.local, self.concrete, 1, "whole")
         priced = ChunkCosts(chunk, self.place, setting.strategy.checkpoint, keeps, copies=not keeps)
         found = np.zeros((3, WIDTH))
@@ -177,7 +177,7 @@ class Probe:
         block = self.concrete[pattern.kind]
         size = setting.precision.dtype(block.layer.cut_role).size_bytes
         crossing = block.layer.cut(setting.strategy.micro_batch, self.local.sequence) * size
-        sharded = replace(priced, shards=setting.runtime.copies_shards)
+        sharded = replace(priced, shards=setting.runtime.sharding.copies_shards)
         forward = sharded.listed(Action.FORWARD, adding=False, last=False)
         adds, makes = (sharded.listed(Action.BACKWARD, adding=adding, last=False) for adding in (True, False))
         flags = (tuple(chunk.is_block(step.which.layer) for step in steps) for steps in (forward, adds))

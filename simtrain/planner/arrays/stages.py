@@ -163,7 +163,7 @@ class Division:
             fixed_bytes=np.array([h.fixed_bytes for h in held]),
             sample_bytes=self.sample_bytes(),
             update_bytes=np.array([h.update_bytes for h in held]),
-            outside_bytes=float(setting.runtime.context_bytes + communicators(setting) * setting.runtime.communicator_bytes),
+            outside_bytes=float(setting.runtime.memory.context_bytes + communicators(setting) * setting.runtime.memory.communicator_bytes),
         )
 
     @property
@@ -274,7 +274,7 @@ def _reductions(layout: Layout, stage: int, c: int) -> list[tuple[float, float, 
     known: dict[tuple[int, tuple[int, ...]], tuple[float, float]] = {}
     found = []
     for bucket, placed in chunk_buckets(layout, stage, c):
-        at = bucket.ready_after_layer if setting.runtime.overlap_communication else 0
+        at = bucket.ready_after_layer if setting.runtime.replicas.overlap_communication else 0
         key = (bucket.size_bytes, bucket.gradients)
         if key not in known:
             restored = restore_cost(setting, lane, bucket, placed)
@@ -300,7 +300,7 @@ def _moved(layout: Layout, stage: int) -> FloatArray:
                 gather = cost(layout.fabric, Collective.ALL_GATHER, placed, size).time_s
                 scatter = cost(layout.fabric, Collective.REDUCE_SCATTER, placed, parameters * width).time_s
                 moved[at : at + 2] = np.maximum(moved[at : at + 2], (gather, scatter))
-        if setting.runtime.copies_shards:
+        if setting.runtime.sharding.copies_shards:
             layers = chunk.workload.layers
             copied = _copies(setting, lane, [next(x for x in layers if x.block)], [x for x in layers if not x.block])
             moved[4:] = np.maximum(moved[4:], copied)

@@ -65,9 +65,11 @@ class Tables:
         alike = len(set(self.cluster.devices)) == 1 and len({len(node.devices) for node in self.cluster.nodes}) == 1
         plain = {f.name: f.default for f in fields(Strategy)}
         usual = all(name in COVERED or value == plain[name] for name, value in {**block.degrees, **block.rest}.items())
-        joined = runtime.global_norm or block.degrees["pipeline"] == 1
-        no_part = runtime.run_ahead_launches > 0 and not (runtime.overlap_gather or runtime.blocking_sends or runtime.late_prefetch)
-        return self.pattern is not None and alike and usual and joined and no_part and runtime.library == "stated"
+        joined = runtime.update.global_norm or block.degrees["pipeline"] == 1
+        no_part = runtime.host.run_ahead_launches > 0 and not (
+            runtime.replicas.overlap_gather or runtime.stages.blocking_sends or runtime.sharding.late_prefetch
+        )
+        return self.pattern is not None and alike and usual and joined and no_part and runtime.kernels.library == "stated"
 
     def runs(self, block: Block) -> np.ndarray:
         """Whether the schedule of each candidate runs with its micro-batches; why not is for others to say."""

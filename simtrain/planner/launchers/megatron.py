@@ -88,8 +88,8 @@ def _overlaps(s: Strategy, runtime: Runtime) -> list[str]:
     """What was planned to run beside something else; nothing of it is Megatron-LM's default."""
     if s.data * s.context == 1:
         return []
-    gathers = s.zero and runtime.overlap_gather
-    return ["--overlap-grad-reduce"] * runtime.overlap_communication + ["--overlap-param-gather"] * bool(gathers)
+    gathers = s.zero and runtime.replicas.overlap_gather
+    return ["--overlap-grad-reduce"] * runtime.replicas.overlap_communication + ["--overlap-param-gather"] * bool(gathers)
 
 
 def _pipeline(s: Strategy, blocks: int, lines: list[str], unsaid: dict[str, str]) -> None:

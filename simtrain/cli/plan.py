@@ -103,7 +103,7 @@ def plan(
             runtime=runtime or (runtimes_of(emit, default_runtimes(where, what)) if emit else None),
             fixed=read_pairs(fixed, "--fixed"),
             devices=devices,
-            limits=Limits(memory_margin, power, budget, tokens, parse_quantity(deadline or "0 s", "s"), memory_risk),
+            limits=Limits(memory_margin, power, budget, tokens, parse_quantity(deadline, "s") if deadline else 0.0, memory_risk),
             robust=robust.replace("-", "_"),
             jitter=jitter,
             weights={name: _number(value, name) for name, value in read_pairs(weights, "--weights").items()} or None,

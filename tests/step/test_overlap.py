@@ -57,10 +57,10 @@ def test_a_scatter_in_pieces_leaves_its_last_piece(alone_s, product_s):
     times = np.array([product_s, alone_s])
     free = NEMO.with_(scatter_share=0.0)
     exposed = exposed_s(operators, times, 1, free, RANKS, block=True)
-    pieces = NEMO.scatter_pieces
+    pieces = NEMO.tensor.scatter_pieces
     assert exposed + product_s == pytest.approx(max(product_s + alone_s / pieces, product_s / pieces + alone_s))
     slower = exposed_s(operators, times, 1, NEMO, RANKS, block=True)
-    assert exposed <= slower <= exposed + product_s * (1 / (1 - NEMO.scatter_share) - 1) + 1e-12, "a product on fewer multiprocessors"
+    assert exposed <= slower <= exposed + product_s * (1 / (1 - NEMO.tensor.scatter_share) - 1) + 1e-12, "a product on fewer multiprocessors"
     assert exposed_s(operators, times, 1, runtime("megatron"), RANKS, block=True) == alone_s
 
 

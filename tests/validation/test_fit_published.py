@@ -89,7 +89,7 @@ def test_refusals() -> None:
 
 
 def test_constants_reach_devices_links_and_runtime() -> None:
-    values = {"device.bandwidth_hbm": 0.7, "runtime.host.launch_s": 9e-6, "link.infiniband-hdr.efficiency": 0.5, "own": 1.0}
+    values = {"device.bandwidth_hbm": 0.7, "runtime.launch_s": 9e-6, "link.infiniband-hdr.efficiency": 0.5, "own": 1.0}
     cluster, framework = with_constants(catalog.cluster("2x dgx-a100-80gb"), runtime("torch-eager"), values)
     assert cluster.size == 16
     assert cluster.devices[0].profile == {"bandwidth_hbm": 0.7}

@@ -19,7 +19,7 @@ LAUNCH_S = 2e-5
 FORMS = {
     "as shipped": (),
     "host": (
-        Constant("runtime.host.launch_s", 6e-6, 1.0, 1e-6, 1e-4, "assumed"),
+        Constant("runtime.launch_s", 6e-6, 1.0, 1e-6, 1e-4, "assumed"),
         Constant("link.omni-path-100.efficiency", 0.4, 0.2, 0.2, 1.0, "of no machine here"),
     ),
 }
@@ -30,7 +30,7 @@ def source(monkeypatch: pytest.MonkeyPatch) -> LayoutSet:
     monkeypatch.setattr("validation.layouts.load_layouts", lambda _: made())
     _workload.cache_clear()
     alone = [cells for cells in FILE["rows"] if cells[2] == 1 and cells[7] == "ok"]
-    times = fit_problem([made(rows=alone)]).predict({"runtime.host.launch_s": LAUNCH_S}, range(len(alone)))
+    times = fit_problem([made(rows=alone)]).predict({"runtime.launch_s": LAUNCH_S}, range(len(alone)))
     rows: list[list[Any]] = [[*cells[:5], float(t), "", "ok"] for cells, t in zip(alone, times, strict=True)]
     dataset = made(rows=rows)
     _workload.cache_clear()
@@ -48,13 +48,13 @@ def test_groups_left_out_are_predicted_by_constants_of_the_others(source: Layout
     shipped, host = report.forms
     assert shipped.fit is None
     assert host.fit is not None
-    assert [c.name for c in host.constants] == ["runtime.host.launch_s"]  # no row has the other's link
+    assert [c.name for c in host.constants] == ["runtime.launch_s"]  # no row has the other's link
     (before,), (after,) = shipped.sources, host.sources
     assert (after.by, after.groups, after.errors.count) == (("model",), 3, 3)
     assert after.errors.mean < 0.5 * before.errors.mean
     assert before.errors == before.in_sample
-    low, high = host.spread["runtime.host.launch_s"]
-    assert low <= host.fit.values["runtime.host.launch_s"] <= high
+    low, high = host.spread["runtime.launch_s"]
+    assert low <= host.fit.values["runtime.launch_s"] <= high
     assert before.null is not None
     assert before.null_in_sample.mean <= before.null.mean
     assert after.variants_looked_at == source.variants_looked_at + 1
@@ -70,7 +70,7 @@ def test_the_report_can_be_saved_and_shown(source: LayoutSet) -> None:
     assert data["forms"][1]["priors"][0]["why"] == "assumed"
     text = "".join(render(table, 200) for table in fit_tables(report))
     assert "nothing fitted" in text
-    assert "runtime.host.launch_s" in text
+    assert "runtime.launch_s" in text
 
 
 def test_sources_that_are_no_evidence_are_refused() -> None:

@@ -183,11 +183,11 @@ def test_the_engine_predicts_data_parallel_rows_and_refuses_the_others() -> None
 def test_constants_of_the_engine_are_found_again_from_its_own_times() -> None:
     dataset = made()
     alone = [cells for cells in FILE["rows"] if cells[2] == 1 and cells[7] == "ok"]
-    truth = fit_problem([made(rows=alone)]).predict({"runtime.host.launch_s": 2e-5}, range(len(alone)))
+    truth = fit_problem([made(rows=alone)]).predict({"runtime.launch_s": 2e-5}, range(len(alone)))
     rows = [[*cells[:5], float(t), "", "ok"] for cells, t in zip(alone, truth, strict=True)]
     problem = fit_problem([made(rows=rows)])
-    judged = problem.hold_out([Constant("runtime.host.launch_s", 6e-6, 3.0, 1e-6, 1e-4, "assumed")])
-    assert judged.fit.values["runtime.host.launch_s"] == pytest.approx(2e-5, rel=1e-2)
+    judged = problem.hold_out([Constant("runtime.launch_s", 6e-6, 3.0, 1e-6, 1e-4, "assumed")])
+    assert judged.fit.values["runtime.launch_s"] == pytest.approx(2e-5, rel=1e-2)
     assert judged.errors.worst < 0.01
     assert len(judged.folds) == len({r.model for r in dataset.rows})
 

@@ -41,7 +41,7 @@ def nodes(*counts, link=SLOW, name="a100-sxm4-40gb", **network):
 @pytest.mark.parametrize("framework", ["torch-eager", "megatron"])
 @pytest.mark.parametrize(("data", "tensor", "stages"), [(1, 1, 4), (2, 1, 4), (2, 2, 2), (8, 1, 1)])
 def test_even_plans_take_what_schedule_says(framework, data, tensor, stages):
-    how = replace(runtime(framework), overlap_communication=False)
+    how = runtime(framework).with_(overlap_communication=False)
     options = {"tensors": (tensor,), "micro_batches": (2,), "checkpoints": ("none",)}
     asked = st.Allocator(GPT, "8x v100-sxm2-16gb", data * 2 * 6, runtime=how, precision="fp16-amp", **options)
     (kind,) = asked.job.kinds

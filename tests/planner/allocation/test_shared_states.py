@@ -39,7 +39,7 @@ def even(asked, data, tensor, stages, micro_batches, *, sequence=False):
     [(2, 1, 4, 1, False), (4, 1, 2, 1, False), (2, 2, 2, 0, True), (2, 2, 2, 1, True), (1, 4, 2, 0, True)],
 )
 def test_even_plans_take_what_schedule_says(framework, data, tensor, stages, zero, sequence):
-    how = replace(runtime(framework), overlap_communication=False, overlap_gather=False)
+    how = runtime(framework).with_(overlap_communication=False, overlap_gather=False)
     options = {"tensors": (tensor,), "micro_batches": (2,), "checkpoints": ("none",)}
     asked = st.Allocator(GPT, "8x v100-sxm2-16gb", data * 2 * 6, runtime=how, precision="fp16-amp", templates=False, **options)
     reading = read(replace(asked.job, zero=zero), asked.market, even(asked, data, tensor, stages, 6, sequence=sequence))

@@ -53,8 +53,8 @@ OPTIONS = {
     "predict": "cluster strategy reader runtime seq-len speed-spread jitter straggler seed steps timeline memory-plot trace report json",
     "plan": "patience budget checkpoint cluster deadline devices emit fixed global-batch jitter json memory-margin memory-plot memory-risk "
     "objective optimizer power precision report robust runtime seq-len timeline tokens top trace weights why zero",
-    "allocate": "checkpoint cluster timeline gantt global-batch json memory-margin micro-batch optimizer precision runtime seq-len sequence-parallel tensor "
-    "worth zero",
+    "allocate": "checkpoint cluster timeline gantt global-batch json memory-margin micro-batch optimizer precision runtime seq-len "
+    "sequence-parallel tensor worth zero",
     "compare": "against against-cluster against-runtime cluster json report runtime seq-len strategy",
     "sweep": "cache cluster csv grid jobs json no-cache reader runtime scheduler strategy",
     "run": "cluster strategy target-loss steps tokens law mtbf-h device-mtbf-h node-mtbf-h repair-h detection-s restart-s spares snapshot "

@@ -2,7 +2,8 @@
 
 Small training steps are run; the time inside each operator, where it runs, is added up by class; each class gets a cost per launch, per
 FLOP and per byte, for fp32 and for bf16 autocast apart. What is left of the step (Python, autograd) becomes a cost per launch, and what
-checkpointed steps take beyond their recomputation a cost per saved tensor.
+checkpointed steps take beyond their recomputation a cost per saved tensor. On the processor all times are first put at one speed of the
+machine, by the reference workload timed beside each step (`validation.reference`).
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from validation.machine_profile import BASE_DEVICE, MachineProfile
 from validation.measure import Progress, environment, measure
 from validation.measurement import Measurement, Settings
 from validation.operator_table import entries, merged, operators_of
+from validation.reference import REFERENCE, REPETITIONS, reference_time_s
 from validation.steps import CALIBRATION_STEPS, TrainingStep, quick_calibration_steps
 
 RECOMPUTE = "recompute.launch_s"
 OPTIMIZER = kernel_class(OperatorKind.OPTIMIZER)
-CALIBRATION_SETTINGS = Settings(warmup_steps=2, timed_steps=5, operator_steps=4, processes=1, memory=False)
+CALIBRATION_SETTINGS = Settings(
+    warmup_steps=2, timed_steps=5, operator_steps=4, processes=1, memory=False, reference_repetitions=REPETITIONS
+)
 
 
 def calibrate(
@@ -77,17 +81,26 @@ def calibration_list(device: str, *, quick: bool = False) -> tuple[TrainingStep,
     return tuple(s for s in GPU_CALIBRATION_STEPS if not quick or s.name in QUICK_GPU_NAMES)
 
 
+def calibration_settings(device: str, *, quick: bool = False) -> Settings:
+    """Returns how the fixed list of a device is measured; a GPU and a quick calibration do without the reference workload."""
+    return replace(CALIBRATION_SETTINGS, device=device, reference_repetitions=0 if quick or device != "cpu" else REPETITIONS)
+
+
 def profile_from(measurements: Sequence[Measurement]) -> MachineProfile:
     """Fits a profile to measurements: classes of operators by arithmetic path, then what recomputation costs on top.
 
     Args:
-        measurements: With times inside operators; checkpointed steps among them only serve the last term.
+        measurements: With times inside operators; checkpointed steps among them only serve the last term. Where the reference workload
+            was timed beside all of them, their times are put at the speed at which it takes the median of what it took.
 
     Raises:
         InputError: They do not say where they were taken.
     """
-    if measurements[0].environment is None:
+    where = measurements[0].environment
+    if where is None:
         raise InputError("measurements without their environment cannot make a profile")
+    reference_s = reference_time_s(measurements)
+    measurements = [m.at_reference(reference_s) for m in measurements]
     plain = [m for m in measurements if m.step.parsed().checkpoint == "none"]
     paths = dict.fromkeys(arithmetic(m.step) for m in plain)
     parts = {path: fit_path(path, [m for m in plain if arithmetic(m.step) is path]) for path in paths}
@@ -95,7 +108,7 @@ def profile_from(measurements: Sequence[Measurement]) -> MachineProfile:
     errors = [error for part in parts.values() for error in part.step_errors]
     profile = MachineProfile(
         constants={key: value for part in parts.values() for key, value in part.constants().items()},
-        environment=measurements[0].environment,
+        environment=where,
         steps=tuple(m.step.name for m in measurements),
         residuals={label(name, path): fit.residual for path, part in parts.items() for name, fit in part.fits.items()},
         shares={label(name, path): fit.seconds / total_s for path, part in parts.items() for name, fit in part.fits.items()},
@@ -103,6 +116,8 @@ def profile_from(measurements: Sequence[Measurement]) -> MachineProfile:
         framework_launch_s=parts[next(iter(parts))].outside_s,
         null_flops_per_s={str(path): null_rate([m for m in plain if arithmetic(m.step) is path]) for path in paths},
         operator_table=merged(*(part.table([m for m in plain if arithmetic(m.step) is path]) for path, part in parts.items())),
+        reference=REFERENCE if reference_s else "",
+        reference_time_s=reference_s,
     )
     recomputed = [m for m in measurements if m not in plain]
     return _with_recomputation(profile, recomputed) if recomputed else profile

@@ -66,7 +66,7 @@ def calibrate(
     raw: Annotated[Path | None, typer.Option("--save", help="File to write all measurements to, as JSON.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine's CPU core or GPU under PyTorch, in three minutes, and keep what was found in a profile.
+    """Measure this machine's CPU core or GPU under PyTorch, in four minutes, and keep what was found in a profile.
 
     With --probe, a few steps of your own model are measured as well, and what is predicted is compared before and after.
     """
@@ -290,10 +290,8 @@ def _profile(path: Path | None, device: str = "cpu", *, quick: bool = False) -> 
 
 
 def _calibrate(device: str = "cpu", *, quick: bool = False, data_sheet: str | None = None, raw: Path | None = None) -> MachineProfile:
-    from dataclasses import replace
-
-    from validation.calibrate import CALIBRATION_SETTINGS, calibration_list
     from validation.calibrate import calibrate as run
+    from validation.calibrate import calibration_list, calibration_settings
 
     if data_sheet is not None and device == "cpu":
         raise InputError("--data-sheet names a GPU: give --device cuda, too")
@@ -301,7 +299,7 @@ def _calibrate(device: str = "cpu", *, quick: bool = False, data_sheet: str | No
     def keep_raw(measurements: Sequence[Measurement]) -> None:
         keep({"command": "simtrain calibrate", "measurements": [m.to_dict() for m in measurements]}, raw)
 
-    settings = replace(CALIBRATION_SETTINGS, device=device)
+    settings = calibration_settings(device, quick=quick)
     return run(calibration_list(device, quick=quick), settings, progress, data_sheet=data_sheet, keep=keep_raw)
 
 
@@ -331,7 +329,16 @@ def _describe(profile: MachineProfile) -> str:
             f"{name:<20}{share:>8.1%}{profile.residuals[name]:>8.1%}{launch_s * 1e6:>9.1f} us{flops / 1e9:>10.1f}{moved / 1e9:>8.1f}"
         )
     outside = f"outside operators {profile.framework_launch_s * 1e6:.2f} us a launch"
-    return "\n".join([*lines, f"calibration steps refitted within {profile.step_error:.2%}; {outside}"])
+    return "\n".join([*lines, f"calibration steps refitted within {profile.step_error:.2%}; {outside}", _describe_reference(profile)])
+
+
+def _describe_reference(profile: MachineProfile) -> str:
+    if not profile.reference_time_s:
+        return "times as the clock showed them: no reference workload was timed beside the steps"
+    return (
+        f"times at the speed at which the reference workload, timed before and after each step, takes {profile.reference_time_s * 1e3:.1f} "
+        f"ms: its median ({profile.reference})"
+    )
 
 
 def _write(report: ComparisonReport, folder: Path) -> None:

@@ -16,6 +16,7 @@ from simtrain.core import catalog
 from simtrain.core.errors import InputError, UnknownNameError
 from simtrain.core.hardware import Device, Provenance, ValueKind
 from validation.measurement import Environment
+from validation.reference import REFERENCE
 
 FORMAT = 3
 BASE_DEVICE = "cpu-core"
@@ -36,6 +37,8 @@ class MachineProfile:
         operator_table: Entries of `hardware_models.operator_table` by class and path.
         null_flops_per_s: FLOP/s of the null model by arithmetic path, one constant for everything, fitted to the same steps.
         data_sheet: Device of the catalog, or its file, that the constants refine.
+        reference: The reference workload timed beside the calibration steps (`validation.reference.REFERENCE`); empty without one.
+        reference_time_s: Its median, the speed of the machine that all constants are at.
     """
 
     constants: Mapping[str, float]
@@ -48,11 +51,18 @@ class MachineProfile:
     null_flops_per_s: Mapping[str, float]
     operator_table: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     data_sheet: str = BASE_DEVICE
+    reference: str = ""
+    reference_time_s: float = 0.0
 
     @property
     def on_gpu(self) -> bool:
         """Whether a GPU was measured."""
         return bool(self.environment.accelerator)
+
+    @property
+    def known_reference_s(self) -> float:
+        """Time of the reference workload; 0 for a profile without one, or with another than is timed today."""
+        return self.reference_time_s if self.reference == REFERENCE else 0.0
 
     def device(self) -> Device:
         """Returns the CPU core, or the GPU, with these constants."""

@@ -64,9 +64,14 @@ def measure(steps: Sequence[TrainingStep], settings: Settings, progress: Progres
             for name, answer in run_worker(together, settings, memory=False).items():
                 rounds[name].append(answer)
                 if progress:
-                    progress(f"{name}: {answer['step_time_s'] * 1e3:.1f} ms" + (f" (process {number + 1})" if number else ""))
+                    progress(f"{name}: {_said(answer)}" + (f" (process {number + 1})" if number else ""))
     peaks = run_worker(steps, settings, memory=True) if settings.memory else {}
     return tuple(_combine(step, rounds[step.name], peaks.get(step.name, {}), settings, here) for step in steps)
+
+
+def _said(answer: Mapping[str, Any]) -> str:
+    beside = f", reference {answer['reference_time_s'] * 1e3:.1f} ms" if answer["reference_time_s"] else ""
+    return f"{answer['step_time_s'] * 1e3:.1f} ms{beside}"
 
 
 def _combine(
@@ -87,6 +92,8 @@ def _combine(
         environment=here,
         call_times_s=rounds[0]["call_times_s"],
         reserved_memory_bytes=int(peak.get("reserved_memory_bytes", 0)),
+        process_times_s=tuple(times),
+        reference_times_s=tuple(r["reference_time_s"] for r in rounds if r["reference_time_s"]),
     )
 
 

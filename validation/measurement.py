@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from statistics import median
 from typing import Any
 
 from validation.steps import TrainingStep
@@ -21,6 +22,7 @@ class Settings:
         memory: Whether peak memory is measured too, in a process of its own.
         threads: Threads inside an operator (on the processor).
         device: "cpu" or "cuda".
+        reference_repetitions: Runs of the reference workload before and after each training step (0 to leave it out).
     """
 
     warmup_steps: int = 3
@@ -30,6 +32,7 @@ class Settings:
     memory: bool = True
     threads: int = 1
     device: str = "cpu"
+    reference_repetitions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,9 @@ class Measurement:
         environment: Where and when.
         call_times_s: Time of every operator call, by class in program order (empty if not measured).
         reserved_memory_bytes: The most that a caching allocator had reserved (0 where there is none).
+        process_times_s: Median step time of each fresh process.
+        reference_times_s: What the reference workload took beside the step in each process: mean of before and after (empty if not
+            measured).
     """
 
     step: TrainingStep
@@ -92,6 +98,29 @@ class Measurement:
     environment: Environment | None = None
     call_times_s: Mapping[str, Sequence[float]] = field(default_factory=dict)
     reserved_memory_bytes: int = 0
+    process_times_s: tuple[float, ...] = ()
+    reference_times_s: tuple[float, ...] = ()
+
+    def at_reference(self, reference_time_s: float) -> Measurement:
+        """Returns what would have been measured had the reference workload taken a given time beside the step, in every process.
+
+        All times are scaled alike: those of a process by the reference's beside it, those inside operators as the step's median. Where the
+        reference was not timed, or the given time is 0, the measurement is returned as it is.
+        """
+        if not (self.reference_times_s and reference_time_s):
+            return self
+        pairs = zip(self.process_times_s, self.reference_times_s, strict=True)
+        times = tuple(time_s * reference_time_s / beside_s for time_s, beside_s in pairs)
+        factor = median(times) / self.step_time_s
+        return replace(
+            self,
+            step_time_s=median(times),
+            process_spread=max(times) / min(times) - 1,
+            class_times_s={name: factor * time_s for name, time_s in self.class_times_s.items()},
+            call_times_s={name: [factor * time_s for time_s in calls] for name, calls in self.call_times_s.items()},
+            process_times_s=times,
+            reference_times_s=(reference_time_s,) * len(times),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON; `from_dict` reads it back."""
@@ -104,4 +133,6 @@ class Measurement:
         values["step"] = TrainingStep.from_dict(values["step"])
         values["settings"] = Settings(**values["settings"])
         values["environment"] = Environment(**values["environment"]) if values["environment"] else None
+        for name in ("process_times_s", "reference_times_s"):  # files of older measurements lack them
+            values[name] = tuple(values.get(name, ()))
         return cls(**values)

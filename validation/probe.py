@@ -1,5 +1,6 @@
 """Probe twenty steps, then plan: a few real steps of the user's own model, folded into the machine's profile.
 
+Where the profile has a reference workload, it is timed beside the probed steps, and their times are put at the speed of the calibration.
 The operators of the probed steps enter the operator table, where they outweigh those of the calibration. The steps that were probed are
 fitted afterwards; another batch size, timed but not fitted, says what the fit is worth.
 """
@@ -29,6 +30,7 @@ from validation.machine_profile import MachineProfile
 from validation.measure import Progress, measure
 from validation.measurement import Measurement, Settings
 from validation.operator_table import CPU_FORMULA, Cost, Formula, entries, merged, operators_of, update_of
+from validation.reference import REPETITIONS
 from validation.steps import TrainingStep
 
 PROBE_SETTINGS = Settings(warmup_steps=3, timed_steps=13, operator_steps=4, processes=1, memory=False)
@@ -44,7 +46,7 @@ class ProbedSize:
 
     Attributes:
         batch: Samples.
-        measured_s: Step time, median of process CPU time.
+        measured_s: Step time, median of process CPU time, at the speed of the calibration where a reference tells it.
         noise: Interquartile range over the median.
         before_s: Predicted by the profile without the probe.
         after_s: Predicted with it.
@@ -75,6 +77,7 @@ class ProbeReport:
         sizes: The probed one, then the one held out.
         covered: Share of the measured step time in operators that entered the table.
         profile: With the probed operators.
+        speed: Of the machine beside the probed steps, 1 as in its calibration; `None` without a reference.
     """
 
     name: str
@@ -82,11 +85,13 @@ class ProbeReport:
     sizes: tuple[ProbedSize, ...]
     covered: float
     profile: MachineProfile
+    speed: float | None = None
 
     def __str__(self) -> str:
         head = f"{' batch':>6}{'measured':>11}{'noise':>7}{'before':>10}{'after':>10}"
         covered = f"{self.covered:.0%} of the probed step is in operators that entered the table"
-        return "\n".join([f"{self.name}, {self.strategy}", head, *map(str, self.sizes), covered])
+        speed = [] if self.speed is None else [f"times are at the speed of the calibration; the machine now runs at {self.speed:.1%} of it"]
+        return "\n".join([f"{self.name}, {self.strategy}", head, *map(str, self.sizes), covered, *speed])
 
 
 def probe(
@@ -109,12 +114,23 @@ def probe(
     work = catalog.workload(name, seq_len=sequence)
     step = probed_step(name, strategy, work)
     other = replace(step, name="held out", strategy=str(_at_another_batch(step)))
-    device = "cuda" if profile.on_gpu else "cpu"
-    measured = measure((step,), replace(PROBE_SETTINGS, device=device), progress)[0]
-    held_out = measure((other,), replace(HELD_OUT_SETTINGS, device=device), progress)[0]
+    measured, speed = _measured(profile, step, PROBE_SETTINGS, progress)
+    held_out, _ = _measured(profile, other, HELD_OUT_SETTINGS, progress)
     folded, covered = fold(profile, work, measured)
     sizes = tuple(_size(m, work, profile, folded, fitted=m is measured) for m in (measured, held_out))
-    return ProbeReport(name, strategy, sizes, covered, folded)
+    return ProbeReport(name, strategy, sizes, covered, folded, speed)
+
+
+def _measured(
+    profile: MachineProfile, step: TrainingStep, settings: Settings, progress: Progress | None
+) -> tuple[Measurement, float | None]:
+    """Returns a measurement at the speed of the calibration, and the machine's speed beside it where a reference tells it."""
+    device, repetitions = "cuda" if profile.on_gpu else "cpu", REPETITIONS if profile.known_reference_s else 0
+    raw = measure((step,), replace(settings, device=device, reference_repetitions=repetitions), progress)[0]
+    if not raw.reference_times_s:
+        return raw, None
+    measured = raw.at_reference(profile.known_reference_s)
+    return measured, measured.step_time_s / raw.step_time_s
 
 
 def probed_step(name: str, strategy: str, work: Workload) -> TrainingStep:

@@ -201,6 +201,15 @@ MATCHED_STEPS = (
 )
 """Matched runs over families, written before anything was fitted to convolutions, bf16 or recomputation."""
 
+REFERENCE_STEPS = (
+    gpt("reference-gpt-3x200", (3, 200, 5, 2900), (4, 108), "adamw"),
+    image_model("reference-resnet18-56", "resnet18", 3, "sgd", image_size=56, classes=10),
+)
+"""Timed beside every measured step, to tell how fast the machine is then: see `validation.reference`.
+
+Neither model occurs at this size in another list. A change of one needs another name: profiles know their reference by it.
+"""
+
 QUICK_TEST_NAMES = ("test-small", "test-deep", "test-head", "test-checkpoint-full", "test-accumulation")
 """The subset that `--quick` runs."""
 

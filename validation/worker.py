@@ -12,11 +12,12 @@ from typing import Any
 
 from validation.backend import Backend, backend
 from validation.measurement import Settings
+from validation.reference import Reference
 from validation.steps import TrainingStep
 
 
-def time_step(step: TrainingStep, settings: Settings, device: Backend) -> dict[str, Any]:
-    """Measures step time, noise, page faults and, if asked, times inside operators."""
+def time_step(step: TrainingStep, settings: Settings, device: Backend, reference: Reference | None = None) -> dict[str, Any]:
+    """Measures step time, noise, page faults and, if asked, times inside operators and the reference workload before and after."""
     from validation.operator_times import ClassTimes
     from validation.training import Training
 
@@ -29,7 +30,9 @@ def time_step(step: TrainingStep, settings: Settings, device: Backend) -> dict[s
         if i < settings.operator_steps:
             device.operator_times(training, classes)
 
+    before_s = reference.time_s() if reference else 0.0
     times_s, faults = device.timed_steps_s(training, settings.timed_steps, operators)
+    after_s = reference.time_s() if reference else 0.0
     lower, middle, upper = quantiles(times_s, n=4) if len(times_s) > 1 else times_s * 3
     return {
         "step_time_s": median(times_s),
@@ -38,6 +41,7 @@ def time_step(step: TrainingStep, settings: Settings, device: Backend) -> dict[s
         "class_times_s": classes.seconds(),
         "class_calls": classes.calls(),
         "call_times_s": classes.each_s(),
+        "reference_time_s": (before_s + after_s) / 2,
     }
 
 
@@ -60,9 +64,11 @@ def main() -> None:
     settings = Settings(**request["settings"])
     device = backend(settings.device)
     device.prepare(request["core"], settings.threads)
+    repetitions = 0 if request["memory"] else settings.reference_repetitions
+    reference = Reference(device, repetitions) if repetitions else None
     for data in request["steps"]:
         step = TrainingStep.from_dict(data)
-        answer = memory_of_step(step, device) if request["memory"] else time_step(step, settings, device)
+        answer = memory_of_step(step, device) if request["memory"] else time_step(step, settings, device, reference)
         sys.stdout.write(json.dumps({"name": step.name} | answer) + "\n")
         sys.stdout.flush()
 

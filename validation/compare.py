@@ -208,8 +208,8 @@ class ComparisonReport:
             return [f"             of raw times: no reference workload tells the machine's speed, {self._why_no_reference()}"]
         return [
             f"  raw times  {self.raw_time}",
-            f"reference    a small GPT and a small ResNet, {self.profile.reference_time_s * 1e3:.1f} ms in the calibration, timed before and "
-            "after each step in its process;",
+            f"reference    a small GPT and a small ResNet, {self.profile.reference_time_s * 1e3:.1f} ms in the calibration, timed before "
+            "and after each step in its process;",
             "             errors are of measured time x reference then / reference beside; nothing of it is fitted to these steps;",
             f"             the machine ran at {min(speeds):.0%} to {max(speeds):.0%} of the speed that it had when calibrated",
         ]

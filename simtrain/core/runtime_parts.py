@@ -249,7 +249,7 @@ class DeviceMemory:
     Attributes:
         allocator: "caching" (512-byte blocks, reserved segments) or "exact" (what is asked for).
         context_bytes: Device memory outside the allocator (driver context, libraries).
-        reserved_factor: Reserved over allocated bytes where it is not replayed, and in screens of many layouts.
+        reserved_factor: Reserved over allocated bytes where it is not replayed.
         workspace_bytes: Persistent library workspaces on the device, as a setting of the framework's fixes them.
         hopper_workspace_bytes: The same on devices since Hopper, where libraries take more; 0 for as much.
         blas_handles: Threads whose products have a workspace of the library's default size (forward, autograd); see `step/workspace.py`.
@@ -271,6 +271,11 @@ class DeviceMemory:
         _choose(self, {"allocator": ("caching", "exact")})
         _at_least(self, 0, "context_bytes", "workspace_bytes", "hopper_workspace_bytes", "blas_handles", "communicator_bytes")
         _at_least(self, 1, "reserved_factor")
+
+    @property
+    def least_reserved_factor(self) -> float:
+        """Reserved over allocated bytes at least, for screens of many layouts: segments hold blocks, and blocks tensors."""
+        return 1.0 if self.replays_blocks and self.allocator == "caching" else self.reserved_factor
 
 
 def _choose(part: object, choices: Mapping[str, tuple[str, ...]]) -> None:

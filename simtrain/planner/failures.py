@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simtrain.core.result import MemoryReport
+from simtrain.core.runtime import Runtime
 from simtrain.core.units import format_bytes
 from simtrain.planner.found import Failure
 from simtrain.planner.objectives import Limits
@@ -34,7 +35,13 @@ def failure(candidate: Candidate, reason: str, over_bytes: float, memory: Memory
 def too_large(candidate: Candidate, witness: Candidate, memory: MemoryReport, limits: Limits) -> Failure:
     """A combination that does not fit because a witness does not, which needs no more."""
     over = memory.device_bytes - memory.capacity_bytes * (1 - limits.memory_margin)
+    excess = over_text(over, witness.runtime)
     if witness == candidate:
-        return failure(candidate, f"out of memory by {format_bytes(over)} at {memory.peak_moment}", over, memory)
-    reason = f"out of memory: {witness.strategy} needs no more and is over by {format_bytes(over)}"
+        return failure(candidate, f"out of memory by {excess} at {memory.peak_moment}", over, memory)
+    reason = f"out of memory: {witness.strategy} needs no more and is over by {excess}"
     return failure(candidate, reason, over, memory)
+
+
+def over_text(over_bytes: float, runtime: Runtime) -> str:
+    """By how much something screened is over: where the allocator's blocks are replayed, its segments are not in that yet."""
+    return f"{'at least ' if runtime.memory.replays_blocks else ''}{format_bytes(over_bytes)}"

@@ -46,7 +46,7 @@ def _fitting(screen: Screen, strategies: list[Strategy], runtime: Runtime) -> li
     kept = []
     for strategy in strategies:
         try:
-            if screen.fits(screen.memory(Candidate(strategy, runtime))):
+            if screen.fits(screen.confirmed(Candidate(strategy, runtime))):
                 kept.append(strategy)
         except REFUSALS:
             continue

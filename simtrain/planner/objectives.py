@@ -95,7 +95,9 @@ class Limits:
         if memory.device_bytes > memory.capacity_bytes * (1 - self.memory_margin):
             over = memory.device_bytes - memory.capacity_bytes * (1 - self.memory_margin)
             margin = f" with a margin of {self.memory_margin:.0%}" if self.memory_margin else ""
-            return f"out of memory by {format_bytes(over)}{margin} at {memory.peak_moment}"
+            between = memory.reserved_bytes - memory.allocated_bytes
+            kept = f", with {format_bytes(between)} in the allocator's segments beside tensors" if memory.blocks_bytes else ""
+            return f"out of memory by {format_bytes(over)}{margin} at {memory.peak_moment}{kept}"
         return next((reason for reason, times in self.asked_of(result) if times > 1), "")
 
     def asked_of(self, result: Result) -> list[tuple[str, float]]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from simtrain.core.hardware import Cluster
 from simtrain.core.result import Result
+from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
-from simtrain.planner.arrays.finalists import screen_blocks
+from simtrain.planner.arrays.finalists import Pool, screen_blocks
 from simtrain.planner.failures import difference, failure, refusal, too_large
 from simtrain.planner.found import Failure, Plan
 from simtrain.planner.objectives import BALANCED, TIMED, Judge, Limits
@@ -61,6 +62,9 @@ class Search:
         found: What fits and was read.
         failed: What does not, and why.
         projected: What fits, with seconds per sample as the screen has them.
+        too_slow: What a bound shows to be no match for the best of `projected`, with its seconds per sample.
+        too_large: What was read and needs more memory than there is.
+        pool: What arrays say fits.
         passed_over: How many are no match for the best.
         unread: How many were not looked at.
         unlisted: How many do not fit beside those listed.
@@ -81,6 +85,9 @@ class Search:
     found: list[tuple[Candidate, Result]] = field(default_factory=list)
     failed: list[tuple[Candidate, Failure]] = field(default_factory=list)
     projected: list[tuple[float, Candidate]] = field(default_factory=list)
+    too_slow: list[tuple[float, Candidate]] = field(default_factory=list)
+    too_large: set[Candidate] = field(default_factory=set)
+    pool: Pool | None = None
     passed_over: int = 0
     unread: int = 0
     unlisted: int = 0
@@ -104,7 +111,7 @@ class Search:
             self._look(screen, candidate, bound_s, small)
             self._tick()
         self.unread = sum(map(len, self.space)) - self.done
-        self._read_projected()
+        self._read_projected(screen)
         self._refine()
         results = self.judge.ranked([r for _, r in self.found])
         failed = sorted((self._with_change(c, f) for c, f in self.failed), key=lambda f: (f.over_bytes == 0, f.over_bytes))
@@ -139,21 +146,25 @@ class Search:
         self.projected += found.finalists
         self.failed += found.failed
         self.passed_over, self.unlisted = self.passed_over + found.passed_over, self.unlisted + found.unlisted
-        self.screened = found.known
+        self.screened, self.pool = found.known, found.pool
         for block in found.skipped:
             self.skipped[block.runtime.name] += len(block)
         return list(found.rest)
 
     def _ordered(self, screen: Screen, choices: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
         """The candidates with the bounds of their time per sample, most promising first; what cannot be is counted as failed."""
-        ordered = []
+        ordered = sorted(self._bounded(screen, choices), key=lambda pair: pair[0])
+        self._tick(len(choices) - len(ordered))
+        return ordered
+
+    def _bounded(self, screen: Screen, choices: Sequence[Candidate]) -> list[tuple[float, Candidate]]:
+        bounded = []
         for candidate in choices:
             try:
-                ordered.append((screen.bound_s(candidate) / candidate.strategy.global_batch, candidate))
+                bounded.append((screen.bound_s(candidate) / candidate.strategy.global_batch, candidate))
             except REFUSALS as error:
                 self.failed.append((candidate, refusal(candidate, str(error))))
-                self._tick()
-        return sorted(ordered, key=lambda pair: pair[0])
+        return bounded
 
     def _look(self, screen: Screen, candidate: Candidate, bound_s: float, small: bool) -> None:
         try:
@@ -161,7 +172,7 @@ class Search:
                 self._add(candidate, schedule(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
                 return
             if bound_s > self._bar_s(candidate):
-                self.passed_over += 1
+                self.too_slow.append((bound_s, candidate))
                 return
             larger = screen.too_large(candidate)
             if larger is not None:
@@ -174,10 +185,11 @@ class Search:
     def _bar_s(self, candidate: Candidate) -> float:
         """Seconds per sample above which one is neither among the best nor its runtime's best; only of objectives that go with time."""
         timed = all(o in TIMED for o in self.judge.objectives)
-        if not timed or len(self.projected) < KEPT or self.limits.power_w or self.limits.budget_usd:
+        if not timed or self.limits.power_w or self.limits.budget_usd:
             return float("inf")
-        own = min((s for s, c in self.projected if c.runtime == candidate.runtime), default=float("inf"))
-        return max(sorted(s for s, _ in self.projected)[KEPT - 1], own)
+        fitting = [(s, c) for s, c in self.projected if c not in self.too_large] if self.too_large else self.projected
+        own = min((s for s, c in fitting if c.runtime == candidate.runtime), default=float("inf"))
+        return max(sorted(s for s, _ in fitting)[KEPT - 1], own) if len(fitting) >= KEPT else float("inf")
 
     def _add(self, candidate: Candidate, result: Result) -> None:
         broken = self.limits.broken_by(result)
@@ -185,23 +197,74 @@ class Search:
             self.found.append((candidate, result))
             return
         over = max(result.memory.device_bytes - result.memory.capacity_bytes * (1 - self.limits.memory_margin), 0.0)
+        if over:
+            self.too_large.add(candidate)
         failed = failure(candidate, broken, over, result.memory if over else None)
         taken = max((times for _, times in self.limits.asked_of(result)), default=0.0)
         self.failed.append((candidate, failed if over else replace(failed, times_limit=taken)))
 
-    def _read_projected(self) -> None:
-        """Reads the best of what was projected, of every runtime at least one; with objectives other than time, all of it."""
-        self.projected.sort(key=lambda pair: pair[0])
-        timed = all(o in TIMED for o in self.judge.objectives)
+    def _read_projected(self, screen: Screen) -> None:
+        """Reads the best of what was projected, of every runtime at least one; with objectives other than time, all of it.
+
+        What does not fit when it is read makes room for the next best, until enough fit or nothing is left.
+        """
+        read: set[Candidate] = set()
+        while True:
+            over = len(self.too_large)
+            self.projected.sort(key=lambda pair: pair[0])
+            for _, candidate in self.projected:
+                if candidate in read or self._enough(candidate.runtime) or (self._over_time() and len(self.found) >= SCHEDULED):
+                    continue
+                read.add(candidate)
+                self._add(candidate, estimate(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
+            if len(self.too_large) == over or not self._replaced(screen):
+                break
+        self.passed_over += len(self.too_slow)
         for _, candidate in self.projected:
-            late = time.monotonic() - self.start_s > self.patience_s + 10 and len(self.found) >= SCHEDULED
-            enough = len(self.found) >= KEPT and any(c.runtime == candidate.runtime for c, _ in self.found)
-            if (timed and enough) or late:
-                self.passed_over += timed
-                self.unread += not timed
-                self.skipped[candidate.runtime.name] += not timed
-                continue
-            self._add(candidate, estimate(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
+            self._leave(candidate.runtime.name, candidate not in read)
+
+    def _leave(self, runtime: str, count: int) -> None:
+        """Counts what was not read though it may fit: no match for the best where time decides, else not looked at."""
+        timed = all(o in TIMED for o in self.judge.objectives)
+        self.passed_over += count * timed
+        self.unread += count * (not timed)
+        self.skipped[runtime] += count * (not timed)
+
+    def _enough(self, runtime: Runtime) -> bool:
+        """Whether time decides and enough fits, of this runtime too."""
+        timed = all(o in TIMED for o in self.judge.objectives)
+        return timed and len(self.found) >= KEPT and any(c.runtime == runtime for c, _ in self.found)
+
+    def _over_time(self) -> bool:
+        return time.monotonic() - self.start_s > self.patience_s + 10
+
+    def _replaced(self, screen: Screen) -> bool:
+        """Projects what takes the place of what was read since and does not fit; false where there is nothing, or no need."""
+        wanted = [r for r in {block.runtime.name: block.runtime for block in self.space}.values() if not self._enough(r)]
+        if not wanted:
+            return False
+        if self._over_time():
+            self._give_up(wanted)
+            return False
+        before = len(self.projected)
+        finalists, close = self.pool.take(self.too_large) if self.pool else ([], [])
+        self.passed_over -= len(finalists) + len(close)
+        self.projected += finalists
+        slow, self.too_slow = self.too_slow, []
+        for bound_s, candidate in sorted([*slow, *self._bounded(screen, close)], key=lambda pair: pair[0]):
+            self._look(screen, candidate, bound_s, small=False)
+        return len(self.projected) > before
+
+    def _give_up(self, wanted: Sequence[Runtime]) -> None:
+        """Counts what might have taken the place of what does not fit as not looked at; if time decides, where nothing else was found."""
+        timed = all(o in TIMED for o in self.judge.objectives)
+        for name in (r.name for r in wanted if not timed or all(c.runtime != r for c, _ in self.found)):
+            slow = [pair for pair in self.too_slow if pair[1].runtime.name == name]
+            self.too_slow = [pair for pair in self.too_slow if pair[1].runtime.name != name]
+            left = self.pool.left(name) if self.pool else 0
+            self.passed_over -= left
+            self.unread += left + len(slow)
+            self.skipped[name] += left + len(slow)
 
     def _refine(self) -> None:
         """Reads the best anew by `schedule`, of every runtime at least one, and the very best by `simulate`."""

@@ -17,12 +17,12 @@ from simtrain.planner.space import Candidate
 from simtrain.step.adaptive import settle_precision
 from simtrain.step.costs import chain
 from simtrain.step.instructions import chunk_costs
-from simtrain.step.layout import lay_out
+from simtrain.step.layout import Layout, lay_out
 from simtrain.step.ledger import ledger
 from simtrain.step.occupancy import Mode
 from simtrain.step.predict import estimate
 from simtrain.step.remat_choice import settle
-from simtrain.step.results import lane_report, tightest_lane
+from simtrain.step.results import lane_report, memory_report, tightest_lane
 from simtrain.step.schedules import Action
 from simtrain.step.setting import resolve
 
@@ -184,7 +184,8 @@ class Screen:
     def memory(self, candidate: Candidate) -> MemoryReport:
         """Memory of the fullest device among those that may be: the first two stages and the last, with few micro-batches.
 
-        What does not fit here does not fit; what fits here must still be read in full.
+        Where the allocator's blocks are replayed, it is that of the tensors alone. What does not fit here does not fit; what fits here
+        must still be read in full (`confirmed`).
 
         Raises:
             StrategyError: The model does not divide so.
@@ -193,12 +194,29 @@ class Screen:
         strategy = shortened(candidate.strategy)
         key = (strategy, candidate.runtime)
         if key not in self._memory:
-            layout = lay_out(settle(settle_precision(resolve(self.workload, self.cluster, strategy, candidate.runtime))))
+            layout = self._layout(candidate)
             stages = sorted({0, min(1, layout.grid.pipeline - 1), layout.grid.pipeline - 1})
             chosen = replace(layout, lanes=tuple(layout.by_stage[s][0] for s in stages))
             books = [ledger(layout.setting, lane, layout.plan) for lane in chosen.lanes]
-            self._memory[key] = replace(lane_report(chosen, books, tightest_lane(chosen, books)), timeline=None)
+            own = lane_report(chosen, books, tightest_lane(chosen, books))
+            reserved = own.allocated_bytes * candidate.runtime.memory.least_reserved_factor
+            device = own.device_bytes - own.reserved_bytes + reserved
+            self._memory[key] = replace(own, reserved_bytes=reserved, device_bytes=device, timeline=None)
         return self._memory[key]
+
+    def confirmed(self, candidate: Candidate) -> MemoryReport:
+        """Memory as readers have it of what fits as screened, the allocator's segments included: what fits here fits.
+
+        Raises:
+            StrategyError: The model does not divide so.
+            UnsupportedError: It is not modelled.
+        """
+        screened = self.memory(candidate)
+        return memory_report(self._layout(candidate)) if self.fits(screened) else screened
+
+    def _layout(self, candidate: Candidate) -> Layout:
+        """The candidate with as few micro-batches as have the same peak of memory, laid out over ranks."""
+        return lay_out(settle(settle_precision(resolve(self.workload, self.cluster, shortened(candidate.strategy), candidate.runtime))))
 
     def projected_s(self, candidate: Candidate) -> float:
         """Step time as `estimate` has it, projected from shorter steps; at least the bound, as hosts may fall behind in longer ones alone.

@@ -112,7 +112,7 @@ def why(
     screen = Screen(work, machines, margin)
     for text, changed in neighbours(how, machines, framework):
         try:
-            fits = screen.fits(screen.memory(Candidate(changed, framework)))
+            fits = screen.fits(screen.confirmed(Candidate(changed, framework)))
             knobs.append(replace(_worth(text, now_s, projected_s(schedule, work, machines, Candidate(changed, framework))), fits=fits))
         except REFUSALS:
             continue
@@ -255,7 +255,7 @@ def _frugal(
     listed = [c for c in candidates(workload, cluster, global_batch, runtimes, wishes)[0] if c.strategy.schedule == "1f1b"]
     for candidate in sorted(listed, key=lambda c: (c.strategy.tensor, c.strategy.pipeline, -c.strategy.zero)):
         try:
-            memory = screen.memory(candidate)
+            memory = screen.confirmed(candidate)
         except REFUSALS:
             continue
         if screen.fits(memory):

@@ -130,20 +130,30 @@ class Question:
     def within(self, device_bytes: float) -> RematPlan | None:
         """The choice that adds least time on devices of so much memory; `None` if there is none.
 
-        Where the allocator's blocks are replayed, it is the best within less, by as much as the replay is above.
+        Where the allocator's blocks are replayed, tensors may take the whole device at first, then less by as much as the replay is above.
         """
-        target = device_bytes
+        limit = self.allocated_bytes(device_bytes)
+        memory = self.setting.runtime.memory
+        if not memory.replays_blocks:
+            return self._counted_within(limit)
+        limit *= memory.reserved_factor / memory.least_reserved_factor
         for _ in range(TRIES):
-            plan = self._counted_within(self.allocated_bytes(target))
-            over = 0.0 if plan is None else self._replayed_bytes(self.text(plan.spans)) - device_bytes
+            plan = self._counted_within(limit)
+            if plan is None:
+                break
+            over = self.needed_bytes(plan) - device_bytes
             if over <= 0:
                 return plan
-            target -= over
-        return None
+            limit -= over
+        smallest = self.smallest()
+        return smallest if self.needed_bytes(smallest) <= device_bytes else None
 
-    def _replayed_bytes(self, checkpoint: str) -> float:
-        layout = lay_out(replace(self.setting, strategy=self.setting.strategy.with_(checkpoint=checkpoint)))
-        return memory_report(layout).device_bytes if self.setting.runtime.memory.replays_blocks else 0.0
+    def needed_bytes(self, plan: RematPlan) -> float:
+        """What the device must have for a choice, with the allocator's blocks where they are replayed."""
+        checkpoint = self.text(plan.spans)
+        if not self.setting.runtime.memory.replays_blocks:
+            return self.device_bytes(self.counted_bytes(checkpoint))
+        return memory_report(lay_out(replace(self.setting, strategy=self.setting.strategy.with_(checkpoint=checkpoint)))).device_bytes
 
     def _counted_within(self, limit: float) -> RematPlan | None:
         """The same within so many allocated bytes, as the ledger counts them."""
@@ -184,7 +194,7 @@ def settle(setting: Setting) -> Setting:
     lines = []
     if plan is None:
         smallest = question.smallest()
-        needed = question.device_bytes(question.counted_bytes(question.text(smallest.spans)))
+        needed = question.needed_bytes(smallest)
         if given is not None and given <= question.capacity_bytes:
             raise StrategyError(
                 f"checkpoint={asked} is too little: the smallest choice of recomputed blocks takes {needed / 2**30:.4g} GiB"
@@ -205,6 +215,8 @@ def _described(question: Question, plan: RematPlan, asked: str) -> str:
     )
     if question.setting.strategy.zero == 3:
         proven = "chosen as if parameters were not gathered, then counted with them"
+    elif question.setting.runtime.memory.replays_blocks:
+        proven += " for what tensors take: of the allocator's segments it is only known that they fit"
     return (
         f"checkpoint={asked} recomputes {blocks} of {max(question.blocks) + 1} blocks ({question.text(plan.spans)}): it adds "
         f"{format_time(plan.added_s)} of device time to the {format_time(question.work_s)} of a micro-batch, {proven}"

@@ -135,6 +135,11 @@ def settle_stages(setting: Setting) -> Setting:
         blocks += choice.blocks
         count, all_blocks = sum(b - a for a, b in choice.blocks), sum(layer.block for layer in stage.chunk.workload)
         said.append(f"{count} of {all_blocks} blocks in stage {lane.stage} ({stage.in_flight} in flight, {format_time(choice.added_s)})")
+    if runtime.memory.replays_blocks and setting.strategy.offload == "none":
+        lines.append(
+            f"checkpoint={asked}: the blocks were chosen for segments of {runtime.memory.reserved_factor:g} times the tensors; what is "
+            "reported follows from the allocator's replay, so that a choice may leave more free than it must, or not fit"
+        )
     checkpoint = blocks_text(blocks)
     described = f"checkpoint={asked} recomputes {', '.join(said)}: chosen for each stage by its own memory, not proven least"
     return replace(setting, strategy=setting.strategy.with_(checkpoint=checkpoint), notes=(*setting.notes, described, *lines))

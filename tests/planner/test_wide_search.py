@@ -53,13 +53,13 @@ def test_projections_and_quick_memory_agree_with_the_whole(small, space):
     screen = Screen(small, cluster)
     long = [c for c in found if c.strategy.pipeline > 1 and c.strategy.accumulation > 4 * c.strategy.pipeline]
     for candidate in long[:: max(len(long) // 8, 1)]:
-        counted = candidate.runtime.with_(replays_blocks=False)  # screens take one factor for what is reserved
-        whole = st.estimate(small, cluster, candidate.strategy, runtime=counted)
+        whole = st.estimate(small, cluster, candidate.strategy, runtime=candidate.runtime)
         slow_hosts = whole.breakdown_s["host"] > 0.02 * whole.step_time_s  # they fall behind in long steps, not in the shorter ones
         assert screen.projected_s(candidate) == pytest.approx(whole.step_time_s, rel=0.1 if slow_hosts else 0.02)
         assert screen.projected_s(candidate) >= screen.bound_s(candidate)
         assert screen.memory(candidate).device_bytes <= whole.memory.device_bytes * (1 + 1e-9)
-        short = st.estimate(small, cluster, shortened(candidate.strategy), runtime=counted)
+        assert screen.confirmed(candidate).device_bytes == pytest.approx(whole.memory.device_bytes, rel=1e-9)
+        short = st.estimate(small, cluster, shortened(candidate.strategy), runtime=candidate.runtime)
         assert short.memory.device_bytes == pytest.approx(whole.memory.device_bytes, rel=1e-9)
 
 

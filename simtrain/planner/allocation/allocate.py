@@ -19,7 +19,7 @@ from simtrain.cost import energy
 from simtrain.cost.fabric import fabric_of
 from simtrain.planner.allocation.bound import check_bound
 from simtrain.planner.allocation.engine_prices import market as engine_market
-from simtrain.planner.allocation.kinds import carrier, kinds_of
+from simtrain.planner.allocation.kinds import Kind, carrier, kinds_of
 from simtrain.planner.allocation.place import Placement
 from simtrain.planner.allocation.planning import Planned, Planning
 from simtrain.planner.allocation.prices import Market, Share
@@ -234,7 +234,7 @@ class Allocator:
             templates=best.templates,
             elapsed_s=elapsed_s,
             zero=best.zero,
-            assumptions=(*self.job.cluster.assumptions, *ASSUMPTIONS, *unpriced),
+            assumptions=(*self.job.cluster.assumptions, *ASSUMPTIONS, *_counted(kinds), *unpriced),
             events=reading.events,
         )
 
@@ -300,6 +300,15 @@ class Allocator:
             own = sum(s.end - s.start for s in p.share.template.stages if s.unit.kind == name)
             total += p.share.samples * own / self.market.layers
         return total / self.market.global_batch
+
+
+def _counted(kinds: Sequence[Kind]) -> list[str]:
+    """Says where memory is by one factor though readers of equal machines replay the allocator."""
+    factors = {k.runtime.name: k.runtime.memory.reserved_factor for k in kinds if k.runtime.memory.replays_blocks}
+    return [
+        f"{name}: the caching allocator is taken to reserve {factor:g} times what tensors take; estimate and schedule replay it instead"
+        for name, factor in factors.items()
+    ]
 
 
 def _check_choices(zeros: Sequence[int], sequences: Sequence[bool]) -> None:

@@ -360,7 +360,7 @@ class _Part:
         return self.tables.paths[key]
 
     def _memory(self) -> tuple[FloatArray, np.ndarray]:
-        """Bytes that the fullest device needs, and what its allocator holds by kind, for every candidate.
+        """Bytes that the fullest device needs (at least, where its allocator is replayed), and the tensors by kind, for every candidate.
 
         They differ no more once there are some micro-batches per stage.
         """
@@ -382,5 +382,5 @@ class _Part:
             orders = {n: plan(schedule, self.stages, chunks, n) for n in np.unique(count[rows]).tolist()}
             stages = [Placed.of(division.order, stage, division.counts, self.lengths) for stage in division.stages]
             kinds[rows] = held.fullest(stages, orders, division.counts, profile[rows], count[rows], at, always)
-        device = kinds.sum(axis=1) * runtime.memory.reserved_factor + self._gather("outside_bytes")[profile]
+        device = kinds.sum(axis=1) * runtime.memory.least_reserved_factor + self._gather("outside_bytes")[profile]
         return device[back.ravel()], kinds.astype(np.float32)[back.ravel()]

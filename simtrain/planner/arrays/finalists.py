@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,11 +10,10 @@ import numpy as np
 from simtrain.core.errors import StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster
 from simtrain.core.polynomial import FloatArray
-from simtrain.core.units import format_bytes
 from simtrain.core.workload import Workload
 from simtrain.planner.arrays.compose import LOOSE, Estimates, estimate_block
 from simtrain.planner.arrays.tables import Tables
-from simtrain.planner.failures import refusal
+from simtrain.planner.failures import over_text, refusal
 from simtrain.planner.found import Failure
 from simtrain.planner.objectives import TIMED, Limits
 from simtrain.planner.space import Block, Candidate
@@ -33,6 +32,10 @@ MEMORY_ERROR = 0.01
 """Share by which arrays may have too much memory: what is over by less is read in full."""
 
 
+Timed = tuple[float, Candidate]
+"""Seconds per sample, and whose."""
+
+
 @dataclass(frozen=True, slots=True)
 class Screened:
     """What screening as arrays left.
@@ -45,15 +48,17 @@ class Screened:
         rest: Candidates that the tables do not cover.
         known: How many were estimated so that it decides.
         skipped: Blocks that time did not suffice for.
+        pool: What fits as screened, for what takes the place of finalists that do not fit after all.
     """
 
-    finalists: list[tuple[float, Candidate]]
+    finalists: list[Timed]
     failed: list[tuple[Candidate, Failure]]
     unlisted: int
     passed_over: int
     rest: tuple[Candidate, ...]
     known: int
     skipped: tuple[Block, ...]
+    pool: Pool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,28 +107,72 @@ def screen_blocks(
         tick(read.take(tables, number, block))
     rest, failed, every = read.rest, read.failed, _joined(read.columns)
     over, sure = every.memory > read.most_bytes, every.within <= LOOSE
-    carried = np.array([block.runtime.name for block in blocks])[every.block]
-    close = ~over & ~sure & _may_be_fastest(every, ~over, carried)
-    timed = all(o in TIMED for o in objectives)
-    fitting = ~over & ~close & (sure | (not timed))  # of the rough, memory is known all the same
-    large, fits = every.where(over), every.where(fitting)
-    rest += [blocks[b].candidate(i) for b, i in zip(every.block[close].tolist(), every.index[close].tolist(), strict=True)]
-    chosen = fits.where(_best(fits, carried[fitting], objectives, limits))
-    tick(int((~sure & ~close).sum()))
+    pool = Pool(every, tuple(blocks), tuple(objectives), limits, ~over)
+    finalists, close = pool.take()
+    large = every.where(over)
+    tick(int((~sure).sum()) - len(close))
     nearest = large.where(np.argsort(large.memory, kind="stable")[:LISTED])
     failed += _too_large(nearest, blocks, read.largest, capacity)
     return Screened(
-        finalists=[
-            (s, blocks[b].candidate(i))
-            for s, b, i in zip(chosen.seconds.tolist(), chosen.block.tolist(), chosen.index.tolist(), strict=True)
-        ],
+        finalists=finalists,
         failed=failed,
         unlisted=len(large.block) - len(nearest.block),
-        passed_over=int((~over & ~close).sum()) - len(chosen.block),
-        rest=tuple(rest),
-        known=len(every.block) - int(close.sum()),
+        passed_over=int((~over).sum()) - len(close) - len(finalists),
+        rest=(*rest, *close),
+        known=len(every.block) - len(close),
         skipped=skipped,
+        pool=pool,
     )
+
+
+@dataclass(slots=True)
+class Pool:
+    """What fits as screened, of which those are taken that may be best.
+
+    What a finalist really needs is known when it is read: where that is too much, others take its place.
+
+    Attributes:
+        every: What the tables cover.
+        blocks: The space.
+        objectives: What is asked for.
+        limits: What must be kept to.
+        fitting: Which of them fit, as far as is known.
+        taken: Which of them were handed out, and where they stand.
+    """
+
+    every: _Columns
+    blocks: tuple[Block, ...]
+    objectives: tuple[str, ...]
+    limits: Limits
+    fitting: np.ndarray
+    taken: dict[Candidate, int] = field(default_factory=dict)
+
+    def take(self, too_large: Iterable[Candidate] = ()) -> tuple[list[Timed], list[Candidate]]:
+        """What may be best and was not taken yet: with seconds per sample, and what must be read to know them.
+
+        Args:
+            too_large: What was read and does not fit; the rest is compared without it.
+        """
+        self.fitting[[self.taken[c] for c in too_large if c in self.taken]] = False
+        every, carried = self.every, np.array([block.runtime.name for block in self.blocks])[self.every.block]
+        sure, timed = every.within <= LOOSE, all(o in TIMED for o in self.objectives)
+        close = self.fitting & ~sure & _may_be_fastest(every, self.fitting, carried)
+        rated = np.flatnonzero(self.fitting & ~close & (sure | (not timed)))  # of the rough, memory is known all the same
+        chosen = rated[_best(every.where(rated), carried[rated], self.objectives, self.limits)]
+        known = set(self.taken.values())
+        finalists = [(float(every.seconds[row]), self._candidate(row)) for row in chosen.tolist() if row not in known]
+        return finalists, [self._candidate(row) for row in np.flatnonzero(close).tolist() if row not in known]
+
+    def left(self, runtime: str) -> int:
+        """How many of a runtime fit as screened and were not taken."""
+        own = np.array([block.runtime.name == runtime for block in self.blocks], dtype=bool)[self.every.block]
+        own[list(self.taken.values())] = False
+        return int((own & self.fitting).sum())
+
+    def _candidate(self, row: int) -> Candidate:
+        candidate = self.blocks[int(self.every.block[row])].candidate(int(self.every.index[row]))
+        self.taken[candidate] = row
+        return candidate
 
 
 @dataclass(slots=True)
@@ -163,7 +212,7 @@ def _too_large(
     """Candidates that do not fit, by how much, and what they have most of."""
     for b, i, memory in zip(nearest.block.tolist(), nearest.index.tolist(), nearest.memory.tolist(), strict=True):
         candidate = blocks[b].candidate(i)
-        reason = f"out of memory by {format_bytes(memory - capacity)}"
+        reason = f"out of memory by {over_text(memory - capacity, candidate.runtime)}"
         term = KINDS[int(largest[b][i])].value
         yield candidate, Failure(str(candidate.strategy), reason, memory - capacity, term, runtime=candidate.runtime.name)
 

@@ -39,11 +39,14 @@ class Gap:
     within: float
 
 
-def gaps(question: Question, count: int, seed: int, longest: int) -> list[Gap]:
-    """Draws strategies that the arrays know, with steps of at most so many instructions, and reads them both ways."""
+def gaps(question: Question, count: int, seed: int, longest: int, *, replayed: bool = False) -> list[Gap]:
+    """Draws strategies that the arrays know, with steps of at most so many instructions, and reads them both ways.
+
+    What the allocator reserves is one factor for both, or the replay for `schedule`, of which arrays take the least that it may be.
+    """
     workload, cluster = st.workload(question.workload, **dict(question.sizes)), st.cluster(question.cluster)
     wishes = Wishes(question.precisions, None, question.zeros, "adamw", cluster.size, {})
-    counted = [runtime(n).with_(replays_blocks=False) for n in question.runtimes]  # arrays take one factor for what is reserved
+    counted = [runtime(n) if replayed else runtime(n).with_(replays_blocks=False) for n in question.runtimes]
     space = blocks(workload, cluster, question.global_batch, counted, wishes)[0]
     space = tuple(b for b in space if not question.piped or b.degrees["pipeline"] > 1)
     tables = Tables(workload, cluster)

@@ -231,17 +231,20 @@ class Screen:
 def projected_s(reader: Reader, workload: Workload, cluster: Cluster, candidate: Candidate) -> float:
     """Step time from two shorter steps: once a pipeline is full, every further micro-batch adds the same.
 
+    Where an optimal choice does not depend on it, what the allocator makes of the step is left out, which takes longer than its time.
+
     Raises:
         StrategyError: The model does not divide so.
         UnsupportedError: It is not modelled.
     """
     strategy, stages = candidate.strategy, candidate.strategy.pipeline
     few, more = 2 * stages, 3 * stages
+    runtime = candidate.runtime
+    if runtime.memory.replays_blocks and not is_optimal(strategy.checkpoint):
+        runtime = runtime.with_(replays_blocks=False)
     if strategy.accumulation <= 4 * stages or strategy.schedule in ALWAYS_HOLDING:
-        return reader(workload, cluster, strategy, runtime=candidate.runtime).step_time_s
-    shorter, longer = (
-        reader(workload, cluster, strategy.with_(accumulation=n), runtime=candidate.runtime).step_time_s for n in (few, more)
-    )
+        return reader(workload, cluster, strategy, runtime=runtime).step_time_s
+    shorter, longer = (reader(workload, cluster, strategy.with_(accumulation=n), runtime=runtime).step_time_s for n in (few, more))
     return shorter + (longer - shorter) / (more - few) * (strategy.accumulation - few)
 
 

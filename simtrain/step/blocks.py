@@ -8,7 +8,7 @@ then the update, which makes the optimizer's states in the first step, and once 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from simtrain.core.precision import DTypeRole
@@ -24,6 +24,7 @@ from simtrain.step.passes import Pass
 from simtrain.step.schedules import Action, SchedulePlan
 from simtrain.step.setting import Setting
 from simtrain.step.shard import REST, Chunk
+from simtrain.step.specialize import ConcreteLayer
 from simtrain.step.states import gathered_elements, leaving_share, optimizer_transients, persistent, shards
 
 STEPS = 2
@@ -39,6 +40,12 @@ Key = tuple[int, int, str]
 """Chunk, layer and name of a tensor of a micro-batch; gathered parameters and what outlives micro-batches have a chunk of -1."""
 Event = tuple[Key, float]
 """A tensor that comes, with its bytes, or goes (-1)."""
+Request = tuple[int, float]
+"""The same with its number: below `LASTING` for what outlives micro-batches."""
+
+LASTING = 2**20
+MICRO_BATCH = 2**21
+"""What numbers of tensors of one micro-batch are apart from those of the next."""
 
 GOES = -1.0
 FIRST_STATE = "state 0"
@@ -75,43 +82,36 @@ def block_peaks(setting: Setting, lane: Lane, plan: SchedulePlan, limit_bytes: f
     most = MICRO_BATCHES if plan.stages == 1 else 2 * plan.stages
     instructions = [i for i in program.book.instructions(plan) if i[3] < most]
     memory = _Memory(limit_bytes)
-    for key, size in program.start():
-        memory.take(0, key, size)
+    memory.replay(program.numbered(program.start()), 0)
     for step in range(STEPS):
         for action, chunk, adding, micro_batch in instructions:
-            for key, size in program.instruction(action, chunk, adding):
-                memory.take(0 if key[0] < 0 else micro_batch + 1, key, size)
-        for key, size in program.update(first=step == 0):
-            memory.take(0, key, size)
-        memory.forget_gradients()
+            memory.replay(program.instruction(action, chunk, adding), micro_batch)
+        memory.replay(program.numbered(program.update(first=step == 0)), 0)
+        memory.replay(program.forgotten(memory.held), 0)
     return BlockPeaks(memory.most, memory.allocator.peak_allocated_bytes, memory.allocator.peak_reserved_bytes)
 
 
 class _Memory:
-    """Tensors by micro-batch and name, in their blocks."""
+    """Tensors by their numbers and micro-batches, in their blocks."""
 
     def __init__(self, limit_bytes: float) -> None:
         self.allocator = CachingAllocator(limit_bytes)
-        self.held: dict[tuple[int, Key], tuple[Block, float]] = {}
+        self.held: dict[int, tuple[Block, float]] = {}
         self.asked = self.most = 0.0
 
-    def take(self, micro_batch: int, key: Key, size: float) -> None:
-        """A tensor comes or goes; what is not known is a parameter or an input, which stay."""
-        if size == 0:
-            return
-        known = self.held.pop((micro_batch, key), None)
-        if known is not None:
-            self.allocator.release(known[0])
-            self.asked -= known[1]
-        if size > 0:
-            self.held[micro_batch, key] = (self.allocator.malloc(size), size)
-            self.asked += size
-            self.most = max(self.most, self.asked)
-
-    def forget_gradients(self) -> None:
-        """Gradients that the passes left are set to nothing after the update."""
-        for micro_batch, key in [k for k in self.held if k[1][2].startswith("grad:")]:
-            self.take(micro_batch, key, GOES)
+    def replay(self, requests: Sequence[Request], micro_batch: int) -> None:
+        """Tensors come and go; what goes and is not known is a parameter or an input, which stay."""
+        held, malloc, release, moved = self.held, self.allocator.malloc, self.allocator.release, MICRO_BATCH * micro_batch
+        for number, size in requests:
+            place = number if number < LASTING else number + moved
+            known = held.pop(place, None)
+            if known is not None:
+                release(known[0])
+                self.asked -= known[1]
+            if size > 0:
+                held[place] = (malloc(size), size)
+                self.asked += size
+                self.most = max(self.most, self.asked)
 
 
 class _Program:
@@ -120,7 +120,26 @@ class _Program:
     def __init__(self, setting: Setting, lane: Lane) -> None:
         self.setting, self.lane = setting, lane
         self.book = Book(setting, lane)
-        self.known: dict[tuple[Action, int, bool], list[Event]] = {}
+        self.known: dict[tuple[Action, int, bool], list[Request]] = {}
+        self.numbers: dict[Key, int] = {}
+        self.gradients: set[int] = set()
+        self.sized: dict[tuple[object, ...], tuple[list[tuple[str, float]], list[str]]] = {}
+
+    def numbered(self, events: Iterable[Event]) -> list[Request]:
+        """Requests with numbers in place of names, without those for nothing."""
+        return [(self._number(key), size) for key, size in events if size]
+
+    def _number(self, key: Key) -> int:
+        if key not in self.numbers:
+            number = len(self.numbers) + (LASTING if key[0] >= 0 else 0)
+            self.numbers[key] = number
+            if key[2].startswith("grad:"):
+                self.gradients.add(number)
+        return self.numbers[key]
+
+    def forgotten(self, held: Iterable[int]) -> list[Request]:
+        """Gradients that the passes left, which are set to nothing after the update."""
+        return [(place, GOES) for place in held if place % MICRO_BATCH in self.gradients]
 
     def start(self) -> Iterator[Event]:
         """What is there before the first step, the masters of coarser weights included."""
@@ -158,11 +177,11 @@ class _Program:
         yield from ((key, whole * parameters[key[1]] / (sum(parameters) * copies)) for key in keys)
         yield from ((key, GOES) for key in keys)
 
-    def instruction(self, action: Action, number: int, adding: bool) -> list[Event]:
+    def instruction(self, action: Action, number: int, adding: bool) -> list[Request]:
         """Requests of one instruction."""
         key = (action, number, adding)
         if key not in self.known:
-            self.known[key] = list(self._requests(action, number, adding=adding))
+            self.known[key] = self.numbered(self._requests(action, number, adding=adding))
         return self.known[key]
 
     def _requests(self, action: Action, number: int, *, adding: bool) -> Iterator[Event]:
@@ -179,23 +198,27 @@ class _Program:
                 yield from (((-1, unit, "gathered"), GOES) for unit in gathered - units)
                 yield from (((-1, unit, "gathered"), self._gathered(chunk, unit)) for unit in units - gathered)
                 gathered = units
-            concrete = chunk.concrete[step.kind]
-            sizer = Sizer(concrete, self.setting.strategy.micro_batch, self.lane.place.sequence, self.setting.runtime)
-            replay = self.book.occupancy(step, concrete, sizer)
-            sizes = {}
-            for name, row in replay.blocks:
-                key = _key(number, chunk.start + step.layer, name, step)
-                sizes[name] = GOES if row is None else float(row.sum())
-                yield key, sizes[name]
-            own = [_key(number, chunk.start + step.layer, name, step) for name in replay.cached]
+            concrete, layer = chunk.concrete[step.kind], chunk.start + step.layer
+            blocks, casts = self._sizes(step, concrete)
+            yield from ((_key(number, layer, name, step), size) for name, size in blocks)
+            own = [_key(number, layer, name, step) for name in casts]
             cached += own if step.mode in FORWARD_MODES else []
             yield from ((key, GOES) for key in (own if step.mode is Mode.RECOMPUTE else ()))
             if self.book.leaving and step.mode in ADDS_GRADIENTS and step.mode is not Mode.BACKWARD_ACCUMULATING and not adding:
-                yield from self._scattered(number, chunk, step, sizes)
+                yield from self._scattered(number, chunk, step, dict(blocks))
         yield from ((key, GOES) for key in cached)  # autocast is left after the loss
         yield from (((-1, unit, "gathered"), GOES) for unit in gathered)
         if action is not Action.FORWARD and not chunk.first:
             yield (number, first, "dx"), GOES
+
+    def _sizes(self, step: Pass, concrete: ConcreteLayer) -> tuple[list[tuple[str, float]], list[str]]:
+        """Tensors of a pass with their bytes as they come and go, and which of them autocast keeps."""
+        key = (concrete, step.mode, step.context)
+        if key not in self.sized:
+            sizer = Sizer(concrete, self.setting.strategy.micro_batch, self.lane.place.sequence, self.setting.runtime)
+            found = self.book.occupancy(step, concrete, sizer)
+            self.sized[key] = [(name, GOES if row is None else float(row.sum())) for name, row in found.blocks], found.cached
+        return self.sized[key]
 
     def _units(self, chunk: Chunk, coming: tuple[Pass, ...]) -> set[int]:
         visited: list[int] = []

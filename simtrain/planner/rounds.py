@@ -63,7 +63,7 @@ class Search:
         failed: What does not, and why.
         projected: What fits, with seconds per sample as the screen has them.
         too_slow: What a bound shows to be no match for the best of `projected`, with its seconds per sample.
-        too_large: What was read and needs more memory than there is.
+        lost: What was screened as if it fitted, and does not or cannot be.
         pool: What arrays say fits.
         passed_over: How many are no match for the best.
         unread: How many were not looked at.
@@ -86,7 +86,7 @@ class Search:
     failed: list[tuple[Candidate, Failure]] = field(default_factory=list)
     projected: list[tuple[float, Candidate]] = field(default_factory=list)
     too_slow: list[tuple[float, Candidate]] = field(default_factory=list)
-    too_large: set[Candidate] = field(default_factory=set)
+    lost: set[Candidate] = field(default_factory=set)
     pool: Pool | None = None
     passed_over: int = 0
     unread: int = 0
@@ -163,6 +163,7 @@ class Search:
             try:
                 bounded.append((screen.bound_s(candidate) / candidate.strategy.global_batch, candidate))
             except REFUSALS as error:
+                self.lost.add(candidate)
                 self.failed.append((candidate, refusal(candidate, str(error))))
         return bounded
 
@@ -176,10 +177,12 @@ class Search:
                 return
             larger = screen.too_large(candidate)
             if larger is not None:
+                self.lost.add(candidate)
                 self.failed.append((candidate, too_large(candidate, *larger, self.limits)))
             else:
                 self.projected.append((screen.projected_s(candidate) / candidate.strategy.global_batch, candidate))
         except REFUSALS as error:
+            self.lost.add(candidate)
             self.failed.append((candidate, refusal(candidate, str(error))))
 
     def _bar_s(self, candidate: Candidate) -> float:
@@ -187,7 +190,7 @@ class Search:
         timed = all(o in TIMED for o in self.judge.objectives)
         if not timed or self.limits.power_w or self.limits.budget_usd:
             return float("inf")
-        fitting = [(s, c) for s, c in self.projected if c not in self.too_large] if self.too_large else self.projected
+        fitting = [(s, c) for s, c in self.projected if c not in self.lost] if self.lost else self.projected
         own = min((s for s, c in fitting if c.runtime == candidate.runtime), default=float("inf"))
         return max(sorted(s for s, _ in fitting)[KEPT - 1], own) if len(fitting) >= KEPT else float("inf")
 
@@ -198,7 +201,7 @@ class Search:
             return
         over = max(result.memory.device_bytes - result.memory.capacity_bytes * (1 - self.limits.memory_margin), 0.0)
         if over:
-            self.too_large.add(candidate)
+            self.lost.add(candidate)
         failed = failure(candidate, broken, over, result.memory if over else None)
         taken = max((times for _, times in self.limits.asked_of(result)), default=0.0)
         self.failed.append((candidate, failed if over else replace(failed, times_limit=taken)))
@@ -209,15 +212,18 @@ class Search:
         What does not fit when it is read makes room for the next best, until enough fit or nothing is left.
         """
         read: set[Candidate] = set()
+        replaced = 0
         while True:
-            over = len(self.too_large)
             self.projected.sort(key=lambda pair: pair[0])
             for _, candidate in self.projected:
                 if candidate in read or self._enough(candidate.runtime) or (self._over_time() and len(self.found) >= SCHEDULED):
                     continue
                 read.add(candidate)
                 self._add(candidate, estimate(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
-            if len(self.too_large) == over or not self._replaced(screen):
+            if len(self.lost) == replaced:
+                break
+            replaced = len(self.lost)
+            if not self._replaced(screen):
                 break
         self.passed_over += len(self.too_slow)
         for _, candidate in self.projected:
@@ -246,14 +252,14 @@ class Search:
         if self._over_time():
             self._give_up(wanted)
             return False
-        before = len(self.projected)
-        finalists, close = self.pool.take(self.too_large) if self.pool else ([], [])
+        before, lost = len(self.projected), len(self.lost)
+        finalists, close = self.pool.take(self.lost) if self.pool else ([], [])
         self.passed_over -= len(finalists) + len(close)
         self.projected += finalists
         slow, self.too_slow = self.too_slow, []
         for bound_s, candidate in sorted([*slow, *self._bounded(screen, close)], key=lambda pair: pair[0]):
             self._look(screen, candidate, bound_s, small=False)
-        return len(self.projected) > before
+        return len(self.projected) > before or len(self.lost) > lost
 
     def _give_up(self, wanted: Sequence[Runtime]) -> None:
         """Counts what might have taken the place of what does not fit as not looked at; if time decides, where nothing else was found."""

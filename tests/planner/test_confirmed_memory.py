@@ -27,8 +27,25 @@ def machines(capacity_bytes=None):
     if capacity_bytes is None:
         return cluster
     (node,) = cluster.nodes
-    devices = tuple(replace(d, memory=replace(d.memory, capacity_bytes=int(capacity_bytes))) for d in node.devices)
-    return replace(cluster, nodes=(replace(node, devices=devices),))
+    device = replace(node.devices[0], memory=replace(node.devices[0].memory, capacity_bytes=int(capacity_bytes)))
+    return replace(cluster, nodes=(replace(node, devices=(device,) * len(node.devices)),))
+
+
+@pytest.fixture(scope="module")
+def free(work):
+    """The best where memory is plenty."""
+    return st.plan(work, machines(), 64, runtime=MEGATRON, **QUESTION).best
+
+
+def replay_as(monkeypatch, share_of):
+    """Segments of some share of the tensors, by strategy."""
+    replay = results.block_peaks
+
+    def wasteful(setting, *rest):
+        peaks = replay(setting, *rest)
+        return peaks and replace(peaks, reserved_bytes=peaks.asked_bytes * share_of(setting.strategy))
+
+    monkeypatch.setattr(results, "block_peaks", wasteful)
 
 
 @pytest.fixture
@@ -61,32 +78,23 @@ def same_best(quick, every):
     return quick.best is not None and quick.best.strategy == every.best.strategy
 
 
-def test_what_one_factor_would_keep_out_is_found(work, searched):
-    free, _ = searched(machines())
-    replayed = free.best.memory
-    counted = st.schedule(work, machines(), free.best.strategy, runtime=MEGATRON.with_(reserved_factor=1.2, replays_blocks=False)).memory
-    assert replayed.device_bytes < counted.device_bytes
+def test_what_one_factor_would_keep_out_is_found(work, free, searched):
+    replayed = free.memory
+    by_factor = MEGATRON.with_(reserved_factor=replayed.reserved_bytes / replayed.allocated_bytes + 0.1, replays_blocks=False)
+    counted = st.schedule(work, machines(), free.strategy, runtime=by_factor).memory
     tight = machines((replayed.device_bytes + counted.device_bytes) / 2)
     quick, every = searched(tight)
     assert same_best(quick, every)
-    assert quick.best.strategy == free.best.strategy
-    factor, _ = searched(tight, runtime=MEGATRON.with_(reserved_factor=1.2, replays_blocks=False))
-    assert factor.best.strategy != free.best.strategy
+    assert quick.best.strategy == free.strategy
+    factor, _ = searched(tight, runtime=by_factor)
+    assert factor.best.strategy != free.strategy
 
 
 @pytest.mark.parametrize("least", [0.5, 0.8, 0.97])
-def test_what_fits_by_tensors_alone_is_replaced(work, searched, monkeypatch, least):
+def test_what_fits_by_tensors_alone_is_replaced(work, free, searched, monkeypatch, least):
     """Segments of half as much again for some strategies: the best by tensors fails and says so, the next takes its place."""
-    replay = results.block_peaks
-
-    def wasteful(setting, lane, plan, limit_bytes=float("inf")):
-        peaks = replay(setting, lane, plan, limit_bytes)
-        odd = (setting.strategy.micro_batch.bit_length() + setting.strategy.pipeline.bit_length()) % 2
-        return replace(peaks, reserved_bytes=peaks.asked_bytes * (1.5 if odd else 1.02))
-
-    free, _ = searched(machines())
-    monkeypatch.setattr(results, "block_peaks", wasteful)
-    wanted = st.schedule(work, machines(), free.best.strategy, runtime=MEGATRON).memory
+    replay_as(monkeypatch, lambda s: 1.02 if (s.micro_batch.bit_length() + s.pipeline.bit_length()) % 2 else 1.5)  # the best: 1.5
+    wanted = st.schedule(work, machines(), free.strategy, runtime=MEGATRON).memory
     quick, every = searched(machines(wanted.device_bytes * least))
     assert same_best(quick, every)
     beside = [f for f in quick.failed if "segments beside tensors" in f.reason]
@@ -94,14 +102,8 @@ def test_what_fits_by_tensors_alone_is_replaced(work, searched, monkeypatch, lea
     assert all(f.over_bytes > 0 and f.term for f in beside)
 
 
-def test_where_segments_let_nothing_fit_everything_says_so(work, searched, monkeypatch):
-    replay = results.block_peaks
-
-    def wasteful(setting, lane, plan, limit_bytes=float("inf")):
-        peaks = replay(setting, lane, plan, limit_bytes)
-        return replace(peaks, reserved_bytes=peaks.asked_bytes * 1000)
-
-    monkeypatch.setattr(results, "block_peaks", wasteful)
+def test_where_segments_let_nothing_fit_everything_says_so(searched, monkeypatch):
+    replay_as(monkeypatch, lambda _: 1000)
     quick, every = searched(machines())
     assert quick.best is None
     assert every.best is None
@@ -109,13 +111,7 @@ def test_where_segments_let_nothing_fit_everything_says_so(work, searched, monke
 
 
 def test_a_search_without_time_to_replace_says_so(work, monkeypatch):
-    replay = results.block_peaks
-
-    def wasteful(setting, lane, plan, limit_bytes=float("inf")):
-        peaks = replay(setting, lane, plan, limit_bytes)
-        return replace(peaks, reserved_bytes=peaks.asked_bytes * 1000)
-
-    monkeypatch.setattr(results, "block_peaks", wasteful)
+    replay_as(monkeypatch, lambda _: 1000)
     monkeypatch.setattr(rounds, "EXHAUSTIVE", 0)
     monkeypatch.setattr(rounds.Search, "_over_time", lambda self: True)
     found = st.plan(work, machines(), 64, runtime=MEGATRON, **QUESTION)
@@ -126,9 +122,8 @@ def test_a_search_without_time_to_replace_says_so(work, monkeypatch):
     assert found.considered == len(found.failed) + found.unlisted + found.passed_over + found.unread
 
 
-def test_a_front_of_what_is_replayed_holds(work, searched):
-    free, _ = searched(machines())
-    quick, _ = searched(machines(free.best.memory.device_bytes * 0.9), objective=("throughput", "memory"))
+def test_a_front_of_what_is_replayed_holds(free, searched):
+    quick, _ = searched(machines(free.memory.device_bytes * 0.9), objective=("throughput", "memory"))
     assert quick.front
     assert all(r.fits for r in quick.ranked)
 

@@ -147,13 +147,13 @@ class Pool:
     fitting: np.ndarray
     taken: dict[Candidate, int] = field(default_factory=dict)
 
-    def take(self, too_large: Iterable[Candidate] = ()) -> tuple[list[Timed], list[Candidate]]:
+    def take(self, lost: Iterable[Candidate] = ()) -> tuple[list[Timed], list[Candidate]]:
         """What may be best and was not taken yet: with seconds per sample, and what must be read to know them.
 
         Args:
-            too_large: What was read and does not fit; the rest is compared without it.
+            lost: What was looked at since and does not fit; the rest is compared without it.
         """
-        self.fitting[[self.taken[c] for c in too_large if c in self.taken]] = False
+        self.fitting[[self.taken[c] for c in lost if c in self.taken]] = False
         every, carried = self.every, np.array([block.runtime.name for block in self.blocks])[self.every.block]
         sure, timed = every.within <= LOOSE, all(o in TIMED for o in self.objectives)
         close = self.fitting & ~sure & _may_be_fastest(every, self.fitting, carried)

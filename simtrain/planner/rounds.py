@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 from simtrain.core.hardware import Cluster
 from simtrain.core.result import Result
-from simtrain.core.runtime import Runtime
 from simtrain.core.strategy import Strategy
 from simtrain.core.workload import Workload
 from simtrain.planner.arrays.finalists import Pool, screen_blocks
@@ -63,7 +62,8 @@ class Search:
         failed: What does not, and why.
         projected: What fits, with seconds per sample as the screen has them.
         too_slow: What a bound shows to be no match for the best of `projected`, with its seconds per sample.
-        lost: What was screened as if it fitted, and does not or cannot be.
+        lost: What was screened as if it fitted, and does not or cannot be; until something takes its place.
+        fitting: What was read and fits, with seconds per sample as screened.
         pool: What arrays say fits.
         passed_over: How many are no match for the best.
         unread: How many were not looked at.
@@ -86,7 +86,8 @@ class Search:
     failed: list[tuple[Candidate, Failure]] = field(default_factory=list)
     projected: list[tuple[float, Candidate]] = field(default_factory=list)
     too_slow: list[tuple[float, Candidate]] = field(default_factory=list)
-    lost: set[Candidate] = field(default_factory=set)
+    lost: list[Candidate] = field(default_factory=list)
+    fitting: list[tuple[float, Candidate]] = field(default_factory=list)
     pool: Pool | None = None
     passed_over: int = 0
     unread: int = 0
@@ -163,7 +164,7 @@ class Search:
             try:
                 bounded.append((screen.bound_s(candidate) / candidate.strategy.global_batch, candidate))
             except REFUSALS as error:
-                self.lost.add(candidate)
+                self.lost.append(candidate)
                 self.failed.append((candidate, refusal(candidate, str(error))))
         return bounded
 
@@ -177,22 +178,21 @@ class Search:
                 return
             larger = screen.too_large(candidate)
             if larger is not None:
-                self.lost.add(candidate)
+                self.lost.append(candidate)
                 self.failed.append((candidate, too_large(candidate, *larger, self.limits)))
             else:
                 self.projected.append((screen.projected_s(candidate) / candidate.strategy.global_batch, candidate))
         except REFUSALS as error:
-            self.lost.add(candidate)
+            self.lost.append(candidate)
             self.failed.append((candidate, refusal(candidate, str(error))))
 
     def _bar_s(self, candidate: Candidate) -> float:
         """Seconds per sample above which one is neither among the best nor its runtime's best; only of objectives that go with time."""
         timed = all(o in TIMED for o in self.judge.objectives)
-        if not timed or self.limits.power_w or self.limits.budget_usd:
+        if not timed or len(self.projected) < KEPT or self.limits.power_w or self.limits.budget_usd:
             return float("inf")
-        fitting = [(s, c) for s, c in self.projected if c not in self.lost] if self.lost else self.projected
-        own = min((s for s, c in fitting if c.runtime == candidate.runtime), default=float("inf"))
-        return max(sorted(s for s, _ in fitting)[KEPT - 1], own) if len(fitting) >= KEPT else float("inf")
+        own = min((s for s, c in self.projected if c.runtime == candidate.runtime), default=float("inf"))
+        return max(sorted(s for s, _ in self.projected)[KEPT - 1], own)
 
     def _add(self, candidate: Candidate, result: Result) -> None:
         broken = self.limits.broken_by(result)
@@ -200,8 +200,6 @@ class Search:
             self.found.append((candidate, result))
             return
         over = max(result.memory.device_bytes - result.memory.capacity_bytes * (1 - self.limits.memory_margin), 0.0)
-        if over:
-            self.lost.add(candidate)
         failed = failure(candidate, broken, over, result.memory if over else None)
         taken = max((times for _, times in self.limits.asked_of(result)), default=0.0)
         self.failed.append((candidate, failed if over else replace(failed, times_limit=taken)))
@@ -212,22 +210,27 @@ class Search:
         What does not fit when it is read makes room for the next best, until enough fit or nothing is left.
         """
         read: set[Candidate] = set()
-        replaced = 0
         while True:
             self.projected.sort(key=lambda pair: pair[0])
-            for _, candidate in self.projected:
-                if candidate in read or self._enough(candidate.runtime) or (self._over_time() and len(self.found) >= SCHEDULED):
-                    continue
-                read.add(candidate)
-                self._add(candidate, estimate(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
-            if len(self.lost) == replaced:
+            for pair in tuple(self.projected):
+                if pair[1] not in read and not self._enough(*pair) and not (self._over_time() and len(self.found) >= SCHEDULED):
+                    read.add(pair[1])
+                    self._read(*pair)
+            if not self.lost:
                 break
-            replaced = len(self.lost)
-            if not self._replaced(screen):
-                break
+            self._replace(screen)
         self.passed_over += len(self.too_slow)
         for _, candidate in self.projected:
             self._leave(candidate.runtime.name, candidate not in read)
+
+    def _read(self, seconds: float, candidate: Candidate) -> None:
+        before = len(self.found)
+        self._add(candidate, estimate(self.workload, self.cluster, candidate.strategy, runtime=candidate.runtime))
+        if len(self.found) > before:
+            self.fitting.append((seconds, candidate))
+        elif self.failed[-1][1].over_bytes:
+            self.projected.remove((seconds, candidate))
+            self.lost.append(candidate)
 
     def _leave(self, runtime: str, count: int) -> None:
         """Counts what was not read though it may fit: no match for the best where time decides, else not looked at."""
@@ -236,35 +239,33 @@ class Search:
         self.unread += count * (not timed)
         self.skipped[runtime] += count * (not timed)
 
-    def _enough(self, runtime: Runtime) -> bool:
-        """Whether time decides and enough fits, of this runtime too."""
-        timed = all(o in TIMED for o in self.judge.objectives)
-        return timed and len(self.found) >= KEPT and any(c.runtime == runtime for c, _ in self.found)
+    def _enough(self, seconds: float, candidate: Candidate) -> bool:
+        """Whether time decides and enough fits that is faster, of this runtime too."""
+        if not all(o in TIMED for o in self.judge.objectives) or len(self.fitting) < KEPT:
+            return False
+        own = min((s for s, c in self.fitting if c.runtime == candidate.runtime), default=float("inf"))
+        return seconds >= max(sorted(s for s, _ in self.fitting)[KEPT - 1], own)
 
     def _over_time(self) -> bool:
         return time.monotonic() - self.start_s > self.patience_s + 10
 
-    def _replaced(self, screen: Screen) -> bool:
-        """Projects what takes the place of what was read since and does not fit; false where there is nothing, or no need."""
-        wanted = [r for r in {block.runtime.name: block.runtime for block in self.space}.values() if not self._enough(r)]
-        if not wanted:
-            return False
+    def _replace(self, screen: Screen) -> None:
+        """Projects what takes the place of what does not fit."""
+        lost, self.lost = self.lost, []
         if self._over_time():
-            self._give_up(wanted)
-            return False
-        before, lost = len(self.projected), len(self.lost)
-        finalists, close = self.pool.take(self.lost) if self.pool else ([], [])
+            self._give_up()
+            return
+        finalists, close = self.pool.take(lost) if self.pool else ([], [])
         self.passed_over -= len(finalists) + len(close)
         self.projected += finalists
         slow, self.too_slow = self.too_slow, []
         for bound_s, candidate in sorted([*slow, *self._bounded(screen, close)], key=lambda pair: pair[0]):
             self._look(screen, candidate, bound_s, small=False)
-        return len(self.projected) > before or len(self.lost) > lost
 
-    def _give_up(self, wanted: Sequence[Runtime]) -> None:
+    def _give_up(self) -> None:
         """Counts what might have taken the place of what does not fit as not looked at; if time decides, where nothing else was found."""
-        timed = all(o in TIMED for o in self.judge.objectives)
-        for name in (r.name for r in wanted if not timed or all(c.runtime != r for c, _ in self.found)):
+        timed, fitting = all(o in TIMED for o in self.judge.objectives), {c.runtime.name for _, c in self.fitting}
+        for name in {block.runtime.name for block in self.space} - (fitting if timed else set()):
             slow = [pair for pair in self.too_slow if pair[1].runtime.name == name]
             self.too_slow = [pair for pair in self.too_slow if pair[1].runtime.name != name]
             left = self.pool.left(name) if self.pool else 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from simtrain.core.precision import DTypeRole
 from simtrain.core.result import MemoryKind
@@ -31,7 +32,7 @@ STEPS = 2
 """The first makes the optimizer's states, the second has them."""
 
 MICRO_BATCHES = 3
-"""Micro-batches without a pipeline: from the second on they are alike. With one, twice as many as stages."""
+"""Most micro-batches without a pipeline: from the second on they are alike. With one, twice as many as stages."""
 
 WORKSPACE_BYTES = 32 * 2**20
 """Most that one of the libraries' workspaces takes; what there is of them is dealt out in such pieces."""
@@ -84,8 +85,12 @@ def block_peaks(setting: Setting, lane: Lane, plan: SchedulePlan, limit_bytes: f
     memory = _Memory(limit_bytes)
     memory.replay(program.numbered(program.start()), 0)
     for step in range(STEPS):
-        for action, chunk, adding, micro_batch in instructions:
-            memory.replay(program.instruction(action, chunk, adding), micro_batch)
+        for micro_batch, own in groupby(instructions, lambda i: i[3] if plan.stages == 1 else 0):
+            held, taken = dict(memory.held), memory.allocator.taken_bytes
+            for action, chunk, adding, number in own:
+                memory.replay(program.instruction(action, chunk, adding), number)
+            if plan.stages == 1 and micro_batch and memory.held == held and memory.allocator.taken_bytes == taken:
+                break  # it took no segment and left everything where it was, as those behind it will
         memory.replay(program.numbered(program.update(first=step == 0)), 0)
         memory.replay(program.forgotten(memory.held), 0)
     return BlockPeaks(memory.most, memory.allocator.peak_allocated_bytes, memory.allocator.peak_reserved_bytes)

@@ -57,6 +57,7 @@ class CachingAllocator:
         reserved_bytes: Of segments.
         peak_allocated_bytes: Most of them so far (`torch.cuda.max_memory_allocated`).
         peak_reserved_bytes: The same (`torch.cuda.max_memory_reserved`).
+        taken_bytes: Of all segments so far, those that were given back included.
     """
 
     limit_bytes: float = math.inf
@@ -64,7 +65,7 @@ class CachingAllocator:
     reserved_bytes: int = 0
     peak_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
-    _next: int = 0
+    taken_bytes: int = 0
     _small: Pool = field(default_factory=list)
     _large: Pool = field(default_factory=list)
 
@@ -116,8 +117,8 @@ class CachingAllocator:
             taken = LARGE_SEGMENT_BYTES if size < OWN_SEGMENT_BYTES else own
         if self.reserved_bytes + taken > self.limit_bytes:
             self._give_back()
-        block = Block(taken, self._next, small)  # segments follow each other, but their blocks do not merge
-        self._next += taken
+        block = Block(taken, self.taken_bytes, small)  # segments follow each other, but their blocks do not merge
+        self.taken_bytes += taken
         self.reserved_bytes += taken
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         return block

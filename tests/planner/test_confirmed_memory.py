@@ -22,8 +22,8 @@ def work():
 
 
 def machines(capacity_bytes=None):
-    """Eight cards with so much memory."""
-    cluster = st.cluster("8x a100-sxm-80g")
+    """Four cards with so much memory."""
+    cluster = st.cluster("4x a100-sxm-80g")
     if capacity_bytes is None:
         return cluster
     (node,) = cluster.nodes
@@ -34,7 +34,7 @@ def machines(capacity_bytes=None):
 @pytest.fixture(scope="module")
 def free(work):
     """The best where memory is plenty."""
-    return st.plan(work, machines(), 64, runtime=MEGATRON, **QUESTION).best
+    return st.plan(work, machines(), 32, runtime=MEGATRON, **QUESTION).best
 
 
 def replay_as(monkeypatch, share_of):
@@ -59,10 +59,10 @@ def searched(work, monkeypatch):
             *((finalists, "FINALISTS", 2), (finalists, "OF_EACH", 1)),
         ):
             monkeypatch.setattr(module, name, value)
-        quick = st.plan(work, cluster, 64, **asked)
+        quick = st.plan(work, cluster, 32, **asked)
         monkeypatch.setattr(rounds, "EXHAUSTIVE", 10**6)
         monkeypatch.setattr(rounds, "SHORT_STEPS", 10**9)
-        every = st.plan(work, cluster, 64, **asked)
+        every = st.plan(work, cluster, 32, **asked)
         for found in (quick, every):
             assert found.complete
             assert found.considered == len(found.ranked) + len(found.failed) + found.unlisted + found.passed_over
@@ -90,7 +90,7 @@ def test_what_one_factor_would_keep_out_is_found(work, free, searched):
     assert factor.best.strategy != free.strategy
 
 
-@pytest.mark.parametrize("least", [0.5, 0.8, 0.97])
+@pytest.mark.parametrize("least", [0.7, 0.8, 0.97])
 def test_what_fits_by_tensors_alone_is_replaced(work, free, searched, monkeypatch, least):
     """Segments of half as much again for some strategies: the best by tensors fails and says so, the next takes its place."""
     replay_as(monkeypatch, lambda s: 1.02 if (s.micro_batch.bit_length() + s.pipeline.bit_length()) % 2 else 1.5)  # the best: 1.5
@@ -114,7 +114,7 @@ def test_a_search_without_time_to_replace_says_so(work, monkeypatch):
     replay_as(monkeypatch, lambda _: 1000)
     monkeypatch.setattr(rounds, "EXHAUSTIVE", 0)
     monkeypatch.setattr(rounds.Search, "_over_time", lambda self: True)
-    found = st.plan(work, machines(), 64, runtime=MEGATRON, **QUESTION)
+    found = st.plan(work, machines(), 32, runtime=MEGATRON, **QUESTION)
     assert found.best is None
     if found.considered > len(found.failed):
         assert not found.complete
@@ -130,7 +130,7 @@ def test_a_front_of_what_is_replayed_holds(free, searched):
 
 def test_changes_that_are_said_to_fit_do(work):
     """By the replay, as whoever makes the change reads it."""
-    strategy = st.Strategy.parse("data=8,micro_batch=8,precision=bf16-master")
+    strategy = st.Strategy.parse("data=4,micro_batch=8,precision=bf16-master")
     now = st.schedule(work, machines(), strategy, runtime=MEGATRON).memory
     tight = machines(now.device_bytes * 0.98)
     assert not st.schedule(work, tight, strategy, runtime=MEGATRON).fits

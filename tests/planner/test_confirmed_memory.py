@@ -144,3 +144,14 @@ def test_changes_that_are_said_to_fit_do(work):
 
 def _fields(strategy):
     return {"data": strategy.data, "micro_batch": strategy.micro_batch, "precision": strategy.precision}
+
+
+def test_what_goes_by_one_factor_says_so(work):
+    """Allocations, and what stages of a pipeline recompute."""
+    allocated = st.allocate(work, machines(), 32, runtime=MEGATRON, tensors=(2,), micro_batches=(4,), zeros=(0,), sequences=(True,))
+    assert any("1.05 times what tensors take" in line for line in allocated.assumptions)
+    strategy = "pipeline=4,accumulation=4,micro_batch=8,precision=bf16-master,checkpoint=optimal"
+    chosen = st.schedule(work, machines(), strategy, runtime=MEGATRON)
+    assert any("1.05 times the tensors" in line for line in chosen.assumptions)
+    eager = st.schedule(work, machines(), strategy, runtime="torch-eager")
+    assert not any("times the tensors" in line for line in eager.assumptions)

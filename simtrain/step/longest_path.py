@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simtrain.core.errors import InternalError
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.program import Program, TermKind
+from simtrain.step.eigenmode import eigenmode
 
 MAX_STEPS = 64
+"""Steps after which the steady state is no longer awaited but solved for."""
 PATIENCE = 8
 """Steps after which steps that are alike are skipped."""
 TOLERANCE = 1e-11
@@ -133,15 +134,14 @@ def steady_state(program: Program, durations_s: FloatArray, recursion: Recursion
     many steps (Baccelli, Cohen, Olsder and Quadrat 1992, theorem 3.109). The period is that constant. A host that is faster than its
     device needs many steps until it is as far ahead as it may be; it starts level and only gains, so it delays nobody on the way, and
     the step counts as periodic once all other terms grow alike. Where a device that its own host holds up gains on the others only
-    slowly, as many steps as have passed are skipped at once: the period does not depend on where one begins.
+    slowly, as many steps as have passed are skipped at once: the period does not depend on where one begins. A few programs never show
+    their period in that way, or too late: steps that take turns, terms that nobody holds up. Their steady state is solved for
+    (`simtrain.step.eigenmode`); the period is that of the terms that grow most, and where steps take turns it is their mean.
 
     Args:
         program: What is executed.
         durations_s: Of each term.
         recursion: That of the program, if it is there already.
-
-    Raises:
-        InternalError: The period has not settled after `MAX_STEPS` steps.
     """
     recursion = recursion or Recursion(program)
     before: FloatArray | None = None
@@ -159,4 +159,5 @@ def steady_state(program: Program, durations_s: FloatArray, recursion: Recursion
                 growth = np.full(len(end), np.inf)
             grew = growth
         before = end
-    raise InternalError(f"the step has not become periodic after {MAX_STEPS} steps")
+    growth, end = eigenmode(program, durations_s, recursion.step(durations_s)[1])
+    return Steady(float(growth.max()), end - durations_s, end)

@@ -61,7 +61,7 @@ def eigenmode(program: Program, durations_s: FloatArray, ends_s: FloatArray) -> 
         ends_s: Of each term in the first step: from where to search.
 
     Returns:
-        Growth and ends of each term. Ends are those of a step in which terms that grow less are ahead of the others, who delay them never.
+        Growth and ends of each term. Terms that grow less are so far ahead that they delay no others.
 
     Raises:
         InternalError: No best choice was found in `MAX_ROUNDS` rounds.
@@ -97,28 +97,36 @@ def _values(edges: _Edges, choice: IntArray, ends_s: FloatArray) -> tuple[FloatA
             if i != term:
                 growth[i] = growth[source[i]]
                 ends[i] = ends[source[i]] + weight[i] - crosses[i] * growth[i]
-    return np.array(growth), np.array(ends)
+    return _rounded(np.array(growth)), np.array(ends)
+
+
+def _rounded(growth_s: FloatArray) -> FloatArray:
+    """Makes growths equal that differ by rounding, as those of equal lanes may."""
+    values, which = np.unique(growth_s, return_inverse=True)
+    last = np.append(np.diff(values) > TOLERANCE * values[-1], True)
+    rounded: FloatArray = values[last][np.searchsorted(np.flatnonzero(last), which)]
+    return rounded
 
 
 def _better(edges: _Edges, growth_s: FloatArray, ends_s: FloatArray) -> tuple[IntArray, np.ndarray]:
     """For each term the edge that makes it grow most and, among those, end latest, and whether that is more than rounding."""
     fastest = np.maximum.reduceat(growth_s[edges.source], edges.first)
-    alike = growth_s[edges.source] >= fastest[edges.target] - TOLERANCE * growth_s.max()
-    arrives = np.where(alike, ends_s[edges.source] + edges.weight_s - edges.crosses * fastest[edges.target], -np.inf)
+    arrives = ends_s[edges.source] + edges.weight_s - edges.crosses * fastest[edges.target]
+    arrives[growth_s[edges.source] < fastest[edges.target]] = -np.inf
     latest = np.maximum.reduceat(arrives, edges.first)
     chosen = np.empty_like(edges.first)
     best = np.flatnonzero(arrives == latest[edges.target])
     chosen[edges.target[best]] = best
     slack = TOLERANCE * (np.abs(ends_s).max() + growth_s.max())
-    return chosen, (fastest > growth_s + TOLERANCE * growth_s.max()) | (latest > ends_s + slack)
+    return chosen, (fastest > growth_s) | (latest > ends_s + slack)
 
 
 def _ahead(edges: _Edges, growth_s: FloatArray, ends_s: FloatArray) -> FloatArray:
-    """Puts terms that grow less as far ahead of those who wait for them as they are after long: here, a whole step."""
+    """Puts terms that grow less ahead of those who wait for them, by a whole step; those that nobody waits for end with the others."""
     ends_s, period_s = ends_s.copy(), growth_s.max()
     for growth in np.unique(growth_s)[-2::-1]:
         own = growth_s == growth
-        for_others = own[edges.source] & (growth_s[edges.target] > growth + TOLERANCE * period_s)
+        for_others = own[edges.source] & ~own[edges.target]
         arrives = ends_s[edges.source] + edges.weight_s - edges.crosses * period_s - ends_s[edges.target]
         late = arrives[for_others].max(initial=-np.inf)
         ends_s[own] -= late + period_s if np.isfinite(late) else ends_s[own].max() - ends_s[growth_s > growth].max()

@@ -5,9 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+import simtrain as st
 from simtrain.core.program import Program, Stream, TermKind
+from simtrain.core.runtimes import RUNTIMES
 from simtrain.step.eigenmode import eigenmode
 from simtrain.step.longest_path import Recursion, steady_state
+from simtrain.step.lower import lower
+from simtrain.step.setting import resolve
 
 Edge = tuple[int, int, float]
 
@@ -67,10 +71,10 @@ def test_steps_that_take_turns_take_their_mean():
 
 def test_of_lanes_that_nobody_couples_the_slowest_sets_the_pace():
     apart = program([1.0, 1.0, 2.5], [(0, 1, 0.5)], [(1, 0, 0.0), (2, 2, 0.0)])
-    growth, ends = eigenmode(apart, apart.durations_s(), walked(apart, 1)[0])
+    growth, _ = eigenmode(apart, apart.durations_s(), walked(apart, 1)[0])
     np.testing.assert_allclose(growth, [2.5, 2.5, 2.5])
     slower = program([1.0, 1.0, 4.0], [(0, 1, 0.5)], [(1, 0, 0.0), (2, 2, 0.0)])
-    growth, ends = eigenmode(slower, slower.durations_s(), walked(slower, 1)[0])
+    growth, _ = eigenmode(slower, slower.durations_s(), walked(slower, 1)[0])
     np.testing.assert_allclose(growth, [2.5, 2.5, 4.0])
     steady = steady_state(slower, slower.durations_s())
     assert steady.period_s == pytest.approx(4.0)
@@ -114,3 +118,54 @@ def test_terms_grow_as_they_do_after_many_steps(durations, waits, carries):
     np.testing.assert_allclose(after, level + growth, atol=1e-8)
     # as a steady state they do if all keep the same pace: then nobody comes too late either
     assert np.all(Recursion(made).step(made.durations_s(), level + 1e4)[1] - 1e4 <= level + growth.max() + 1e-8)
+
+
+def test_growth_is_that_of_equal_lanes_if_rounding_tells_them_apart():
+    """Sums of the same durations in another order: neither lane is ahead of the other."""
+    within = [(0, 2, 0.0), (2, 4, 0.0), (1, 3, 0.0), (3, 5, 0.0), (1, 4, 0.0)]
+    equal = program([0.1, 0.3, 0.2, 0.2, 0.3, 0.1], within, [(4, 0, 0.0), (5, 1, 0.0)])
+    assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1
+    growth, ends = eigenmode(equal, equal.durations_s(), walked(equal, 1)[0])
+    assert len(np.unique(growth)) == 1
+    np.testing.assert_allclose(Recursion(equal).step(equal.durations_s(), ends + 1)[1], ends + 1 + growth)
+
+
+LATE = {
+    "a pipeline both ways": (
+        lambda: st.workload("gpt", layers=8, hidden=256, heads=4, vocabulary=512, seq_len=128),
+        "8x a100-sxm-80g",
+        "pipeline=4,context=2,accumulation=10,precision=fp16-master,zero=1,schedule=dual-pipe",
+        "torch-eager",
+    ),
+    "two stages": (
+        lambda: st.workload("resnet-50"),
+        "8x a100-sxm-80g",
+        "data=4,pipeline=2,micro_batch=2,accumulation=4,precision=fp16-amp,zero=2,schedule=dual-pipe",
+        "fsdp2",
+    ),
+    "hosts that hold up two kinds of devices": (
+        lambda: st.workload("resnet-50"),
+        "2x a100-sxm-80g + 2x v100-sxm2-32g",
+        "data=4,micro_batch=2,accumulation=8,precision=fp16-amp,zero=0,checkpoint=every:2",
+        "fsdp2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_devices_that_gain_on_each_other_for_thousands_of_steps(name):
+    """The pace is that of the device that others gain on, and all readers say so."""
+    make, cluster, strategy, runtime = LATE[name]
+    work = make()
+    scheduled, simulated, closed = (read(work, cluster, strategy, runtime=runtime) for read in (st.schedule, st.simulate, st.estimate))
+    assert simulated.step_time_s == pytest.approx(scheduled.step_time_s, rel=1e-9)
+    assert closed.step_time_s == pytest.approx(scheduled.step_time_s, rel=0.15)
+    for result in (scheduled, simulated):
+        assert sum(result.breakdown_s.values()) == pytest.approx(result.step_time_s, rel=1e-9)
+        assert min(result.breakdown_s.values()) >= 0
+    made = lower(resolve(work, cluster, strategy, RUNTIMES[runtime])).program
+    steady, ends = steady_state(made, made.durations_s()), walked(made, 90)
+    growth = (ends[-1] - ends[-2])[made.kind != TermKind.HOST]
+    assert growth.max() == pytest.approx(steady.period_s, rel=1e-9)
+    assert growth.min() < steady.period_s * (1 - 1e-7)
+    assert Recursion(made).step(made.durations_s(), steady.end_s + 1)[1] - 1 == pytest.approx(steady.end_s + steady.period_s)

@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,6 +134,7 @@ def read_cluster(path: Path | Traversable, device: Callable[[str], Device], link
         CatalogError: With file, line, field and fix of each problem.
     """
     text = _read(path)
+    device = cache(device)  # a file that is named twice is one kind of device
     file = _validate(path, text, ClusterFile)
     numbers = _numbers(file.numbers, CLUSTER_NUMBERS)
     problems: list[Problem] = []

@@ -76,13 +76,15 @@ def read_pairs(text: str, option: str) -> dict[str, str]:
     """Reads `a=1,b=2`.
 
     Raises:
-        InputError: A part without `=`.
+        InputError: A part without `=`, or a name given twice.
     """
-    pairs = {}
+    pairs: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"{option}: {part!r} is not of the form name=value")
+        if name.strip() in pairs:
+            raise InputError(f"{option}: {name.strip()} is given twice: {pairs[name.strip()]} and {value.strip()}")
         pairs[name.strip()] = value.strip()
     return pairs
 

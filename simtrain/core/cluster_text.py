@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 
 from simtrain.core import catalog
 from simtrain.core.errors import InputError, UnknownNameError, nearest
@@ -34,10 +35,11 @@ def parse_cluster(text: str) -> Cluster:
     nodes: list[Node] = []
     assumptions: list[str] = []
     host_power_w = 0.0
+    find = cache(lambda name: _device(name, text))  # a file that is named twice is one kind of device
     for count, name in groups:
         machine = _preset(name)
         if machine is None:
-            nodes += _nodes(_device(name, text), count, assumptions)
+            nodes += _nodes(find(name), count, assumptions)
             continue
         nodes += machine.nodes * count
         assumptions += machine.assumptions
@@ -46,6 +48,10 @@ def parse_cluster(text: str) -> Cluster:
         nic = catalog.link(DEFAULT_NIC)
         assumptions.append(f"nodes are connected by one {nic.name} port per device (not stated)")
         nodes = [n if n.nic else replace(n, nic=nic, nics=len(n.devices)) for n in nodes]
+    if host_power_w and len({name for _, name in groups}) > 1:
+        assumptions.append(
+            f"hosts: every node is taken to draw {host_power_w:g} W beside its devices, the most that a preset among them states"
+        )
     return Cluster(text.strip(), tuple(nodes), tuple(dict.fromkeys(assumptions)), host_power_w=host_power_w)
 
 

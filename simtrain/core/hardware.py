@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -278,6 +278,13 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.network.check(self.size, self.name)
+        known: dict[str, Device] = {}
+        for device in dict.fromkeys(d for node in {id(n): n for n in self.nodes}.values() for d in node.devices):
+            if other := _difference(known.setdefault(device.name, device), device):
+                raise InputError(
+                    f"{self.name}: two devices of different {other} are called {device.name!r}, and would be taken for one kind: give one "
+                    "of them another name"
+                )
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -290,10 +297,26 @@ class Cluster:
         return sum(len(node.devices) for node in self.nodes)
 
     def with_speed_spread(self, speed_spread: float) -> Cluster:
-        """Returns the cluster with devices that differ by so much from board to board: 0 for none (`simtrain.step.slowest`)."""
-        other = {device: replace(device, speed_spread=speed_spread) for device in dict.fromkeys(self.devices)}
+        """Returns the cluster with devices that differ by so much from board to board: 0 for none (`simtrain.step.slowest`).
+
+        Raises:
+            InputError: A spread that cannot be.
+        """
+        if not (math.isfinite(speed_spread) and 0 <= speed_spread < 1):
+            raise InputError(f"speed_spread is a relative standard deviation from 0 to below 1, not {speed_spread!r}")
+        origin = {"speed_spread": Provenance(ValueKind.ASSUMPTION, f"speed_spread of {speed_spread:g}: as asked for")}
+        devices = dict.fromkeys(self.devices)
+        other = {d: replace(d, speed_spread=speed_spread, provenance={**d.provenance, **origin}) for d in devices}
         nodes = tuple(replace(node, devices=tuple(other[device] for device in node.devices)) for node in self.nodes)
         return replace(self, nodes=nodes)
+
+
+def _difference(one: Device, other: Device) -> str:
+    """The first field in which two devices differ; empty where there is none."""
+    if one is other:
+        return ""
+    told = ("provenance", "aliases", "assumptions", "operator_table")  # a table of a calibration comes with a profile of its own
+    return next((f.name for f in fields(one) if f.name not in told and getattr(one, f.name) != getattr(other, f.name)), "")
 
 
 class ComputeModel(Protocol):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any
 
 from simtrain.core.errors import InputError, nearest
@@ -49,11 +51,21 @@ class Runtime:
             if name in ("name", "sources"):
                 whole[name] = value
             elif name in PART_OF:
+                _check_kind(name, value, getattr(getattr(self, PART_OF[name]), name))
                 parts.setdefault(PART_OF[name], {})[name] = value
             else:
                 near = nearest(name, PART_OF)
                 raise InputError(f"a runtime has no {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
         return replace(self, **whole, **{part: replace(getattr(self, part), **own) for part, own in parts.items()})
+
+
+def _check_kind(name: str, value: object, now: object) -> None:
+    """Refuses what is no value of its kind: text such as "false" would be taken for true."""
+    if isinstance(now, bool):
+        if not isinstance(value, bool):
+            raise InputError(f"runtime: {name} is True or False, not {value!r}")
+    elif isinstance(now, int | float) and (isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value)):
+        raise InputError(f"runtime: {name} is a finite number, not {value!r}")
 
 
 PARTS = {

@@ -47,6 +47,11 @@ class StageTemplate:
     expert: int = 1
     checkpoint: str = ""
 
+    def __post_init__(self) -> None:
+        _check_counts(self, "tensor", "context", "expert")
+        if len(self.layers) != 2 or any(type(n) is not int for n in self.layers) or self.layers[0] < 0 or self.layers[1] < -1:
+            raise StrategyError(f"layers must be a first layer and the one behind the last, or (0, -1) for all, not {self.layers!r}")
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaTemplate:
@@ -54,6 +59,11 @@ class ReplicaTemplate:
 
     stages: tuple[StageTemplate, ...]
     micro_batch: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "micro_batch")
+        if not self.stages:
+            raise StrategyError("a replica has at least one stage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,9 @@ class ReplicaGroup:
     template: ReplicaTemplate
     copies: int
     micro_batches: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "copies", "micro_batches")
 
     def __str__(self) -> str:
         """A short form for reports, such as `2x(v100[0:12] | v100[12:24], 4 micro-batches of 2)`."""
@@ -129,10 +142,7 @@ class Strategy:
     plan: tuple[ReplicaGroup, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in _SUGAR:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise StrategyError(f"{name} must be a whole number of at least 1, not {value!r}")
+        _check_counts(self, *_SUGAR)
         if self.zero not in (0, 1, 2, 3) or type(self.zero) is not int:
             raise StrategyError(f"zero must be 0, 1, 2 or 3, not {self.zero!r}")
         for name, what in (("shard", "ranks, or 0 for all"), ("chunks", "model chunks, or 0 for what the schedule takes")):
@@ -281,6 +291,13 @@ class Strategy:
             return cls.from_dict(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
             raise StrategyError(f"strategy is not valid TOML: {error}") from None
+
+
+def _check_counts(chosen: object, *names: str) -> None:
+    for name in names:
+        value = getattr(chosen, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise StrategyError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def _pairs(text: str) -> list[str]:

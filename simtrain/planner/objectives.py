@@ -53,8 +53,8 @@ class Weights:
 
     def __post_init__(self) -> None:
         parts = (self.throughput, self.memory, self.convergence)
-        if any(not p >= 0 for p in parts) or sum(parts) <= 0 or self.noise_batch < 0:
-            raise InputError("weights must not be negative, and one of throughput, memory and convergence must be above zero")
+        if not all(math.isfinite(p) and p >= 0 for p in (*parts, self.noise_batch)) or sum(parts) <= 0:
+            raise InputError("weights must be numbers from 0 on, and one of throughput, memory and convergence must be above zero")
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ def _headline(a: Allocation) -> Table:
             ("reduction", f"{format_time(a.synchronise_s)} of gradients{' and parameters' * (a.zero > 0)} behind the last backward pass"),
             ("states", "shared by the replicas (ZeRO stage 1)" if a.zero else "whole in every replica"),
             ("left out", idle or "nothing"),
+            *[("memory", "DOES NOT FIT: some stages need more than their devices have")] * (not a.fits),
             ("plan is", f"{verdict}: {a.carrier.reason}"),
             ("energy", f"{a.energy_j:.4g} J per step"),
             ("cost", f"{a.cost_usd:.3g} USD per step" if a.cost_usd else "no price known"),

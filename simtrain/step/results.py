@@ -21,6 +21,7 @@ from simtrain.step.ledger import Ledger, ledger, report
 from simtrain.step.offload import offload_notes, offload_sources
 from simtrain.step.offload_memory import host_memory, shortage
 from simtrain.step.setting import Setting
+from simtrain.step.slowest import slowdowns
 from simtrain.step.workspace import ONEDNN_PRODUCT_BYTES, blas_bytes
 
 NOT_MODELLED = (
@@ -202,7 +203,17 @@ def _slowest_notes(layout: Layout) -> list[str]:
             f"the slowest of {count} {device.name} sets the pace of a stage: products, convolutions and attention take {slowdown - 1:.1%} "
             f"longer than on a typical one (speed_spread {device.speed_spread:g})"
         )
-    return notes
+    return [*notes, *_slowest_stage_notes(layout)]
+
+
+def _slowest_stage_notes(layout: Layout) -> list[str]:
+    """Says what is left out where any of several stages may hold the slowest device of all."""
+    if layout.grid.pipeline == 1:
+        return []
+    every = slowdowns(layout.setting.devices)
+    more = max(every[lane.place.device] / lane.place.slowdown for lane in layout.lanes) - 1
+    stages = f"that any of {layout.grid.pipeline} stages may hold the slowest device of all is left out"
+    return [f"{stages}: where they are equal, their products may take up to {more:.1%} longer"] if more else []
 
 
 def _uncounted_memory(setting: Setting) -> list[str]:

@@ -113,6 +113,7 @@ def test_the_best_can_be_drawn_and_traced(run, tmp_path):
         (("--zero", 7), "zero must be 0, 1, 2 or 3, not 7"),
         (("--optimizer", "adamv"), "unknown optimizer 'adamv': did you mean 'adam"),
         (("--top", 0), "Invalid value for '--top'"),
+        (("--fixed", "data=2,data=4"), "--fixed: data is given twice: 2 and 4"),
         (("--trace", "x.png"), "--trace x.png: the file must end in .json"),
     ],
 )

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from simtrain.core import catalog
@@ -39,6 +41,39 @@ def test_mixed_devices_stand_on_nodes_of_their_own_in_the_order_typed():
 def test_what_the_text_does_not_say_is_listed_as_assumed():
     assert any("host power and price not counted" in a for a in parse_cluster("2x a100-sxm-80g").assumptions)
     assert any("through host memory" in a for a in parse_cluster("2x rtx-4090").assumptions)
+
+
+def write_device(folder, *, bandwidth="3 TB/s", name="Example-80GB"):
+    """A device file as the documentation gives it."""
+    text = (Path(__file__).parents[2] / "docs" / "adding_a_device.md").read_text(encoding="utf-8").split("```toml\n")[1].split("```")[0]
+    path = folder / f"{name}-{bandwidth[0]}.toml"
+    path.write_text(text.replace("3 TB/s", bandwidth).replace("Example-80GB", name), encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_named_twice_is_one_kind_of_device(tmp_path):
+    file = write_device(tmp_path)
+    assert len(set(parse_cluster(f"2x {file} + 2x {file}").devices)) == 1
+
+
+def test_different_devices_of_one_name_are_refused(tmp_path):
+    """Kinds of devices are told apart by name: a copied file would be priced as the other one."""
+    one, other = write_device(tmp_path), write_device(tmp_path, bandwidth="4 TB/s")
+    with pytest.raises(InputError, match=r"different memory are called 'Example-80GB'.*another name"):
+        parse_cluster(f"2x {one} + 2x {other}")
+    with pytest.raises(InputError, match="are called 'H100-SXM5-80GB'"):
+        parse_cluster(f"2x h100-sxm + 2x {write_device(tmp_path, name='H100-SXM5-80GB')}")
+
+
+def test_a_spread_that_was_asked_for_is_not_said_to_be_measured():
+    device = parse_cluster("2x h100-sxm").with_speed_spread(0.05).devices[0]
+    assert device.speed_spread == 0.05
+    assert "asked for" in device.provenance["speed_spread"].source
+
+
+def test_power_of_hosts_beside_a_preset_is_said():
+    assert any("2300 W" in a for a in parse_cluster("dgx-h100 + 8x a100-sxm-80g").assumptions)
+    assert not any("beside its devices" in a for a in parse_cluster("2x dgx-h100").assumptions)
 
 
 @pytest.mark.parametrize("text", ["", "  ", "+", "4x a100-sxm-80g +"])

@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from simtrain.core.errors import StrategyError, UnknownNameError
+from simtrain.core.errors import InputError, StrategyError, UnknownNameError
 from simtrain.core.precision import PRECISIONS
+from simtrain.core.runtimes import runtime
 from simtrain.core.strategy import (
     OPTIMIZERS,
     ReplicaGroup,
@@ -172,3 +173,17 @@ def test_with_changes_a_copy():
 )
 def test_checkpointing_recomputes_segments(checkpoint, depth, segment):
     assert checkpoint_segment(checkpoint, depth) == segment
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"fused_attention": "false"}, "fused_attention is True or False, not 'false'"),
+        ({"launch_s": "16 us"}, "launch_s is a finite number, not '16 us'"),
+        ({"launch_s": float("inf")}, "launch_s is a finite number"),
+        ({"bucket_bytes": True}, "bucket_bytes is a finite number"),
+    ],
+)
+def test_behaviours_of_a_runtime_keep_their_kind(changed, told):
+    with pytest.raises(InputError, match=told):
+        runtime("torch-eager").with_(**changed)

@@ -211,3 +211,10 @@ def test_more_devices_and_resources_are_priced(small):
     assert devices.change == "1 more device (data=3)"
     faster = st.schedule(small, BOX, "data=3,micro_batch=2,accumulation=4").step_time_s
     assert devices.step_time_s == pytest.approx(faster)
+
+
+@pytest.mark.parametrize("name", ["throughput", "noise_batch"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_weights_are_numbers(name, value):
+    with pytest.raises(InputError, match="weights must be numbers from 0 on"):
+        Weights(**{name: value})

@@ -156,3 +156,14 @@ def test_a_device_file_states_its_own(tmp_path: Path):
         read("1.7")
     assert catalog.device("a100-sxm-80g").speed_spread == SPREAD
     assert catalog.device("tpu-v4").speed_spread == 0, "nothing was measured"
+
+
+def test_what_is_left_out_of_pipelines_is_said():
+    """Eight stages of one device each wait for none, yet one of them is the slowest of eight."""
+    asked = st.Strategy(pipeline=8, accumulation=16, precision="bf16-master")
+    said = [a for a in st.estimate("gpt2-small", EIGHT, asked).assumptions if "slowest device of all" in a]
+    assert said == [
+        f"that any of 8 stages may hold the slowest device of all is left out: where they are equal, their products may take up to "
+        f"{SPREAD * expected_largest(8):.1%} longer"
+    ]
+    assert not [a for a in st.estimate("gpt2-small", spread(EIGHT, 0.0), asked).assumptions if "slowest" in a]

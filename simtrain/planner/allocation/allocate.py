@@ -9,11 +9,12 @@ from math import inf
 import numpy as np
 
 from simtrain.core import catalog
+from simtrain.core.checkpoint import is_optimal
 from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.hardware import Cluster
 from simtrain.core.precision import precision as precision_of
 from simtrain.core.runtime import Runtime
-from simtrain.core.strategy import Strategy
+from simtrain.core.strategy import Strategy, checkpoint_segment
 from simtrain.core.workload import Workload
 from simtrain.cost import energy
 from simtrain.cost.fabric import fabric_of
@@ -136,6 +137,9 @@ class Allocator:
         if global_batch < 1:
             raise InputError(f"a global batch has at least 1 sample, not {global_batch}")
         _check_choices(zeros, sequences)
+        _check_checkpoints(checkpoints)
+        if not 0 <= memory_margin < 1:
+            raise InputError(f"memory_margin must be a share from 0 to below 1, not {memory_margin!r}")
         kinds = kinds_of(machines, runtime, precision)
         fabric = fabric_of(machines)
         fabric.latencies_s(np.zeros_like(fabric.first_of), fabric.first_of)  # refuses nodes that nothing connects
@@ -321,6 +325,16 @@ def _check_choices(zeros: Sequence[int], sequences: Sequence[bool]) -> None:
         )
     if not sequences:
         raise InputError("sequences says whether tensor-parallel devices may split the sequence: give (False,), (True,) or both")
+
+
+def _check_checkpoints(checkpoints: Sequence[str]) -> None:
+    for checkpoint in checkpoints:
+        checkpoint_segment(checkpoint, 1)  # refuses what is none
+        if is_optimal(checkpoint):
+            raise UnsupportedError(
+                f"checkpoint={checkpoint} of devices that differ is not modelled: allow none, selective and full, among which every stage "
+                "takes its own"
+            )
 
 
 def _check_work(job: Job) -> None:

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from simtrain.core.errors import StrategyError, UnsupportedError
+from simtrain.core.errors import InputError, StrategyError, UnsupportedError
 from simtrain.core.polynomial import FloatArray
 from simtrain.core.workload import Collective
 from simtrain.cost.collectives import collective, point_to_point
@@ -59,6 +59,7 @@ def market(
 
     Raises:
         UnsupportedError: No unit can run the model; the message is that of the last refusal.
+        InputError: No width that the nodes have devices for.
     """
     cuts = _layer_cuts(job)
     prices: dict[tuple[Unit, int], LayerPrices] = {}
@@ -69,6 +70,9 @@ def market(
                 prices[unit, size] = _layer_prices(job, unit, size, cuts)
             except (UnsupportedError, StrategyError) as error:
                 refused = error
+    if not prices and refused is None:
+        widths, most = ", ".join(map(str, tensors)), max(kind.per_node for kind in job.kinds.values())
+        raise InputError(f"no tensor width of {widths} can be made of the devices of a node, at most {most} of a kind")
     if not prices:
         raise UnsupportedError(f"no device can run {job.workload.name}: {refused}") from None
     gradients = max(float(price.gradient_bytes.sum()) for price in prices.values())

@@ -98,6 +98,11 @@ class Allocation:
         return self.global_batch / self.step_time_s
 
     @property
+    def fits(self) -> bool:
+        """Whether every stage fits its devices, which a plan of one's own need not."""
+        return all(m.fits for m in self.memory)
+
+    @property
     def gap(self) -> float:
         """Share of the step time above the bound: nothing can be faster by more."""
         return 1 - self.bound_s / self.step_time_s
@@ -151,7 +156,7 @@ class Allocation:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON; timelines are left out."""
-        plain = ("workload", "cluster", "global_batch", "step_time_s", "samples_per_s", "bound_s", "gap", "synchronise_s")
+        plain = ("workload", "cluster", "global_batch", "fits", "step_time_s", "samples_per_s", "bound_s", "gap", "synchronise_s")
         more = ("energy_j", "cost_usd", "zero", "templates", "elapsed_s", "assumptions")
         data = {name: getattr(self, name) for name in (*plain, *more)}
         data["breakdown_s"], data["left_out"] = dict(self.breakdown_s), dict(self.left_out)
@@ -171,6 +176,6 @@ class Allocation:
             *(f"  left out: {n} x {kind}" for kind, n in self.left_out.items() if n),
             f"{'executable' if self.carrier.executable else 'hypothetical'}: {self.carrier.reason}",
             f"memory at most {max(m.device_bytes / m.capacity_bytes for m in self.memory):.0%} of a device "
-            f"({format_bytes(max(m.device_bytes for m in self.memory))})",
+            f"({format_bytes(max(m.device_bytes for m in self.memory))})" + ", which DOES NOT FIT" * (not self.fits),
         ]
         return "\n".join(lines)

@@ -138,3 +138,37 @@ def test_bad_plans():
         st.read_plan(GPT, "2x rtx-3090", st.Strategy(precision="fp16-amp", plan=(group,)))
     with pytest.raises(UnsupportedError, match="ZeRO stages 0 and 1, not 2"):
         asker("2x v100-sxm2-16gb", 8, zeros=(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: ReplicaGroup(ReplicaTemplate((StageTemplate(),), 2), 0, 4), "copies must be a whole number of at least 1, not 0"),
+        (lambda: ReplicaGroup(ReplicaTemplate((StageTemplate(),), 2), 1.5, 4), "copies must be a whole number"),
+        (lambda: ReplicaTemplate((StageTemplate(),), 0), "micro_batch must be a whole number"),
+        (lambda: ReplicaTemplate((), 1), "at least one stage"),
+        (lambda: StageTemplate(context=0), "context must be a whole number"),
+        (lambda: StageTemplate(layers=(0, -5)), "layers must be"),
+    ],
+)
+def test_parts_of_plans_that_cannot_be(make, told):
+    with pytest.raises(StrategyError, match=told):
+        make()
+
+
+def test_what_is_chosen_for_each_device_by_itself_is_no_part_of_allocations():
+    plan = (ReplicaGroup(ReplicaTemplate((StageTemplate(),), 2), 2, 2),)
+    with pytest.raises(UnsupportedError, match="checkpoint=optimal of devices that differ is not modelled"):
+        st.read_plan(GPT, "2x v100-sxm2-16gb", st.Strategy(precision="fp16-amp", checkpoint="optimal", plan=plan))
+    with pytest.raises(InputError, match=r"no tensor width of 3 .* at most 2 of a kind"):
+        asker("2x v100-sxm2-16gb", 8, tensors=(3,))
+    with pytest.raises(InputError, match="memory_margin must be a share"):
+        asker("2x v100-sxm2-16gb", 8, memory_margin=-0.5)
+
+
+def test_a_plan_of_ones_own_that_does_not_fit_says_so():
+    plan = (ReplicaGroup(ReplicaTemplate((StageTemplate(),), 64), 2, 1),)
+    read_one = st.read_plan(GPT, "2x v100-sxm2-16gb", st.Strategy(precision="fp16-amp", plan=plan))
+    assert not read_one.fits
+    assert "DOES NOT FIT" in str(read_one)
+    assert read_one.to_dict()["fits"] is False

@@ -21,6 +21,9 @@ from simtrain.step.optimizers import refuse_optimizer
 from simtrain.step.shard import stated_cuts
 from simtrain.step.tensorized import tensorize, train_notes
 
+MOST_MICRO_BATCHES = 2**16
+"""Of a step: each is an instruction of its own in the order of a schedule."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Setting:
@@ -207,6 +210,11 @@ def _refuse_unmodelled(strategy: Strategy) -> None:
         raise UnsupportedError(
             "replicas that are stated one by one (plan) are read by st.read_plan(workload, cluster, strategy), equal or not; "
             "for a grid of equal ones use data, tensor, pipeline, micro_batch and accumulation"
+        )
+    if strategy.accumulation > MOST_MICRO_BATCHES:
+        raise UnsupportedError(
+            f"accumulation={strategy.accumulation:,}: steps of more than {MOST_MICRO_BATCHES:,} micro-batches are not modelled; use larger "
+            "ones (micro_batch), or fewer of them"
         )
     if strategy.tensorize != "none" and strategy.tensor > 1:
         raise UnsupportedError(

@@ -134,6 +134,7 @@ def test_links_order_the_box(gpt):
     ("change", "error", "says"),
     [
         ({"strategy": "data=5"}, StrategyError, "data=4 or fewer"),
+        ({"strategy": "accumulation=1000000000000"}, UnsupportedError, "65,536 micro-batches"),
         ({"strategy": "data=4,tensor=2"}, StrategyError, "data=4 x tensor=2 needs 8 devices, .* use data=2"),
         ({"strategy": "pipeline=8"}, StrategyError, "one replica needs 8"),
         ({"strategy": "tensor=3"}, StrategyError, "does not divide the model's 4 heads: use tensor=2, the next below that does"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +30,19 @@ SMALL_BATCH, SMALL_SEQUENCE = 2, 64
 """Sizes of the example, at most, where it has to be computed."""
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keeps the garbage collector from walking recordings, which only grow: it took a sixth of the time of a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collector()
 def capture(
     model: nn.Module | Callable[[], nn.Module],
     example_batch: Any,

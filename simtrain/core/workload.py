@@ -275,7 +275,7 @@ class Form:
         fused_gate: Whether gate and activation of a gated feed-forward part are one kernel that keeps its inputs alone.
         copies_attention: Whether fused attention keeps its output in a layout of its own beside the one that the next product reads.
         mask_input: Whether the batch holds a mask of all pairs of positions.
-        returns_logits: Whether a compiled model hands its logits back beside the loss, see `Runtime`.
+        returns_logits: Whether a compiled model hands its logits back beside the loss, see `Kernels`.
         untied: Whether a weight that two layers share is held twice, because the layers are on different ranks.
         tensorized: The form of the blocks' weights; `None` where they are whole.
     """
